@@ -1,0 +1,1 @@
+"""Perplexity, benchmarks and reports."""

@@ -1,0 +1,102 @@
+"""Perplexity by the published protocol: non-overlapping windows, float32 cross-entropy, mean over tokens.
+
+Of each window of L tokens the model predicts the last L - 1 from what stands before them in the window. A remainder
+shorter than a window is left out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt.errors import SparseGPTError
+
+# Positions whose logits are expanded to float32 at a time: 50k vocabulary x 512 x 4 bytes is 100 MB.
+LOGIT_POSITIONS = 512
+TOKENS_PER_STEP = 4096
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy of a text. nats: per predicted token; tokens: predicted; windows: scored."""
+
+    nats: float
+    tokens: int
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean cross-entropy); infinite when it overflows."""
+        return math.exp(self.nats) if self.nats < 700 else math.inf
+
+    def bits_per_byte(self, tokens: int, text_bytes: int) -> float:
+        """Cross-entropy per UTF-8 byte, comparable between tokenizers; tokens and bytes of the whole text."""
+        return self.nats / math.log(2) * tokens / text_bytes
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    tokens: Tensor,
+    sequence_length: int,
+    *,
+    batch_size: int | None = None,
+    bos: int | None = None,
+    max_windows: int | None = None,
+) -> Score:
+    """Cross-entropy of a model on a token stream.
+
+    tokens: LongTensor [N] or [1, N]. sequence_length: tokens a window, the beginning-of-sequence token `bos`, which
+    is put before each window where given, not counted. batch_size: windows a forward pass. max_windows: at most these.
+    Raises SparseGPTError when the stream is shorter than one window or a token lies outside the vocabulary.
+    """
+    windows = _windows(tokens, sequence_length, model)[:max_windows]
+    device = model.get_input_embeddings().weight.device
+    total, count = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in windows.split(batch_size or max(1, TOKENS_PER_STEP // sequence_length)):
+            inputs = batch.to(device)
+            if bos is not None:
+                inputs = torch.cat([inputs.new_full((len(inputs), 1), bos), inputs], dim=1)
+            logits = model(input_ids=inputs, use_cache=False).logits[:, -sequence_length:-1]
+            total += _cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device))
+            count += batch.shape[0] * (sequence_length - 1)
+    finally:
+        model.train(was_training)
+    return Score(total / count, count, len(windows))
+
+
+def perplexity(model: nn.Module, tokens: Tensor, sequence_length: int) -> float:
+    """exp of the mean cross-entropy of `model` on tokens [N] in non-overlapping windows; see `score`."""
+    return score(model, tokens, sequence_length).perplexity
+
+
+def _windows(tokens: Tensor, sequence_length: int, model: nn.Module) -> Tensor:
+    """The stream cut into [windows, sequence_length]."""
+    stream = tokens.flatten()
+    if sequence_length < 2:
+        raise SparseGPTError(f"a window of {sequence_length} tokens has nothing to predict: expected at least 2")
+    count = len(stream) // sequence_length
+    if count == 0:
+        raise SparseGPTError(
+            f"the text has {len(stream)} tokens, less than one window of {sequence_length}; "
+            "give more text or a shorter --seqlen"
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(stream.max()) >= vocabulary:
+        raise SparseGPTError(
+            f"token {int(stream.max())} lies outside the model's vocabulary of {vocabulary}: "
+            "the tokenizer does not belong to this model"
+        )
+    return stream[: count * sequence_length].view(count, sequence_length)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> float:
+    """Summed cross-entropy of logits [P, V] against targets [P], in float32, a few positions at a time."""
+    pieces = zip(logits.split(LOGIT_POSITIONS), targets.split(LOGIT_POSITIONS), strict=True)
+    return float(
+        sum(nn.functional.cross_entropy(part.float(), target, reduction="sum").double() for part, target in pieces)
+    )

@@ -1,0 +1,165 @@
+"""Running decoder blocks one at a time and looking at what flows through them.
+
+The only file that knows how a block is called and what it returns. Everything temporary, hooks and stand-ins, lives
+in a context manager that takes it away again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt.errors import SparseGPTError
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments that the model gives to one block besides the hidden states, for one batch shape."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states, [batch, sequence, features], whether it returns a tensor or a tuple."""
+        output = block(hidden, *to_device(self.args, hidden.device), **to_device(self.kwargs, hidden.device))
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class ModelInputs:
+    """What enters the first block, and how each block is called.
+
+    hidden: micro-batches [batch, sequence, features]; calls[batch size][block index].
+    """
+
+    hidden: list[Tensor]
+    calls: dict[int, list[BlockCall]]
+
+
+def record_inputs(model: nn.Module, blocks: nn.ModuleList, windows: Tensor, micro_batch: int) -> ModelInputs:
+    """Run everything before the blocks on windows [samples, sequence] and keep what each block would be called with.
+
+    No block runs: stand-ins hand the hidden states on, so that rotary tables, masks and per-layer arguments
+    (sliding windows, several rotary bases) are the model's own. windows may lie on any device.
+    """
+    device = model.get_input_embeddings().weight.device
+    inputs = ModelInputs([], {})
+    for batch in windows.split(micro_batch):
+        with stand_ins(blocks) as recorders:
+            model.base_model(input_ids=batch.to(device), use_cache=False)
+        if recorders[0].hidden is None:
+            raise SparseGPTError(f"the first block of {type(model).__name__} was never called; its row in FAMILIES is wrong")
+        inputs.hidden.append(recorders[0].hidden)
+        inputs.calls.setdefault(len(batch), [recorder.call for recorder in recorders])
+    return inputs
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its arguments, returns the hidden states as they came."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: a stand-in owns no weights
+        self.hidden: Tensor | None = None
+        self.call = BlockCall((), {})
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.call = hidden_states.detach(), BlockCall(args, kwargs)
+        return hidden_states
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models read a block's attributes (attention_type, layer_idx) while they loop over the list.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+
+@contextmanager
+def stand_ins(blocks: nn.ModuleList) -> Iterator[list[_Recorder]]:
+    """Replace every block by a recorder, and put the blocks back."""
+    originals = list(blocks)
+    recorders = [_Recorder(block) for block in originals]
+    try:
+        for index, recorder in enumerate(recorders):
+            blocks[index] = recorder
+        yield recorders
+    finally:
+        for index, original in enumerate(originals):
+            blocks[index] = original
+
+
+def shared_inputs(block: nn.Module, names: Iterable[str], call: BlockCall, hidden: Tensor) -> list[tuple[str, ...]]:
+    """Group linears by the tensor that they read, in the order in which the block uses them.
+
+    q, k and v come out as one group, because they receive the very same tensor. Raises SparseGPTError for a linear
+    that the forward pass never used: its weights would silently stay dense.
+    """
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str, inputs: Tensor) -> None:
+        for tensor, group in seen:
+            if tensor is inputs:
+                group.append(name)
+                return
+        seen.append((inputs, [name]))
+
+    expected = list(names)
+    with watch_inputs(block, expected, note):
+        call.run(block, hidden)
+    groups = [tuple(dict.fromkeys(group)) for _, group in seen]
+    used = {name for group in groups for name in group}
+    if unused := [name for name in expected if name not in used]:
+        raise SparseGPTError(f"no input ever reached {', '.join(unused)}: the block runs it in a way that hooks cannot see")
+    return groups
+
+
+@contextmanager
+def watch_inputs(block: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call see(name, input) whenever a submodule of the block is about to run."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(name, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def skip_products(linears: Iterable[nn.Linear]) -> Iterator[None]:
+    """Let these linears return zeros at once: for a pass that only looks at what lies before them."""
+    muted = list(linears)
+    try:
+        for linear in muted:
+            linear.forward = _zeros_of(linear.out_features)  # type: ignore[method-assign]
+        yield
+    finally:
+        for linear in muted:
+            del linear.forward
+
+
+def _zeros_of(out_features: int) -> Callable[[Tensor], Tensor]:
+    return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], out_features)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same nested tuples, lists and dicts with every tensor on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return type(value)(to_device(item, device) for item in value)
+    return value

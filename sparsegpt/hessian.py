@@ -1,0 +1,152 @@
+"""The layer Hessian H = sum over tokens of x x^T: accumulation, damping, and its inverse's Cholesky factor.
+
+Dimension key: T tokens, C in_features.
+
+The factor. SparseGPT needs the upper U with U^T U = (H + damping)^-1. With J the reversal of all columns and
+J H J = L L^T, the matrix V = J L J is upper and H = V V^T, hence U = V^-1: one factorisation and one triangular
+inverse, instead of two factorisations around a full inverse.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+
+# Tried in this order, first in the requested precision and then in float64, before giving up.
+DAMPING_STEPS = (1, 10, 100)
+# Column blocks of the Gram product: only the upper block triangle is multiplied. Below this width one product is faster.
+GRAM_BLOCK = 512
+
+
+class HessianAccumulator:
+    """Running H = sum x x^T over the inputs of one layer.
+
+    add(inputs [..., C]) as often as needed; .hessian is the float32 [C, C] sum, .tokens the number of rows seen.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add the Gram matrix of inputs [..., C]; any float dtype, moved to the accumulator's device."""
+        x_TC = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._gram.device)
+        self.tokens += x_TC.shape[0]
+        width = x_TC.shape[1]
+        for start in range(0, width, GRAM_BLOCK):
+            end = min(start + GRAM_BLOCK, width)
+            self._gram[:end, start:end] += exact_product(x_TC[:, :end].T, x_TC[:, start:end])
+
+    @property
+    def hessian(self) -> Tensor:
+        """The sum so far, [C, C] float32, symmetric to the bit."""
+        upper = self._gram.triu()
+        return upper + upper.triu(1).T
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, for any input dtype: half-precision products are exact, TF32 is never used."""
+    with full_precision_matmul():
+        if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+            # The tensor cores multiply halves exactly and add in float32; an upcast would cost memory and time.
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return left.float() @ right.float()
+
+
+@contextmanager
+def full_precision_matmul() -> Iterator[None]:
+    """float32 matrix products without TF32 on CUDA, whatever the process has set."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+class DampedHessian:
+    """One shared input's Hessian, with everything the solvers derive from it computed at most once.
+
+    hessian: [C, C], symmetric, any positive scale. damping: fraction of mean(diag H) added to the diagonal.
+    Inputs that never fired (H_jj = 0, `dead`) get the mean diagonal, so that they neither break nor bend the rest.
+    Raises SparseGPTError, naming the layer, when H has NaN or inf, or when no step of damping makes it positive
+    definite (steps: 1x, 10x, 100x of `damping`, in `dtype` and then in float64).
+    """
+
+    def __init__(
+        self, hessian: Tensor, damping: float = 0.01, *, dtype: torch.dtype = torch.float32, name: str = "layer"
+    ) -> None:
+        self.name = name
+        self.raw = hessian.to(dtype)
+        diagonal = self.raw.diagonal()
+        if not torch.isfinite(diagonal).all():
+            raise SparseGPTError(
+                f"{name}: its inputs contain NaN or infinite activations; check the model in --dtype float32 or bfloat16"
+            )
+        self.dead = diagonal == 0
+        self.mean_diagonal = float(diagonal[~self.dead].mean()) if not self.dead.all() else 1.0
+        self.requested_damping = damping
+
+    def matrix(self, damping: float) -> Tensor:
+        """H with dead diagonals filled and `damping` times the mean diagonal added, [C, C]."""
+        diagonal = self.raw.diagonal().masked_fill(self.dead, self.mean_diagonal)
+        return self.raw.diagonal_scatter(diagonal + damping * self.mean_diagonal)
+
+    @property
+    def damping(self) -> float:
+        """The damping that was used: the requested one unless H + damping was not positive definite."""
+        return self._factorised[1]
+
+    @property
+    def inverse_factor(self) -> Tensor:
+        """Upper U [C, C] with U^T U = (H + damping)^-1."""
+        return self._factorised[0]
+
+    @functools.cached_property
+    def damped(self) -> Tensor:
+        """H + damping, positive definite, [C, C]."""
+        return self.matrix(self.damping)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """right @ (H + damping)^-1 for right [R, C]."""
+        return right @ self.inverse_factor.T @ self.inverse_factor
+
+    @functools.cached_property
+    def _factorised(self) -> tuple[Tensor, float]:
+        for dtype in dict.fromkeys((self.raw.dtype, torch.float64)):
+            for step in DAMPING_STEPS:
+                damping = self.requested_damping * step
+                factor = inverse_factor(self.matrix(damping).to(dtype))
+                if factor is not None:
+                    return factor.to(self.raw.dtype), damping
+        raise SparseGPTError(
+            f"{self.name}: Hessian is not positive definite at damping={self.requested_damping * DAMPING_STEPS[-1]:g}, "
+            "in float64 either; raise --damping or give more calibration samples"
+        )
+
+
+def inverse_factor(matrix: Tensor) -> Tensor | None:
+    """Upper U with U^T U = matrix^-1 for a symmetric matrix [C, C]; None where it is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if failed:
+        return None
+    factor = triangular_inverse(lower).flip(0, 1).contiguous()
+    return factor if torch.isfinite(factor).all() else None
+
+
+def triangular_inverse(lower: Tensor, base: int = 128) -> Tensor:
+    """Inverse of a lower triangular matrix [C, C] by halves: a third of the work of a general triangular solve."""
+    size = lower.shape[0]
+    if size <= base:
+        return torch.linalg.solve_triangular(lower, torch.eye(size, dtype=lower.dtype, device=lower.device), upper=False)
+    half = size // 2
+    top = triangular_inverse(lower[:half, :half], base)
+    bottom = triangular_inverse(lower[half:, half:], base)
+    result = torch.zeros_like(lower)
+    result[:half, :half], result[half:, half:] = top, bottom
+    result[half:, :half] = -bottom @ (lower[half:, :half] @ top)
+    return result

@@ -1,0 +1,84 @@
+"""From saliency to masks: True = kept, exact counts, and among equal saliencies the earlier weight is kept.
+
+Dimension key: R out_features, C in_features, G groups, M inputs of one group, P pairs of these.
+"""
+
+import functools
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sparsegpt.sparsity import NM, Sparsity
+
+# Up to this group size every pair is compared at once; above it the table of pairs costs more than a sort.
+PAIRWISE_LIMIT = 16
+
+
+def nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
+    """Keep the n most salient of every m consecutive columns.
+
+    saliency: [R, C] with C divisible by m. Returns a bool mask [R, C] with exactly n True in every group.
+    """
+    columns = saliency.shape[1] // pattern.m
+    mask_MX = group_mask(rearrange(saliency, "r (g m) -> m (r g)", m=pattern.m), pattern.n)
+    return rearrange(mask_MX, "m (r g) -> r (g m)", g=columns)
+
+
+def group_mask(saliency_MX: Tensor, n: int) -> Tensor:
+    """Keep the n most salient of the M members of each group; groups X lie side by side: [M, X] -> bool [M, X]."""
+    m = saliency_MX.shape[0]
+    if m <= PAIRWISE_LIMIT:
+        return _ranks_by_pairs(saliency_MX) < n
+    order_MX = saliency_MX.argsort(dim=0, descending=True, stable=True)
+    return torch.zeros_like(saliency_MX, dtype=torch.bool).scatter_(0, order_MX[:n], True)
+
+
+def _ranks_by_pairs(saliency_MX: Tensor) -> Tensor:
+    """Rank of each member: how many are larger, or equal and earlier. One comparison a pair, summed by a product."""
+    earlier_P, later_P, tally_MP, offset_M1 = _pair_tables(saliency_MX.shape[0], saliency_MX.device)
+    later_wins_PX = (saliency_MX[later_P] > saliency_MX[earlier_P]).float()
+    return torch.addmm(offset_M1, tally_MP, later_wins_PX)
+
+
+@functools.cache
+def _pair_tables(m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Members of each pair, and rank = offset + tally @ later_wins: the loser of a pair moves one rank down."""
+    earlier_P, later_P = torch.triu_indices(m, m, offset=1, device=device)
+    pairs = torch.arange(len(earlier_P), device=device)
+    tally_MP = torch.zeros(m, len(earlier_P), device=device)
+    tally_MP[earlier_P, pairs] = 1
+    tally_MP[later_P, pairs] = -1
+    offset_M1 = torch.arange(m, device=device, dtype=torch.float32)[:, None]
+    return earlier_P, later_P, tally_MP, offset_M1
+
+
+def unstructured_mask(saliency: Tensor, zeros: int) -> Tensor:
+    """Drop exactly `zeros` elements, the least salient of the whole tensor; any shape."""
+    if zeros <= 0:
+        return torch.ones_like(saliency, dtype=torch.bool)
+    if zeros >= saliency.numel():
+        return torch.zeros_like(saliency, dtype=torch.bool)
+    flat = saliency.flatten()
+    threshold = flat.kthvalue(zeros).values
+    mask, ties = flat > threshold, flat == threshold
+    ties_kept = flat.numel() - zeros - mask.sum()
+    return (mask | (ties & (ties.cumsum(0) <= ties_kept))).view_as(saliency)
+
+
+def row_mask(saliency: Tensor, fraction: float) -> Tensor:
+    """Drop the same number of elements, round(fraction * C), from every row of saliency [R, C]."""
+    zeros = round(fraction * saliency.shape[1])
+    if zeros == 0:
+        return torch.ones_like(saliency, dtype=torch.bool)
+    threshold_R1 = saliency.kthvalue(zeros, dim=1, keepdim=True).values
+    mask, ties = saliency > threshold_R1, saliency == threshold_R1
+    ties_kept_R1 = saliency.shape[1] - zeros - mask.sum(1, keepdim=True)
+    return mask | (ties & (ties.cumsum(1) <= ties_kept_R1))
+
+
+def layer_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:
+    """Mask of a whole layer: N:M groups, or the given fraction with one threshold for all rows. saliency [R, C]."""
+    if isinstance(pattern, NM):
+        return nm_mask(saliency, pattern)
+    return unstructured_mask(saliency, round(pattern.fraction * saliency.numel()))

@@ -1,0 +1,85 @@
+"""How to prune: one frozen value for all choices, and the named presets.
+
+A preset is a row of defaults; whatever is given explicitly wins over it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.solvers import parse_method
+from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
+
+Order = Literal["input", "block", "linear"]
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """Everything that decides the pruned weights, apart from the model and the calibration windows.
+
+    order: "input" solves input by input, each seeing what is pruned already; "block" is the published order, all
+    linears of a block from one capture; "linear" gives every linear a capture and a Hessian of its own (the costly
+    baseline of the benchmark). error_correction, residual_correction in [0, 1]: share of the upstream drift that a
+    layer is asked to undo. reconstruct: epochs of block-wise training on the kept weights.
+    """
+
+    sparsity: Sparsity
+    method: str = "admm"
+    damping: float = 0.01
+    block_size: int = 128
+    order: Order = "input"
+    error_correction: float = 0.0
+    residual_correction: float = 0.0
+    reconstruct: int = 0
+    learning_rate: float = 5e-4
+
+    def __post_init__(self) -> None:
+        method = parse_method(self.method)
+        if self.damping < 0:
+            raise SparseGPTError(f"damping {self.damping:g} is negative: expected a share of the mean diagonal, like 0.01")
+        if self.block_size < 1 or (isinstance(self.sparsity, NM) and self.block_size % self.sparsity.m):
+            raise SparseGPTError(f"block size {self.block_size} must be a positive multiple of {self.sparsity}'s group")
+        for name in ("error_correction", "residual_correction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SparseGPTError(f"{name.replace('_', ' ')} {getattr(self, name):g} must lie between 0 and 1")
+        if self.corrects and not method.updates_weights:
+            raise SparseGPTError(
+                f"method {self.method!r} never updates weights, so it cannot correct errors; "
+                f"use {self.method}+refit, sparsegpt or admm, or set both corrections to 0"
+            )
+        if self.reconstruct < 0 or self.learning_rate <= 0:
+            raise SparseGPTError("reconstruction needs a number of epochs >= 0 and a learning rate above 0")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a layer's target differs from its dense weight."""
+        return self.error_correction > 0 or self.residual_correction > 0
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model's activations are carried along."""
+        return self.corrects or self.reconstruct > 0
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"method": "sparsegpt", "order": "block"},
+    "fast": {"method": "admm"},
+    "default": {"method": "admm", "error_correction": 0.75, "residual_correction": 0.5},
+    "best": {"method": "admm", "error_correction": 0.75, "residual_correction": 0.5, "reconstruct": 8},
+}
+
+
+def resolve_settings(sparsity: "str | float | Sparsity", preset: str = "default", **explicit: Any) -> PruneSettings:
+    """Settings of a preset with the explicit ones (those not None) on top.
+
+    Raises SparseGPTError for an unknown preset or values that contradict each other.
+    """
+    if preset not in PRESETS:
+        raise SparseGPTError(f"preset {preset!r} is not known: choose one of {', '.join(PRESETS)}")
+    given = {key: value for key, value in explicit.items() if value is not None}
+    defaults = dict(PRESETS[preset])
+    if not parse_method(given.get("method", defaults["method"])).updates_weights:
+        # A method that moves no weight has nothing to correct with: the preset's corrections do not apply to it.
+        defaults.pop("error_correction", None)
+        defaults.pop("residual_correction", None)
+    return PruneSettings(parse_sparsity(sparsity), **{**defaults, **given})

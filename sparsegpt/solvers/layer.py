@@ -1,0 +1,133 @@
+"""One layer pruned by any method: `prune_weight` is the public function, METHODS the table behind `--method`.
+
+The layer problem: minimise tr((W - W') H (W - W')^T) over W' of the wanted pattern.
+Dimension key: R out_features, C in_features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.hessian import DampedHessian
+from sparsegpt.solvers.admm import admm
+from sparsegpt.solvers.magnitude import magnitude
+from sparsegpt.solvers.refit import refit, row_losses
+from sparsegpt.solvers.sparsegpt import sparsegpt
+from sparsegpt.solvers.wanda import wanda
+from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
+
+Solver = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune one layer. `solve(weight, hessian, pattern, block_size=...) -> (weight, mask)`."""
+
+    name: str
+    solve: Solver
+    updates_weights: bool
+    refit: bool = False
+
+
+_PLAIN = (
+    Method("magnitude", magnitude, updates_weights=False),
+    Method("wanda", wanda, updates_weights=False),
+    Method("sparsegpt", sparsegpt, updates_weights=True),
+)
+_REFITTED = tuple(Method(f"{m.name}+refit", m.solve, updates_weights=True, refit=True) for m in _PLAIN)
+METHODS = {m.name: m for m in (*_PLAIN, *_REFITTED, Method("admm", admm, updates_weights=True))}
+
+
+def parse_method(name: str) -> Method:
+    """The row of METHODS with this name; SparseGPTError lists the known ones."""
+    if name not in METHODS:
+        raise SparseGPTError(f"method {name!r} is not known: choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a solver returns.
+
+    weight: [R, C] in the dtype it came in, exactly zero where `mask` is False; mask: bool [R, C], True = kept.
+    loss: tr((W - W') H (W - W')^T). relative_error: loss / tr(W H W^T). damping: what the Hessian really needed.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    loss: float
+    relative_error: float
+    damping: float
+
+
+def prune_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: str | float | Sparsity,
+    *,
+    method: str = "admm",
+    damping: float = 0.01,
+    block_size: int = 128,
+    dtype: torch.dtype = torch.float32,
+    name: str = "layer",
+) -> Pruned:
+    """Prune one linear layer.
+
+    weight: [out_features, in_features], any float dtype, kept. hessian: [in, in] = sum over tokens of x x^T, any
+    positive scale, on the weight's device. sparsity: "2:4", "50%", 0.5 or a pattern object. method: a key of METHODS.
+    damping: fraction of mean(diag H) added to the diagonal. block_size: columns that share one threshold when
+    sparsegpt prunes a fraction. dtype: of the arithmetic. name: how error messages call the layer.
+    Raises SparseGPTError on shapes that do not fit, values that are not finite, or a Hessian beyond repair.
+    """
+    pattern, solver = parse_sparsity(sparsity), parse_method(method)
+    _check_shapes(weight, hessian, pattern, block_size, name)
+    return prune_layer(weight, DampedHessian(hessian, damping, dtype=dtype, name=name), pattern, solver, block_size)
+
+
+def prune_layer(
+    weight: Tensor,
+    hessian: DampedHessian,
+    pattern: Sparsity,
+    method: Method,
+    block_size: int = 128,
+    *,
+    target: Tensor | None = None,
+) -> Pruned:
+    """`prune_weight` for parsed arguments and a Hessian that several layers share.
+
+    target: [R, C], what the kept weights should imitate instead of `weight` (error correction); None: `weight` itself.
+    """
+    original_RC = weight.to(hessian.raw.dtype)
+    target_RC = original_RC if target is None else target.to(hessian.raw.dtype)
+    if pattern.zeros == 0 and target is None:
+        return Pruned(weight.clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0, hessian.requested_damping)
+    weight_RC, mask = method.solve(target_RC, hessian, pattern, block_size=block_size)
+    if method.refit:
+        weight_RC = refit(weight_RC, mask, target_RC, hessian.damped)
+    result = weight_RC.to(weight.dtype)
+    loss = float(row_losses(original_RC - result.to(original_RC.dtype), hessian.raw).sum())
+    energy = float(row_losses(original_RC, hessian.raw).sum())
+    return Pruned(result, mask, loss, loss / energy if energy > 0 else 0.0, hessian.damping)
+
+
+def _check_shapes(weight: Tensor, hessian: Tensor, pattern: Sparsity, block_size: int, name: str) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise SparseGPTError(
+            f"{name}: expected a float weight [out_features, in_features], found {weight.dtype} {tuple(weight.shape)}"
+        )
+    width = weight.shape[1]
+    if hessian.shape != (width, width):
+        raise SparseGPTError(
+            f"{name}: a weight with {width} input features needs a Hessian [{width}, {width}], "
+            f"found {list(hessian.shape)}"
+        )
+    if hessian.device != weight.device:
+        raise SparseGPTError(f"{name}: weight is on {weight.device} but the Hessian on {hessian.device}; move one")
+    if not torch.isfinite(weight).all():
+        raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
+    pattern.check(width, name)
+    if block_size < 1 or (isinstance(pattern, NM) and block_size % pattern.m):
+        raise SparseGPTError(f"{name}: block size {block_size} must be a positive multiple of the pattern's {pattern}")

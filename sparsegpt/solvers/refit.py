@@ -1,0 +1,63 @@
+"""Best weights on a fixed mask, by preconditioned conjugate gradients for all rows at once.
+
+For one row with target t and kept set S the optimum solves H_SS w_S = (H t)_S. Instead of one factorisation a row, all
+rows iterate together: a product with the operator is P -> (P H) masked, and the preconditioner is 1 / diag H (Jacobi).
+Every iteration lowers each row's loss, so it can stop anywhere (Hestenes & Stiefel 1952; Saad, Iterative Methods,
+algorithm 9.1).
+
+Dimension key: R out_features, C in_features.
+"""
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 15
+TOLERANCE = 1e-6
+
+
+def refit(
+    weight: Tensor,
+    mask: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    *,
+    iterations: int = ITERATIONS,
+    tolerance: float = TOLERANCE,
+) -> Tensor:
+    """Minimise tr((target - w) hessian (target - w)^T) over weights that are zero where the mask is False.
+
+    weight, target: [R, C] start and goal; mask: bool [R, C]; hessian: [C, C] positive semi-definite.
+    Stops after `iterations` products with the Hessian, or once every row's preconditioned residual has fallen below
+    `tolerance` of where it started. Returns new weights [R, C]; a row that rounding made worse keeps its start.
+    """
+    start_RC = weight.masked_fill(~mask, 0)
+    weight_RC = start_RC.clone()
+    jacobi_C = hessian.diagonal().clamp_min(torch.finfo(hessian.dtype).tiny).reciprocal()
+    residual_RC = ((target - weight_RC) @ hessian).masked_fill(~mask, 0)
+    preconditioned_RC = residual_RC * jacobi_C
+    direction_RC = preconditioned_RC.clone()
+    energy_R = (residual_RC * preconditioned_RC).sum(1)
+    floor_R = energy_R * tolerance**2
+    for _ in range(iterations):
+        if (energy_R <= floor_R).all():
+            break
+        image_RC = (direction_RC @ hessian).masked_fill_(~mask, 0)
+        step_R = _ratio(energy_R, (direction_RC * image_RC).sum(1))
+        weight_RC.addcmul_(direction_RC, step_R[:, None])
+        residual_RC.addcmul_(image_RC, step_R[:, None], value=-1)
+        preconditioned_RC = residual_RC * jacobi_C
+        next_energy_R = (residual_RC * preconditioned_RC).sum(1)
+        direction_RC = preconditioned_RC.addcmul(direction_RC, _ratio(next_energy_R, energy_R)[:, None])
+        energy_R = next_energy_R
+    worse_R = row_losses(target - weight_RC, hessian) > row_losses(target - start_RC, hessian)
+    return torch.where(worse_R[:, None], start_RC, weight_RC)
+
+
+def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
+    """diag(error hessian error^T): each row's share of the layer's loss, [R], for error [R, C]."""
+    return ((error @ hessian) * error).sum(1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where a converged row leaves nothing to divide by."""
+    return torch.where(denominator > 0, numerator / denominator, 0.0)

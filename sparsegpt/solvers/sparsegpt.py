@@ -1,0 +1,96 @@
+"""SparseGPT layer solver (Frantar & Alistarh 2023, arXiv:2301.00774, Algorithm 1).
+
+U is the upper factor with U^T U = (H + damping)^-1. Columns are visited from left to right. A pruned weight leaves
+the error e_j = w_j / U_jj in its column, and every column k to its right moves by -U_jk e_j, which keeps the layer's
+output closest. Saliency is w_j^2 / U_jj^2, the loss that dropping w_j costs at that moment.
+
+The order of the arithmetic is free as long as a column has received all updates from its left before it is used. So
+the sweep works by halves, sweep(left), one matrix product from left to right, sweep(right), down to the unit whose
+mask is chosen at once (a group of m for n:m, a block of `block_size` columns for a fraction), and from there to a few
+columns: the updates are matrix products and not one rank-1 update a column. The numbers are Algorithm 1's.
+
+Dimension key: R out_features, C in_features, K columns of the current unit. Weights lie as [C, R], so that a column
+of the layer is contiguous.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsegpt.hessian import DampedHessian
+from sparsegpt.masks import group_mask, unstructured_mask
+from sparsegpt.sparsity import NM, Sparsity
+
+# Columns handled one by one; wider ranges are split in halves.
+LEAF = 8
+
+
+def sparsegpt(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """Prune weight [R, C] under the Hessian [C, C].
+
+    block_size: columns that share one threshold when the pattern is a fraction; n:m does not depend on it.
+    Returns (weight, mask): updated kept weights, exact zeros elsewhere.
+    """
+    return _Sweep(weight, hessian, pattern, block_size).run()
+
+
+class _Sweep:
+    """The state of one left-to-right pass: current weights, errors and mask, all [C, R]."""
+
+    def __init__(self, weight: Tensor, hessian: DampedHessian, pattern: Sparsity, block_size: int) -> None:
+        self.weight_CR = weight.T.contiguous().clone()
+        self.error_CR = torch.empty_like(self.weight_CR)
+        self.kept_CR = torch.ones_like(self.weight_CR, dtype=torch.bool)
+        self.U_CC = hessian.inverse_factor
+        self.inverse_diagonal_C1 = self.U_CC.diagonal().reciprocal()[:, None]
+        # An input that never fired costs nothing: its weights go first.
+        self.saliency_scale_C1 = self.inverse_diagonal_C1.masked_fill(hessian.dead[:, None], 0)
+        self.pattern = pattern
+        self.unit = pattern.m if isinstance(pattern, NM) else block_size
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        self._sweep(0, self.weight_CR.shape[0])
+        # Six times faster on a CPU than masked_fill for a whole layer; adding 0.0 turns the product's -0.0 into 0.0.
+        weight_CR = self.weight_CR.mul_(self.kept_CR).add_(0.0)
+        return weight_CR.T.contiguous(), self.kept_CR.T.contiguous()
+
+    def _sweep(self, start: int, end: int) -> None:
+        """Choose masks and eliminate, for columns that have received every update from the left of `start`."""
+        units = -(-(end - start) // self.unit)
+        if units == 1:
+            self.kept_CR[start:end] = kept_KR = self._choose_mask(start, end)
+            torch.mul(~kept_KR, self.inverse_diagonal_C1[start:end], out=self.error_CR[start:end])
+            self._eliminate(start, end)
+            return
+        middle = start + self.unit * (units // 2)
+        self._sweep(start, middle)
+        self._propagate(start, middle, end)
+        self._sweep(middle, end)
+
+    def _choose_mask(self, start: int, end: int) -> Tensor:
+        saliency_KR = (self.weight_CR[start:end] * self.saliency_scale_C1[start:end]).square()
+        if isinstance(self.pattern, NM):
+            return group_mask(saliency_KR, self.pattern.n)
+        rows = self.weight_CR.shape[1]
+        # Counting from the layer's start keeps its total exact whatever the rounding of one block.
+        zeros = round(self.pattern.fraction * end * rows) - round(self.pattern.fraction * start * rows)
+        return unstructured_mask(saliency_KR, zeros)
+
+    def _eliminate(self, start: int, end: int) -> None:
+        """Prune columns whose mask is chosen, moving their errors to the right within [start, end).
+
+        On entry error_CR holds 1 / U_jj where a weight goes and 0 where it stays; on return, the errors.
+        """
+        if end - start > LEAF:
+            middle = (start + end) // 2
+            self._eliminate(start, middle)
+            self._propagate(start, middle, end)
+            self._eliminate(middle, end)
+            return
+        for j in range(start, end):
+            self.error_CR[j].mul_(self.weight_CR[j])
+            if j + 1 < end:
+                self.weight_CR[j + 1 : end].addr_(self.U_CC[j, j + 1 : end], self.error_CR[j], alpha=-1)
+
+    def _propagate(self, start: int, middle: int, end: int) -> None:
+        """Move the errors of columns [start, middle) to columns [middle, end)."""
+        self.weight_CR[middle:end].addmm_(self.U_CC[start:middle, middle:end].T, self.error_CR[start:middle], alpha=-1)

@@ -1,0 +1,19 @@
+"""Weights of the pattern, shared by the kernel tests."""
+
+import torch
+from torch import Tensor
+
+
+def weight24(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """A random weight [rows, columns] that keeps the two largest of every four; a few groups hold fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randn(rows, columns // 4, 4, generator=generator)
+    groups.scatter_(-1, groups.abs().argsort(-1)[..., :2], 0)
+    groups[torch.rand(rows, columns // 4, generator=generator) < 0.05] = 0
+    groups[..., 3].masked_fill_(torch.rand(rows, columns // 4, generator=generator) < 0.05, 0)
+    return groups.view(rows, columns).to(dtype)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected|| in float64."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))

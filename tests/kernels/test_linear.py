@@ -1,0 +1,132 @@
+"""The packed layer against torch.nn.Linear: values, shapes, gradients, refusals."""
+
+import pytest
+import torch
+from sparsegpt.kernels import pack
+from sparsegpt.kernels.dispatch import KERNELS, choose
+from sparsegpt.kernels.linear import Sparse24Linear, explain, pack_linears, packed_layers, set_kernels
+from torch import nn
+
+from sparsegpt.errors import SparseGPTError
+
+from .helpers import relative_error, weight24
+
+# relative to the norm of the output: summation order in float32, one rounding to 8 or 11 bits in the 16-bit types
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+
+def pair(shape: tuple[int, int], dtype: torch.dtype, bias: bool = True) -> tuple[nn.Linear, Sparse24Linear]:
+    dense = nn.Linear(shape[1], shape[0], bias, dtype=dtype).requires_grad_(False)
+    dense.weight.copy_(weight24(*shape, dtype))
+    return dense, Sparse24Linear.from_linear(dense)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 5), (2, 1, 17), (0,), (2, 0)])
+def test_same_as_linear(lead: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    dense, packed = pair((40, 100), dtype, bias)
+    inputs = torch.randn(*lead, 100).to(dtype)
+    found = packed(inputs)
+    assert found.shape == (*lead, 40) and found.dtype == dtype
+    expected = torch.nn.functional.linear(
+        inputs.double(), dense.weight.double(), None if dense.bias is None else dense.bias.double()
+    )
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+def test_non_contiguous_inputs() -> None:
+    dense, packed = pair((24, 64), torch.float32)
+    for inputs in (torch.randn(64, 6).t(), torch.randn(4, 128)[:, ::2], torch.randn(3, 64).expand(5, 3, 64)):
+        assert relative_error(packed(inputs), dense(inputs)) < 2e-6
+
+
+def test_gradient_for_the_input() -> None:
+    dense, packed = pair((24, 64), torch.float64)
+    inputs = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(packed, (inputs,))
+    (found,) = torch.autograd.grad(packed(inputs).square().sum(), inputs)
+    (expected,) = torch.autograd.grad(dense(inputs).square().sum(), inputs)
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert not packed(inputs).requires_grad
+
+
+def test_weight_gradients_are_refused() -> None:
+    _, packed = pair((24, 64), torch.float32)
+    packed.values.requires_grad_(True)
+    with pytest.raises(SparseGPTError, match="does not train"):
+        packed(torch.randn(2, 64))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.randn(2, 60), "expected inputs"),
+        (torch.tensor(1.0), "expected inputs"),
+        (torch.randn(2, 64, dtype=torch.float64), "float64"),
+        (torch.randn(2, 64, device="meta"), "meta"),
+    ],
+)
+def test_wrong_inputs(inputs: torch.Tensor, message: str) -> None:
+    _, packed = pair((24, 64), torch.float32)
+    with pytest.raises(SparseGPTError, match=message):
+        packed(inputs)
+
+
+def test_autocast_casts_the_input() -> None:
+    dense, packed = pair((24, 64), torch.bfloat16)
+    inputs = torch.randn(3, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(packed(inputs), dense(inputs)) < 6e-3
+
+
+def test_state_dict_casting_and_moving() -> None:
+    dense, packed = pair((24, 64), torch.float32)
+    fresh = Sparse24Linear(64, 24)
+    assert torch.equal(fresh.weight, torch.zeros(24, 64))  # before loading: zeros, whatever the metadata
+    fresh.load_state_dict(packed.state_dict())
+    inputs = torch.randn(3, 64)
+    assert torch.equal(fresh(inputs), packed(inputs))
+    half = packed.to(torch.bfloat16)
+    assert half.meta.dtype == torch.int32
+    assert relative_error(half(inputs.bfloat16()), dense(inputs)) < 1e-2
+
+
+def test_dense_weight_and_packed_parts() -> None:
+    dense, packed = pair((24, 64), torch.float32)
+    assert torch.equal(packed.weight, dense.weight)
+    assert packed.packed.values is packed.values
+    assert "in_features=64" in repr(packed)
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 32)
+        self.tied = nn.Linear(64, 32, bias=False)
+        self.tied_again = nn.Linear(64, 32, bias=False)
+        self.ragged = nn.Linear(30, 32)
+        self.dense = nn.Linear(64, 32)
+        self.lm_head = nn.Linear(64, 32)
+        with torch.no_grad():
+            for layer in (self.up, self.tied, self.lm_head):
+                layer.weight.copy_(weight24(32, 64))
+        self.tied_again.weight = self.tied.weight
+
+
+def test_packing_the_linears_of_a_model() -> None:
+    model = Tiny()
+    assert pack_linears(model) == ["up"]
+    assert list(packed_layers(model)) == ["up"]
+    assert set_kernels(model, "dense") == 1 and model.up.kernels == "dense"
+    assert "1 packed 2:4 layers: dense (asked for)" in explain(model)
+    with pytest.raises(SparseGPTError, match="expected one of auto"):
+        set_kernels(model, "fastest")
+
+
+def test_forced_kernels_that_cannot_serve_say_why() -> None:
+    weight = pack(weight24(32, 64))
+    with pytest.raises(SparseGPTError, match=r"kernels=cutlass: .* CUDA"):
+        choose(weight, "cutlass")
+    assert {"auto", "dense"} <= set(KERNELS)

@@ -6,8 +6,10 @@ shorter than a window is left out.
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
+from sparsegpt.calib_data import evaluation_tokens, load_text
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
@@ -15,6 +17,13 @@ from sparsegpt.errors import SparseGPTError
 # Positions whose logits are expanded to float32 at a time: 50k vocabulary x 512 x 4 bytes is 100 MB.
 LOGIT_POSITIONS = 512
 TOKENS_PER_STEP = 4096
+
+# No trained language model is this bad on natural text in its language: the set-up is broken, not the model weak.
+ABSURD_PERPLEXITY = 1000.0
+
+Bos = Literal["auto", "always", "never"]
+# Trained with a beginning-of-sequence token in every window, and lost without it.
+BOS_IN_EVERY_WINDOW = ("gemma",)
 
 
 @dataclass(frozen=True)
@@ -100,3 +109,63 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> float:
     return float(
         sum(nn.functional.cross_entropy(part.float(), target, reduction="sum").double() for part, target in pieces)
     )
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A model's score on a named text."""
+
+    data: str
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    windows: int
+
+    @property
+    def alarm(self) -> str | None:
+        """A sentence when the score cannot belong to a working dense model, else None."""
+        if self.perplexity < ABSURD_PERPLEXITY:
+            return None
+        return (
+            f"dense perplexity {self.perplexity:.4g} on {self.data} is beyond anything a trained model shows: "
+            "the model, its tokenizer, its dtype or the text is wrong, and every number that follows is meaningless"
+        )
+
+
+def score_text(
+    model: nn.Module,
+    tokenizer: Any,
+    data: str,
+    sequence_length: int,
+    *,
+    batch_size: int | None = None,
+    bos: Bos = "auto",
+) -> TextScore:
+    """Score a model on a text source by name or path (see calib_data.sources), in the source's published protocol.
+
+    bos: put the tokenizer's beginning-of-sequence token before every window, never, or where the family needs it.
+    """
+    source = load_text(data, "evaluation")
+    tokens, text_bytes = evaluation_tokens(source, tokenizer)
+    result = score(
+        model,
+        tokens,
+        sequence_length,
+        batch_size=batch_size,
+        bos=_bos_token(model, tokenizer, bos),
+        max_windows=source.evaluation_windows,
+    )
+    return TextScore(
+        data, result.perplexity, result.bits_per_byte(len(tokens), text_bytes), result.tokens, result.windows
+    )
+
+
+def _bos_token(model: nn.Module, tokenizer: Any, bos: Bos) -> int | None:
+    if bos not in get_args(Bos):
+        raise SparseGPTError(f"bos {bos!r} is not known: expected {', '.join(get_args(Bos))}")
+    wanted = bos == "always" or (bos == "auto" and model.config.model_type.startswith(BOS_IN_EVERY_WINDOW))
+    if not wanted:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise SparseGPTError("the tokenizer has no beginning-of-sequence token: use --bos never")
+    return int(tokenizer.bos_token_id)

@@ -5,7 +5,8 @@ what running cannot tell: the path of the block list, and which projection is ad
 To support another model_type, add a row to FAMILIES; tests/test_families.py runs over this same table.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -26,9 +27,7 @@ class Family:
     residuals: Mapping[str, str] = field(default_factory=dict)
 
 
-LLAMA = Family(
-    "model.layers", {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
-)
+LLAMA = Family("model.layers", {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"})
 OPT = Family("model.decoder.layers", {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"})
 # opt-350m normalises after the addition: the stream enters attention and fc1 themselves.
 OPT_POST_NORM = Family("model.decoder.layers", {"self_attn.out_proj": "self_attn", "fc2": "fc1"})
@@ -72,3 +71,15 @@ def decoder_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
 def prunable_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer of a block by its name inside the block."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:
+    """Which full module names to prune: those where the regex `only` is found, without those where `skip` is."""
+    patterns = {}
+    for flag, text in (("--only", only), ("--skip", skip)):
+        try:
+            patterns[flag] = re.compile(text) if text else None
+        except re.error as error:
+            raise SparseGPTError(f"{flag} {text!r} is not a regular expression: {error}") from error
+    wanted, unwanted = patterns["--only"], patterns["--skip"]
+    return lambda name: not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))

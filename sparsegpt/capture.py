@@ -28,47 +28,51 @@ class BlockCall:
         return output[0] if isinstance(output, tuple) else output
 
 
-@dataclass
 class ModelInputs:
-    """What enters the first block, and how each block is called.
+    """What enters the first block, and how the model calls each block.
 
-    hidden: micro-batches [batch, sequence, features]; calls[batch size][block index].
+    hidden: micro-batches [batch, sequence, features], on the embedding's device.
+
+    No block runs for this: stand-ins hand the hidden states on, so that rotary tables, masks and per-layer arguments
+    (sliding windows, several rotary bases) are the model's own.
     """
 
-    hidden: list[Tensor]
-    calls: dict[int, list[BlockCall]]
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: Tensor, micro_batch: int) -> None:
+        self._model, self._blocks, self._windows = model, blocks, windows
+        self._calls: dict[int, list[BlockCall]] = {}
+        self.hidden = [self._record(batch) for batch in windows.split(micro_batch)]
 
+    def call(self, batch_size: int, block_index: int) -> BlockCall:
+        """The arguments of one block for a batch of this many windows; masks may depend on the number."""
+        if batch_size not in self._calls:
+            self._record(self._windows[:batch_size])
+        return self._calls[batch_size][block_index]
 
-def record_inputs(model: nn.Module, blocks: nn.ModuleList, windows: Tensor, micro_batch: int) -> ModelInputs:
-    """Run everything before the blocks on windows [samples, sequence] and keep what each block would be called with.
-
-    No block runs: stand-ins hand the hidden states on, so that rotary tables, masks and per-layer arguments
-    (sliding windows, several rotary bases) are the model's own. windows may lie on any device.
-    """
-    device = model.get_input_embeddings().weight.device
-    inputs = ModelInputs([], {})
-    for batch in windows.split(micro_batch):
-        with stand_ins(blocks) as recorders:
-            model.base_model(input_ids=batch.to(device), use_cache=False)
+    @torch.no_grad()
+    def _record(self, batch: Tensor) -> Tensor:
+        device = self._model.get_input_embeddings().weight.device
+        with stand_ins(self._blocks) as recorders:
+            self._model.base_model(input_ids=batch.to(device), use_cache=False)
         if recorders[0].hidden is None:
-            raise SparseGPTError(f"the first block of {type(model).__name__} was never called; its row in FAMILIES is wrong")
-        inputs.hidden.append(recorders[0].hidden)
-        inputs.calls.setdefault(len(batch), [recorder.call for recorder in recorders])
-    return inputs
+            name = type(self._model).__name__
+            raise SparseGPTError(f"the first block of {name} was never called: its row in FAMILIES is wrong")
+        self._calls.setdefault(len(batch), [recorder.call for recorder in recorders])
+        return recorders[0].hidden
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: notes its arguments, returns the hidden states as they came."""
+    """Stands in for a block: notes its arguments, returns the hidden states as they came or those to replay."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule: a stand-in owns no weights
         self.hidden: Tensor | None = None
+        self.replay: Tensor | None = None
         self.call = BlockCall((), {})
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden, self.call = hidden_states.detach(), BlockCall(args, kwargs)
-        return hidden_states
+        return hidden_states if self.replay is None else self.replay
 
     def __getattr__(self, name: str) -> Any:
         # Some models read a block's attributes (attention_type, layer_idx) while they loop over the list.
@@ -92,7 +96,9 @@ def stand_ins(blocks: nn.ModuleList) -> Iterator[list[_Recorder]]:
             blocks[index] = original
 
 
-def shared_inputs(block: nn.Module, names: Iterable[str], call: BlockCall, hidden: Tensor) -> list[tuple[str, ...]]:
+def shared_inputs(
+    block: nn.Module, names: Iterable[str], call: BlockCall, hidden: Tensor, prefix: str = ""
+) -> list[tuple[str, ...]]:
     """Group linears by the tensor that they read, in the order in which the block uses them.
 
     q, k and v come out as one group, because they receive the very same tensor. Raises SparseGPTError for a linear
@@ -113,8 +119,23 @@ def shared_inputs(block: nn.Module, names: Iterable[str], call: BlockCall, hidde
     groups = [tuple(dict.fromkeys(group)) for _, group in seen]
     used = {name for group in groups for name in group}
     if unused := [name for name in expected if name not in used]:
-        raise SparseGPTError(f"no input ever reached {', '.join(unused)}: the block runs it in a way that hooks cannot see")
+        raise SparseGPTError(
+            f"no input ever reached {', '.join(unused)}: the block runs it in a way that hooks cannot see"
+        )
     return groups
+
+
+def run_watched(
+    block: nn.Module, call: BlockCall, hidden: Tensor, watched: Iterable[str], unused: Iterable[str] = ()
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One forward pass: the inputs of the watched submodules by name, and the block's output.
+
+    unused: linears whose products may be skipped; with any, the output is meaningless.
+    """
+    seen: dict[str, Tensor] = {}
+    with watch_inputs(block, watched, seen.__setitem__), skip_products(block.get_submodule(name) for name in unused):
+        output = call.run(block, hidden)
+    return seen, output
 
 
 @contextmanager
@@ -127,9 +148,7 @@ def watch_inputs(block: nn.Module, names: Iterable[str], see: Callable[[str, Ten
 
         return hook
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names
-    ]
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
     try:
         yield
     finally:
@@ -138,12 +157,12 @@ def watch_inputs(block: nn.Module, names: Iterable[str], see: Callable[[str, Ten
 
 
 @contextmanager
-def skip_products(linears: Iterable[nn.Linear]) -> Iterator[None]:
+def skip_products(linears: Iterable[nn.Module]) -> Iterator[None]:
     """Let these linears return zeros at once: for a pass that only looks at what lies before them."""
     muted = list(linears)
     try:
         for linear in muted:
-            linear.forward = _zeros_of(linear.out_features)  # type: ignore[method-assign]
+            linear.forward = _zeros_of(int(linear.out_features))  # type: ignore[method-assign, arg-type]
         yield
     finally:
         for linear in muted:

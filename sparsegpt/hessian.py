@@ -142,7 +142,9 @@ def triangular_inverse(lower: Tensor, base: int = 128) -> Tensor:
     """Inverse of a lower triangular matrix [C, C] by halves: a third of the work of a general triangular solve."""
     size = lower.shape[0]
     if size <= base:
-        return torch.linalg.solve_triangular(lower, torch.eye(size, dtype=lower.dtype, device=lower.device), upper=False)
+        return torch.linalg.solve_triangular(
+            lower, torch.eye(size, dtype=lower.dtype, device=lower.device), upper=False
+        )
     half = size // 2
     top = triangular_inverse(lower[:half, :half], base)
     bottom = triangular_inverse(lower[half:, half:], base)

@@ -2,23 +2,26 @@
 
 For each decoder block: run it on the calibration activations, gather one Hessian per shared input, prune the linears
 that read this input, go on to the next input; then run the finished block once more to get the next block's inputs.
-With correction or reconstruction the dense model's activations flow beside the pruned model's, so that every layer
-knows how far its inputs have already drifted.
+With correction or reconstruction the dense model's activations flow beside the pruned model's. A block sees the dense
+stream once, before anything in it is pruned; its inputs inside the block are kept until they have been compared.
 """
 
-import copy
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsegpt.blocks import Family, decoder_blocks, family_of, prunable_linears
-from sparsegpt.capture import BlockCall, ModelInputs, record_inputs, shared_inputs, skip_products, watch_inputs
+from sparsegpt.capture import ModelInputs, run_watched, shared_inputs
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import DampedHessian, HessianAccumulator
+from sparsegpt.reconstruct import Reconstruction, reconstruct_block
+from sparsegpt.reports import BlockReport, LayerReport, PruneReport
 from sparsegpt.settings import Order, PruneSettings, resolve_settings
 from sparsegpt.solvers import METHODS, prune_layer
 from sparsegpt.solvers.correction import DriftAccumulator, corrected_target
@@ -29,272 +32,293 @@ TOKENS_PER_STEP = 4096
 
 # Linears of one block that read the same tensor, by their names inside the block.
 Group = tuple[str, ...]
+# For each micro-batch, the dense model's tensor at each watched submodule.
+DenseInputs = list[dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one linear. relative_error: ||(W - W')X||^2 / ||WX||^2; sparsity: the pattern asked for."""
-
-    name: str
-    shape: tuple[int, int]
-    sparsity: str
-    zeros: float
-    relative_error: float
-    damping: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """One finished block: its place, the mean relative error of its layers, wall seconds."""
-
-    index: int
-    blocks: int
-    relative_error: float
-    seconds: float
-
-
-@dataclass
-class PruneReport:
-    """What `prune_model` returns: one LayerReport a linear, and where the time went."""
-
-    settings: PruneSettings
-    layers: list[LayerReport] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0, "reconstruct": 0.0})
-
-    @property
-    def density(self) -> float:
-        """Share of non-zero weights in the pruned linears."""
-        total = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        return sum((1 - layer.zeros) * layer.shape[0] * layer.shape[1] for layer in self.layers) / total
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for report.json."""
-        settings = asdict(self.settings) | {"sparsity": str(self.settings.sparsity)}
-        return {
-            "sparsity": str(self.settings.sparsity),
-            "method": self.settings.method,
-            "settings": settings,
-            "density_of_pruned_linears": self.density,
-            "layers": [asdict(layer) for layer in self.layers],
-        }
-
-
-@torch.no_grad()
 def prune_model(
-    model: nn.Module,
-    windows: Tensor,
-    sparsity: str | float | Sparsity,
-    *,
-    preset: str = "default",
-    device: torch.device | str | None = None,
-    micro_batch: int | None = None,
-    select: Callable[[str], bool] = lambda name: True,
-    on_layer: Callable[[LayerReport], None] = lambda report: None,
-    on_block: Callable[[BlockReport], None] = lambda report: None,
-    **settings: Any,
+    model: nn.Module, windows: Tensor, sparsity: str | float | Sparsity, *, preset: str = "default", **options: Any
 ) -> PruneReport:
     """Prune a transformers causal language model in place.
 
     windows: LongTensor [samples, sequence_length] of calibration tokens. sparsity: "2:4", 0.5, "50%" or a pattern.
-    preset and settings: see `settings.PruneSettings`; what is given here wins over the preset. device: where one block
-    computes at a time, by default where the blocks are; the activations between blocks stay on the embedding's device.
-    micro_batch: windows of one forward pass. select(name): whether to prune the linear of this name.
-    on_layer, on_block: called with a report after each linear and each block.
+    options: fields of `settings.PruneSettings`, which win over the preset, and arguments of `prune_blocks`.
     Raises SparseGPTError, naming the layer, for input that cannot be pruned; the blocks before it are pruned by then.
     """
-    chosen = resolve_settings(sparsity, preset, **settings)
+    names = {setting.name for setting in fields(PruneSettings)}
+    settings = {key: options.pop(key) for key in list(options) if key in names}
+    return prune_blocks(model, windows, resolve_settings(sparsity, preset, **settings), **options)
+
+
+@torch.no_grad()
+def prune_blocks(
+    model: nn.Module,
+    windows: Tensor,
+    settings: PruneSettings,
+    *,
+    device: torch.device | str | None = None,
+    micro_batch: int | None = None,
+    select: Callable[[str], bool] = lambda name: True,
+    include_head: bool = False,
+    on_layer: Callable[[LayerReport], None] = lambda report: None,
+    on_block: Callable[[BlockReport], None] = lambda report: None,
+) -> PruneReport:
+    """`prune_model` for resolved settings.
+
+    device: where one block computes at a time, by default where the blocks are; the activations between blocks stay
+    on the embedding's device. micro_batch: windows of one forward pass. select(name): whether to prune the linear of
+    this full name. include_head: prune lm_head too. on_layer, on_block: called with each report.
+    """
     if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
         raise SparseGPTError(f"expected calibration windows [samples, sequence_length], found {list(windows.shape)}")
     family = family_of(model)
     blocks = decoder_blocks(model, family)
-    _check_layers(blocks, family, chosen.sparsity, select)
-    report = PruneReport(chosen)
+    head = lm_head_of(model) if include_head else None
+    _check_layers(blocks, family, head, settings.sparsity, select)
+    batch = micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1])
     was_training = model.training
     model.eval()
     try:
-        inputs = record_inputs(model, blocks, windows, micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1]))
-        driver = _Driver(chosen, family, inputs, report, select, on_layer, torch.device(device) if device else None)
+        inputs = ModelInputs(model, blocks, windows, batch)
+        driver = _Driver(settings, inputs, torch.device(device) if device else None, select, on_layer)
         for index, block in enumerate(blocks):
-            started = time.perf_counter()
-            layers = driver.prune_block(block, index, last=index + 1 == len(blocks))
-            error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
-            on_block(BlockReport(index, len(blocks), error, time.perf_counter() - started))
+            last = index + 1 == len(blocks)
+            on_block(driver.prune_block(block, family, index, len(blocks), outputs_wanted=not last or include_head))
+        if head is not None:
+            driver.prune_head(model, blocks, head, windows.split(batch))
     finally:
         model.train(was_training)
-    return report
+    return driver.report
 
 
-def _check_layers(blocks: nn.ModuleList, family: Family, pattern: Sparsity, select: Callable[[str], bool]) -> None:
+def _check_layers(
+    blocks: nn.ModuleList, family: Family, head: nn.Linear | None, pattern: Sparsity, select: Callable[[str], bool]
+) -> None:
     """Refuse before any work what would be refused in the middle of it."""
-    found = False
-    for index, block in enumerate(blocks):
-        for name, linear in prunable_linears(block).items():
-            full_name = f"{family.blocks}.{index}.{name}"
-            if select(full_name):
-                found = True
-                pattern.check(linear.in_features, full_name)
-    if not found:
+    linears = {
+        f"{family.blocks}.{index}.{name}": linear
+        for index, block in enumerate(blocks)
+        for name, linear in prunable_linears(block).items()
+    }
+    chosen = {name: linear for name, linear in linears.items() if select(name)}
+    if not chosen and head is None:
         raise SparseGPTError("no linear layer is selected: loosen --only or --skip, which match full module names")
+    for name, linear in chosen.items() if head is None else [*chosen.items(), ("lm_head", head)]:
+        pattern.check(linear.in_features, name)
+        if not torch.isfinite(linear.weight).all():
+            raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
 
 
+@dataclass
 class _Driver:
     """Carries the activation streams from block to block and prunes each block in turn."""
 
-    def __init__(
-        self,
-        settings: PruneSettings,
-        family: Family,
-        inputs: ModelInputs,
-        report: PruneReport,
-        select: Callable[[str], bool],
-        on_layer: Callable[[LayerReport], None],
-        device: torch.device | None,
-    ) -> None:
-        self.settings, self.family, self.report = settings, family, report
-        self.select, self.on_layer, self.device = select, on_layer, device
-        self.calls = inputs.calls
-        self.pruned_stream = inputs.hidden
+    settings: PruneSettings
+    inputs: ModelInputs
+    device: torch.device | None
+    select: Callable[[str], bool]
+    on_layer: Callable[[LayerReport], None]
+
+    def __post_init__(self) -> None:
+        self.report = PruneReport(self.settings)
+        self.pruned_stream = self.inputs.hidden
         # The streams part at the first pruned linear; until then they are the same tensors.
-        self.dense_stream = list(inputs.hidden) if settings.needs_dense_stream else None
+        self.dense_stream = list(self.inputs.hidden) if self.settings.needs_dense_stream else None
 
-    def prune_block(self, block: nn.Module, index: int, *, last: bool) -> list[LayerReport]:
-        """Prune the block in place and move the streams behind it; the last block's outputs are not computed."""
+    def prune_block(
+        self, block: nn.Module, family: Family, index: int, blocks: int, *, outputs_wanted: bool
+    ) -> BlockReport:
+        """Prune the block in place and move the streams behind it, unless nobody reads them there."""
+        started = time.perf_counter()
         home = next(block.parameters()).device
-        device = self.device or home
-        block.to(device)
-        dense_block = copy.deepcopy(block) if self.dense_stream is not None else None
-        layers = self._prune_linears(block, dense_block, index)
-        if dense_block is not None and self.dense_stream is not None and (not last or self.settings.reconstruct):
-            self.dense_stream = self._advance(dense_block, self.dense_stream, index)
-            if self.settings.reconstruct and layers:
-                self._reconstruct(block, index)
-        if not last:
-            self.pruned_stream = self._advance(block, self.pruned_stream, index)
+        block.to(self.device or home)
+        job = _BlockJob(self, block, family, index)
+        layers = job.prune_linears()
+        reconstruction = job.reconstruct(layers) if self.settings.reconstruct and layers else None
+        if outputs_wanted:
+            with self.timed("capture"):
+                self.pruned_stream = [job.run(hidden)[1] for hidden in self.pruned_stream]
         block.to(home)
-        return layers
+        error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
+        share = reconstruction.after / reconstruction.before if reconstruction else None
+        self.report.blocks.append(BlockReport(index, blocks, error, time.perf_counter() - started, share))
+        return self.report.blocks[-1]
 
-    def _prune_linears(self, block: nn.Module, dense_block: nn.Module | None, index: int) -> list[LayerReport]:
-        prefix = f"{self.family.blocks}.{index}."
-        names = [name for name in prunable_linears(block) if self.select(prefix + name)]
-        if not names:
-            return []
-        hidden = self.pruned_stream[0].to(next(block.parameters()).device)
-        groups = shared_inputs(block, names, self._call(hidden, index), hidden)
-        layers = []
-        for stage in _stages(groups, self.settings.order):
-            statistics = self._gather(block, dense_block, index, groups, stage)
-            for group in stage:
-                layers += self._prune_group(block, prefix, group, *statistics.pop(group))
-        return layers
+    def prune_head(self, model: nn.Module, blocks: nn.ModuleList, head: nn.Linear, batches: tuple[Tensor, ...]) -> None:
+        """Prune lm_head on what the final norm gives it, behind the last block."""
+        statistics = HessianAccumulator(head.in_features, head.weight.device), DriftAccumulator()
+        with self.timed("capture"):
+            for step, batch in enumerate(batches):
+                pruned = head_inputs(model, blocks, batch, self.pruned_stream[step])
+                statistics[0].add(pruned)
+                if self.settings.corrects and self.dense_stream is not None:
+                    statistics[1].add_inputs(head_inputs(model, blocks, batch, self.dense_stream[step]), pruned)
+        with self.timed("solve"):
+            self.prune_group({"lm_head": head}, *statistics)
 
-    def _gather(
-        self,
-        block: nn.Module,
-        dense_block: nn.Module | None,
-        index: int,
-        groups: list[Group],
-        stage: list[Group],
-    ) -> dict[Group, tuple[HessianAccumulator, DriftAccumulator]]:
-        """One pass over the calibration activations for all shared inputs of a stage."""
-        started = time.perf_counter()
-        device = next(block.parameters()).device
-        statistics = {
-            group: (HessianAccumulator(block.get_submodule(group[0]).in_features, device), DriftAccumulator())
-            for group in stage
-        }
-        residuals = {group: self._residual_source(group) for group in stage}
-        watched = {group[0] for group in stage} | {source for source in residuals.values() if source}
-        # Whatever the last inputs of this stage lead to is not looked at.
-        unused = [name for group in groups[groups.index(stage[-1]) :] for name in group] if stage[-1] in groups else []
-        for step, hidden in enumerate(self.pruned_stream):
-            pruned = self._look(block, hidden.to(device), index, watched, unused)
-            dense = None
-            if dense_block is not None and self.dense_stream is not None and self.settings.corrects:
-                dense = self._look(dense_block, self.dense_stream[step].to(device), index, watched, unused)
-            for group, (hessian, drift) in statistics.items():
-                name, residual = group[0], residuals[group]
-                hessian.add(pruned[name])
-                if dense is not None:
-                    drift.add_inputs(dense[name], pruned[name])
-                if dense is not None and residual is not None:
-                    drift.add_residual(dense[residual], pruned[residual], pruned[name])
-        self.report.seconds["capture"] += time.perf_counter() - started
-        return statistics
-
-    def _residual_source(self, group: Group) -> str | None:
-        """The submodule whose input is the residual stream that this group's only linear is added to."""
-        return self.family.residuals.get(group[0]) if len(group) == 1 and self.settings.residual_correction else None
-
-    def _look(
-        self, block: nn.Module, hidden: Tensor, index: int, watched: Iterable[str], unused: list[str]
-    ) -> dict[str, Tensor]:
-        """The inputs of the watched submodules in one forward pass."""
-        seen: dict[str, Tensor] = {}
-        with watch_inputs(block, watched, seen.__setitem__), skip_products(block.get_submodule(n) for n in unused):
-            self._call(hidden, index).run(block, hidden)
-        return seen
-
-    def _prune_group(
-        self, block: nn.Module, prefix: str, group: Group, gram: HessianAccumulator, drift: DriftAccumulator
+    def prune_group(
+        self, linears: dict[str, nn.Linear], gram: HessianAccumulator, drift: DriftAccumulator
     ) -> list[LayerReport]:
-        """Prune all linears of one shared input: they share its Hessian and what is derived from it."""
-        started = time.perf_counter()
-        hessian = DampedHessian(gram.hessian, self.settings.damping, name=prefix + group[0])
-        layers = []
-        for name in group:
-            linear_started = time.perf_counter()
-            linear = block.get_submodule(name)
-            if not torch.isfinite(linear.weight).all():
-                raise SparseGPTError(f"{prefix + name}: weight contains NaN or infinite values; the checkpoint is damaged")
+        """Prune all linears of one shared input: they share its Hessian and everything derived from it."""
+        settings = self.settings
+        hessian = DampedHessian(gram.hessian, settings.damping, name=next(iter(linears)))
+        self._warn_if_starved(hessian, gram.tokens)
+        reports = []
+        for name, linear in linears.items():
+            started = time.perf_counter()
             target = None
-            if self.settings.corrects:
-                shares = self.settings.error_correction, self.settings.residual_correction
+            if settings.corrects:
+                shares = settings.error_correction, settings.residual_correction
                 target = corrected_target(linear.weight, hessian, drift, *shares)
             pruned = prune_layer(
-                linear.weight,
-                hessian,
-                self.settings.sparsity,
-                METHODS[self.settings.method],
-                self.settings.block_size,
-                target=target,
+                linear.weight, hessian, settings.sparsity, METHODS[settings.method], settings.block_size, target=target
             )
             linear.weight.copy_(pruned.weight)
-            layers.append(
-                LayerReport(
-                    name=prefix + name,
-                    shape=(linear.out_features, linear.in_features),
-                    sparsity=str(self.settings.sparsity),
-                    zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
-                    relative_error=pruned.relative_error,
-                    damping=pruned.damping,
-                    seconds=time.perf_counter() - linear_started,
-                )
+            report = LayerReport(
+                name=name,
+                shape=(linear.out_features, linear.in_features),
+                sparsity=str(settings.sparsity),
+                zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
+                relative_error=pruned.relative_error,
+                damping=pruned.damping,
+                tokens=gram.tokens,
+                seconds=time.perf_counter() - started,
             )
-            self.on_layer(layers[-1])
-        self.report.layers += layers
-        self.report.seconds["solve"] += time.perf_counter() - started
+            reports.append(report)
+            self.on_layer(report)
+        self.report.layers += reports
+        return reports
+
+    def _warn_if_starved(self, hessian: DampedHessian, tokens: int) -> None:
+        """A Hessian of fewer tokens than inputs is singular: only the damping holds it up."""
+        width = len(hessian.dead)
+        if tokens < width:
+            self.report.warnings.append(
+                f"{hessian.name}: {tokens} calibration tokens for {width} input features; "
+                "give more --samples or a longer --seqlen"
+            )
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the wall seconds of a part of the work; a GPU is waited for."""
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.report.seconds[part] += time.perf_counter() - started
+
+
+class _BlockJob:
+    """One block on its way from dense to pruned."""
+
+    def __init__(self, driver: _Driver, block: nn.Module, family: Family, index: int) -> None:
+        self.driver, self.block, self.family, self.index = driver, block, family, index
+        self.settings = driver.settings
+        self.prefix = f"{family.blocks}.{index}."
+        self.device = next(block.parameters()).device
+
+    def prune_linears(self) -> list[LayerReport]:
+        """Prune every selected linear, stage by stage in forward order."""
+        names = [name for name in prunable_linears(self.block) if self.driver.select(self.prefix + name)]
+        with self.driver.timed("capture"):
+            groups = self._shared_inputs(names)
+            dense_inputs = self._dense_pass(groups)
+        layers: list[LayerReport] = []
+        for stage in _stages(groups, self.settings.order):
+            with self.driver.timed("capture"):
+                statistics = self._gather(stage, _linears_from(stage[-1], groups), dense_inputs)
+            with self.driver.timed("solve"):
+                for group, sums in statistics.items():
+                    linears = {self.prefix + name: self.block.get_submodule(name) for name in group}
+                    layers += self.driver.prune_group(linears, *sums)  # type: ignore[arg-type]
         return layers
 
-    def _reconstruct(self, block: nn.Module, index: int) -> None:
-        raise NotImplementedError
+    def reconstruct(self, layers: list[LayerReport]) -> Reconstruction:
+        """Train the kept weights so that the block on pruned inputs gives the dense block's outputs."""
+        assert self.driver.dense_stream is not None
+        with self.driver.timed("reconstruct"):
+            return reconstruct_block(
+                self.block,
+                [layer.name.removeprefix(self.prefix) for layer in layers],
+                self.driver.pruned_stream,
+                self.driver.dense_stream,
+                lambda size: self.driver.inputs.call(size, self.index),
+                epochs=self.settings.reconstruct,
+                learning_rate=self.settings.learning_rate,
+            )
 
-    def _advance(self, block: nn.Module, stream: list[Tensor], index: int) -> list[Tensor]:
-        """The stream behind the block; each micro-batch returns to where it was kept."""
-        started = time.perf_counter()
-        device = next(block.parameters()).device
-        outputs = [self._call(h, index).run(block, h.to(device)).to(h.device) for h in stream]
-        self.report.seconds["capture"] += time.perf_counter() - started
-        return outputs
+    def run(
+        self, hidden: Tensor, watched: frozenset[str] = frozenset(), unused: Group = ()
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs of the watched submodules and the block's output, for one micro-batch; the output goes home."""
+        call = self.driver.inputs.call(len(hidden), self.index)
+        seen, output = run_watched(self.block, call, hidden.to(self.device), watched, unused)
+        return seen, output.to(hidden.device)
 
-    def _call(self, hidden: Tensor, index: int) -> BlockCall:
-        return self.calls[len(hidden)][index]
+    def _shared_inputs(self, names: list[str]) -> list[Group]:
+        hidden = self.driver.pruned_stream[0]
+        call = self.driver.inputs.call(len(hidden), self.index)
+        return shared_inputs(self.block, names, call, hidden.to(self.device), self.prefix) if names else []
+
+    def _dense_pass(self, groups: list[Group]) -> DenseInputs:
+        """Move the dense stream through the still dense block; keep what the corrections will compare."""
+        if self.driver.dense_stream is None:
+            return []
+        watched = (
+            frozenset(name for group in groups for name in self._watched(group))
+            if self.settings.corrects
+            else frozenset()
+        )
+        kept, outputs = [], []
+        for hidden in self.driver.dense_stream:
+            seen, output = self.run(hidden, watched)
+            kept.append({name: tensor.to(hidden.device) for name, tensor in seen.items()})
+            outputs.append(output)
+        self.driver.dense_stream = outputs
+        return kept
+
+    def _watched(self, group: Group) -> list[str]:
+        """Where to look for a group: its own input and, for a projection, the residual stream it is added to."""
+        residual = self._residual(group)
+        return [group[0]] if residual is None else [group[0], residual]
+
+    def _residual(self, group: Group) -> str | None:
+        wanted = self.settings.residual_correction > 0 and len(group) == 1
+        return self.family.residuals.get(group[0]) if wanted else None
+
+    def _gather(
+        self, stage: list[Group], unused: Group, dense_inputs: DenseInputs
+    ) -> dict[Group, tuple[HessianAccumulator, DriftAccumulator]]:
+        """One pass of the pruned stream for all shared inputs of a stage; `unused` linears need not be computed."""
+        statistics = {
+            group: (HessianAccumulator(self.block.get_submodule(group[0]).in_features, self.device), DriftAccumulator())
+            for group in stage
+        }
+        watched = frozenset(name for group in stage for name in self._watched(group))
+        for step, hidden in enumerate(self.driver.pruned_stream):
+            pruned, _ = self.run(hidden, watched, unused)
+            for group, (hessian, drift) in statistics.items():
+                name, residual = group[0], self._residual(group)
+                hessian.add(pruned[name])
+                if not self.settings.corrects:
+                    continue
+                dense = dense_inputs[step]
+                drift.add_inputs(dense[name].to(self.device), pruned[name])
+                if residual is not None:
+                    drift.add_residual(dense[residual].to(self.device), pruned[residual], pruned[name])
+        return statistics
 
 
 def _stages(groups: list[Group], order: Order) -> list[list[Group]]:
     """Which shared inputs are gathered in one pass: see PruneSettings.order."""
     if order == "block":
-        return [groups]
+        return [groups] if groups else []
     if order == "input":
         return [[group] for group in groups]
     return [[(name,)] for group in groups for name in group]
+
+
+def _linears_from(last: Group, groups: list[Group]) -> Group:
+    """The linears of the group that holds `last`, and of all groups after it: their outputs lead nowhere yet."""
+    place = next(place for place, group in enumerate(groups) if last[0] in group)
+    return tuple(name for group in groups[place:] for name in group)

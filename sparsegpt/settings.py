@@ -36,7 +36,9 @@ class PruneSettings:
     def __post_init__(self) -> None:
         method = parse_method(self.method)
         if self.damping < 0:
-            raise SparseGPTError(f"damping {self.damping:g} is negative: expected a share of the mean diagonal, like 0.01")
+            raise SparseGPTError(
+                f"damping {self.damping:g} is negative: expected a share of the mean diagonal, like 0.01"
+            )
         if self.block_size < 1 or (isinstance(self.sparsity, NM) and self.block_size % self.sparsity.m):
             raise SparseGPTError(f"block size {self.block_size} must be a positive multiple of {self.sparsity}'s group")
         for name in ("error_correction", "residual_correction"):

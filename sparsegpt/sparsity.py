@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from sparsegpt.errors import SparseGPTError
 
-EXPECTED = 'expected "n:m" such as 2:4 (keep 2 of every 4), a fraction of zeros such as 0.5, or a percentage such as 50%'
+EXPECTED = (
+    'expected "n:m" such as 2:4 (keep 2 of every 4), a fraction of zeros such as 0.5, or a percentage such as 50%'
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""`python -m sparsegpt`."""
+
+from sparsegpt.cli import main
+
+main()

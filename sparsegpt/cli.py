@@ -1,0 +1,218 @@
+"""The command line: `python -m sparsegpt run | eval | inspect`. The only place that prints or exits.
+
+Exit codes: 0 done, 1 refused with one line on stderr, 2 wrong usage, 130 interrupted.
+"""
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsegpt.errors import SparseGPTError
+
+app = typer.Typer(
+    name="sparsegpt",
+    help="One-shot pruning of large language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Model = Annotated[str, typer.Option(help="Hub id, folder, short name such as opt-1.3b, or the embedded demo.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, float16 or bfloat16; auto is float32 on a CPU, else the file's.")
+]
+Length = Annotated[int | None, typer.Option("--seqlen", help="Tokens a window; default min(2048, the model's limit).")]
+BatchSize = Annotated[int | None, typer.Option(help="Windows scored in one forward pass.")]
+BosChoice = Annotated[
+    str, typer.Option(help="Beginning-of-sequence token before each scored window: auto, always, never.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
+
+
+def main() -> None:
+    """Run the command line; every refusal is one line on stderr and exit code 1."""
+    try:
+        app()
+    except SparseGPTError as error:
+        print(f"sparsegpt: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    sparsity: Annotated[str, typer.Option(help='Pattern "n:m" (keep n of m), or fraction of zeros: 2:4, 0.5, 50%.')],
+    model: Model = "demo",
+    preset: Annotated[str, typer.Option(help="paper (the published algorithm), fast, default or best.")] = "default",
+    method: Annotated[
+        str | None, typer.Option(help="magnitude, wanda, sparsegpt, each also with +refit, or admm.")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Calibration text: wikitext2, ptb, c4, pydoc, file or folder.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Length = None,
+    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    evaluate: Annotated[
+        str | None, typer.Option("--eval", help="Texts to score on, comma-separated names or files; none for none.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default ./pruned/<model>-<sparsity>.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in --out once the new is whole.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    damping: Annotated[float | None, typer.Option(help="Share of the mean diagonal added to the Hessian.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Columns that share a threshold (sparsegpt, fractions).")
+    ] = None,
+    error_correction: Annotated[
+        float | None, typer.Option(help="Share of upstream errors that each layer undoes, 0 to 1.")
+    ] = None,
+    residual_correction: Annotated[
+        float | None, typer.Option(help="Share of the residual stream's drift that projections undo, 0 to 1.")
+    ] = None,
+    reconstruct: Annotated[int | None, typer.Option(help="Epochs of block-wise training of the kept weights.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the block-wise training.")] = None,
+    only: Annotated[str | None, typer.Option(help="Prune only modules whose full name matches this regex.")] = None,
+    skip: Annotated[str | None, typer.Option(help="Leave modules dense whose full name matches this regex.")] = None,
+    include: Annotated[str | None, typer.Option(help="lm_head: prune the output layer too.")] = None,
+    batch_size: BatchSize = None,
+    bos: BosChoice = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model, score it before and after, and save it with a report."""
+    from sparsegpt.console import RunDisplay, print_report
+    from sparsegpt.run import RunOptions, default_data
+    from sparsegpt.run import run as run_job
+    from sparsegpt.settings import resolve_settings
+
+    settings = resolve_settings(
+        sparsity,
+        preset,
+        method=method,
+        damping=damping,
+        block_size=block_size,
+        error_correction=error_correction,
+        residual_correction=residual_correction,
+        reconstruct=reconstruct,
+        learning_rate=learning_rate,
+    )
+    if include not in (None, "lm_head"):
+        raise SparseGPTError(f"--include {include!r} is not known: only lm_head can be pruned besides the blocks")
+    options = RunOptions(
+        model=model,
+        calibration=calib or default_data(model, "calibration"),
+        evaluate=_data_names(evaluate or default_data(model, "evaluation")),
+        out=out or Path("pruned") / f"{_folder_name(model)}-{str(settings.sparsity).replace(':', 'of')}",
+        samples=samples,
+        sequence_length=seqlen,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        bos=bos,
+        only=only,
+        skip=skip,
+        include_head=include == "lm_head",
+        overwrite=overwrite,
+    )
+    console = _console()
+    _silence_libraries()
+    try:
+        with RunDisplay(console, quiet=quiet) as display:
+            report = run_job(options, settings, display)
+    except KeyboardInterrupt:
+        print(f"sparsegpt: interrupted; nothing was written to {options.out}", file=sys.stderr)
+        raise
+    if not quiet:
+        print_report(console, report)
+        console.print(f"saved {options.out}")
+
+
+@app.command(name="eval")
+def evaluate_model(
+    model: Model = "demo",
+    data: Annotated[str | None, typer.Option(help="Texts to score on, comma-separated names or files.")] = None,
+    seqlen: Length = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+    bos: BosChoice = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Perplexity and bits per byte of a model, dense or pruned, by the published protocol."""
+    from sparsegpt.eval.perplexity import score_text
+    from sparsegpt.models import load_model
+    from sparsegpt.run import default_data
+
+    _silence_libraries()
+    loaded = load_model(model, dtype=dtype, device=device)
+    length = seqlen or loaded.default_sequence_length
+    scores = [
+        score_text(loaded.model, loaded.tokenizer, name, length, batch_size=batch_size, bos=bos)
+        for name in _data_names(data or default_data(model, "evaluation"))
+    ]
+    if as_json:
+        print(json.dumps([asdict(score) for score in scores]))
+        return
+    console = _console()
+    for score in scores:
+        console.print(
+            f"{score.data}: perplexity {score.perplexity:.4f}, {score.bits_per_byte:.4f} bits per byte "
+            f"({score.windows} windows of {length} tokens)"
+        )
+        if score.alarm:
+            console.print(f"WARNING: {score.alarm}", style="bold red")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A model folder with safetensors files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What is sparse in a model folder; exit code 1 when a promised pattern is broken anywhere."""
+    from sparsegpt.console import print_findings
+    from sparsegpt.inspection import inspect_folder
+
+    findings = inspect_folder(folder)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        print_findings(_console(), findings)
+    broken = [finding for finding in findings if not finding.ok]
+    if broken:
+        raise SparseGPTError(
+            f"{folder}: {len(broken)} of {len(findings)} weights break their pattern, first {broken[0].name} ({broken[0].problem})"
+        )
+
+
+def _data_names(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _folder_name(model: str) -> str:
+    """The last part of a Hub id or path, safe as a folder's name."""
+    return re.sub(r"[^\w.\-]", "-", Path(model.rstrip("/")).name) or "model"
+
+
+def _console() -> Console:
+    """Colours and bars on a terminal; plain, unwrapped lines anywhere else."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160, no_color=True)
+
+
+def _silence_libraries() -> None:
+    """Progress bars and advice of the libraries below would break the display; their errors still come through."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

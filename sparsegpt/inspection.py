@@ -1,0 +1,106 @@
+"""What is sparse in a model folder: every weight matrix checked against its pattern, from the files alone.
+
+A weight that report.json lists must keep the pattern it was pruned to. Weights of folders without a report are
+described by the patterns that they happen to satisfy.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sparsegpt.checkpoint import REPORT_NAME
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.sparsity import NM, parse_sparsity
+
+# Tried on weights that no report speaks of, the strictest first.
+COMMON_PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16), NM(16, 32), NM(3, 4))
+# A fraction counts as kept when the file has at least this share of the zeros asked for: rounding per block or row.
+ROUNDING = 0.001
+
+
+@dataclass(frozen=True)
+class TensorFinding:
+    """One weight matrix. pattern: promised by the report, or found; ok: whether it holds; problem: where it breaks."""
+
+    name: str
+    shape: tuple[int, int]
+    zeros: float
+    pattern: str
+    ok: bool
+    problem: str = ""
+
+
+def inspect_folder(folder: Path) -> list[TensorFinding]:
+    """Check every 2-D weight in the safetensors files of a folder, one tensor in memory at a time.
+
+    Raises SparseGPTError when the folder has no such files, one is damaged, or a listed layer is missing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SparseGPTError(f"{folder} has no safetensors files: expected a model folder, as `run` writes it")
+    promised = _promised_patterns(folder)
+    findings = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for key in sorted(tensors.keys()):
+                    if key.endswith(".weight") and len(tensors.get_slice(key).get_shape()) == 2:
+                        name = key.removesuffix(".weight")
+                        findings.append(_examine(name, tensors.get_tensor(key), promised.pop(name, None)))
+        except SafetensorError as error:
+            raise SparseGPTError(f"{path} is truncated or damaged ({error}): write it again") from error
+    if promised:
+        raise SparseGPTError(f"{folder / REPORT_NAME} lists {next(iter(promised))}, but no file holds its weight")
+    return findings
+
+
+def _promised_patterns(folder: Path) -> dict[str, str]:
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return {}
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {layer["name"]: layer["sparsity"] for layer in report["layers"]}
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise SparseGPTError(f"{path} is damaged ({error}): remove it to inspect the weights alone") from error
+
+
+def _examine(name: str, weight: Tensor, promised: str | None) -> TensorFinding:
+    rows, columns = weight.shape
+    zeros = float((weight == 0).sum()) / max(1, weight.numel())
+    if promised is None:
+        return TensorFinding(name, (rows, columns), zeros, _found_pattern(weight, zeros), ok=True)
+    pattern = parse_sparsity(promised)
+    problem = ""
+    if isinstance(pattern, NM):
+        problem = first_bad_group(weight, pattern) or ""
+    elif zeros < pattern.fraction - ROUNDING:
+        problem = f"{zeros:.2%} zeros, fewer than the {pattern.fraction:.2%} promised"
+    return TensorFinding(name, (rows, columns), zeros, promised, ok=not problem, problem=problem)
+
+
+def _found_pattern(weight: Tensor, zeros: float) -> str:
+    for pattern in COMMON_PATTERNS:
+        if zeros and first_bad_group(weight, pattern) is None:
+            return str(pattern)
+    return "unstructured" if zeros > ROUNDING else "dense"
+
+
+def first_bad_group(weight: Tensor, pattern: NM) -> str | None:
+    """Where a weight [R, C] first has more than n non-zeros in a group of m, in words; None where it never does."""
+    if weight.shape[1] % pattern.m:
+        return f"{weight.shape[1]} columns do not divide into groups of {pattern.m}"
+    count = rearrange(weight != 0, "r (g m) -> r g m", m=pattern.m).sum(-1)
+    bad = torch.nonzero(count > pattern.n)
+    if not len(bad):
+        return None
+    row, group = bad[0].tolist()
+    first = group * pattern.m
+    return f"row {row}, columns {first} to {first + pattern.m - 1}: {int(count[row, group])} non-zeros, {pattern} allows {pattern.n}"

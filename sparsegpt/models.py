@@ -1,0 +1,159 @@
+"""Models and tokenizers by short name, Hub id or folder, with one clear line for everything that can be wrong.
+
+The arithmetic on a CPU is float32 even when the file holds halves (they are slow there and lose digits); a saved
+model goes back to the dtype of the file that it came from.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsegpt.calib_data import demo_folder
+from sparsegpt.errors import SparseGPTError
+
+DEMO = "demo"
+MAX_DEFAULT_SEQUENCE = 2048
+
+# The names of the papers' tables. Anything else is taken as a folder or a Hub id.
+SHORT_NAMES = {
+    **{f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")},
+    **{f"llama-2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")},
+    **{f"llama-3-{size}": f"meta-llama/Meta-Llama-3-{size.upper()}" for size in ("8b", "70b")},
+    **{f"llama-3.2-{size}": f"meta-llama/Llama-3.2-{size.upper()}" for size in ("1b", "3b")},
+    **{f"smollm2-{size}": f"HuggingFaceTB/SmolLM2-{size.upper()}" for size in ("135m", "360m", "1.7b")},
+    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")},
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+}
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model ready to prune. stored_dtype: what its weights are saved as."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    stored_dtype: torch.dtype
+
+    @property
+    def default_sequence_length(self) -> int:
+        """min(2048, the model's own limit)."""
+        config = self.model.config.get_text_config()
+        return min(MAX_DEFAULT_SEQUENCE, getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_SEQUENCE)
+
+    def round_to_stored(self) -> None:
+        """Round every weight to what the file will hold, so that a score belongs to the saved model."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(parameter.to(self.stored_dtype))
+
+    def save(self, folder: Path) -> None:
+        """Write weights in stored_dtype, config, generation config and tokenizer in Hugging Face form."""
+        computing = self.model.dtype
+        self.model.to(self.stored_dtype).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.model.to(computing)
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Load a model by short name ("opt-1.3b"), Hub id, folder, or "demo".
+
+    dtype: "auto", "float32", "float16" or "bfloat16"; auto is the file's own on a GPU and float32 on a CPU.
+    device: "auto", "cpu", "cuda", "cuda:1". Raises SparseGPTError for anything that does not load whole.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise SparseGPTError(f"dtype {dtype!r} is not known: expected auto, {', '.join(DTYPES)}")
+    source = str(demo_folder()) if name == DEMO else SHORT_NAMES.get(name.lower(), name)
+    place = pick_device(device)
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise SparseGPTError(f"model folder {source} does not exist: give a folder, a Hub id or one of the short names")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        stored = getattr(config, "dtype", None) or torch.float32
+        computing = DTYPES.get(dtype) or (stored if place.type == "cuda" else torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=computing, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except SparseGPTError:
+        raise
+    except Exception as error:  # transformers, safetensors and the Hub client raise a dozen unrelated types here
+        raise SparseGPTError(f"model {name!r} could not be loaded: {_first_line(error)}{_advice(source)}") from error
+    _check_loaded(name, model, tokenizer, info)
+    return LoadedModel(name, model.to(place), tokenizer, DTYPES.get(dtype) or stored)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device named, or a GPU when there is one for "auto"."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise SparseGPTError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise SparseGPTError(f"device {device!r} was asked for, but torch finds no CUDA device: use --device cpu")
+    return place
+
+
+def _check_folder(folder: Path) -> None:
+    """A local folder must have a configuration and weights, and its safetensors files must be whole."""
+    if not (folder / "config.json").is_file():
+        raise SparseGPTError(f"model folder {folder} has no config.json: expected a Hugging Face model folder")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SparseGPTError(f"{folder / 'config.json'} is not valid JSON: {_first_line(error)}") from error
+    if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
+        raise SparseGPTError(f"model folder {folder} has no weights: expected {' or '.join(WEIGHT_FILES)}")
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_whole(path)
+
+
+def _check_whole(path: Path) -> None:
+    """A safetensors file opens only if its header parses and its length is what the header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise SparseGPTError(f"{path} is truncated or damaged ({_first_line(error)}): fetch the file again") from error
+
+
+def _check_loaded(name: str, model: nn.Module, tokenizer: Any, info: dict[str, Any]) -> None:
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise SparseGPTError(
+            f"model {name!r} lacks {len(missing)} of its tensors, {missing[0]} first: its weights do not belong to its config"
+        )
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise SparseGPTError(f"model {name!r}: {key} contains NaN or infinite values; the checkpoint is damaged")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise SparseGPTError(
+            f"model {name!r}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows; "
+            "they do not belong together"
+        )
+
+
+def _advice(source: str) -> str:
+    if Path(source).is_dir():
+        return ""
+    return f"; {source} is no local folder: without network give a folder, or --model demo"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

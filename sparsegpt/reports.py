@@ -1,0 +1,67 @@
+"""What the driver tells about its work, as plain values."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparsegpt.settings import PruneSettings
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned linear.
+
+    sparsity: the pattern asked for; zeros: the share of zeros reached; relative_error: ||(W - W')X||^2 / ||WX||^2 on
+    the inputs of the pruned model; damping: what the Hessian needed; tokens: calibration tokens that reached it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: str
+    zeros: float
+    relative_error: float
+    damping: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One finished block: its place, the mean relative error of its layers, wall seconds.
+
+    reconstruction: held-out loss after block-wise training as a share of the loss before; None without training.
+    """
+
+    index: int
+    blocks: int
+    relative_error: float
+    seconds: float
+    reconstruction: float | None = None
+
+
+@dataclass
+class PruneReport:
+    """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went."""
+
+    settings: PruneSettings
+    layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0, "reconstruct": 0.0})
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def density(self) -> float:
+        """Share of non-zero weights in the pruned linears."""
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        kept = sum((1 - layer.zeros) * size for layer, size in zip(self.layers, sizes, strict=True))
+        return kept / sum(sizes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for report.json."""
+        return {
+            "sparsity": str(self.settings.sparsity),
+            "method": self.settings.method,
+            "settings": asdict(self.settings) | {"sparsity": str(self.settings.sparsity)},
+            "density_of_pruned_linears": self.density,
+            "layers": [asdict(layer) for layer in self.layers],
+            "blocks": [asdict(block) for block in self.blocks],
+        }

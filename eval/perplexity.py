@@ -6,13 +6,16 @@ shorter than a window is left out.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sparsegpt.calib_data import evaluation_tokens, load_text
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Positions whose logits are expanded to float32 at a time: 50k vocabulary x 512 x 4 bytes is 100 MB.
 LOGIT_POSITIONS = 512
@@ -21,7 +24,7 @@ TOKENS_PER_STEP = 4096
 # No trained language model is this bad on natural text in its language: the set-up is broken, not the model weak.
 ABSURD_PERPLEXITY = 1000.0
 
-Bos = Literal["auto", "always", "never"]
+BOS_CHOICES = ("auto", "always", "never")
 # Trained with a beginning-of-sequence token in every window, and lost without it.
 BOS_IN_EVERY_WINDOW = ("gemma",)
 
@@ -46,7 +49,7 @@ class Score:
 
 @torch.no_grad()
 def score(
-    model: nn.Module,
+    model: "PreTrainedModel",
     tokens: Tensor,
     sequence_length: int,
     *,
@@ -78,12 +81,12 @@ def score(
     return Score(total / count, count, len(windows))
 
 
-def perplexity(model: nn.Module, tokens: Tensor, sequence_length: int) -> float:
+def perplexity(model: "PreTrainedModel", tokens: Tensor, sequence_length: int) -> float:
     """exp of the mean cross-entropy of `model` on tokens [N] in non-overlapping windows; see `score`."""
     return score(model, tokens, sequence_length).perplexity
 
 
-def _windows(tokens: Tensor, sequence_length: int, model: nn.Module) -> Tensor:
+def _windows(tokens: Tensor, sequence_length: int, model: "PreTrainedModel") -> Tensor:
     """The stream cut into [windows, sequence_length]."""
     stream = tokens.flatten()
     if sequence_length < 2:
@@ -133,17 +136,19 @@ class TextScore:
 
 
 def score_text(
-    model: nn.Module,
+    model: "PreTrainedModel",
     tokenizer: Any,
     data: str,
     sequence_length: int,
     *,
     batch_size: int | None = None,
-    bos: Bos = "auto",
+    bos: str = "auto",
+    max_windows: int | None = None,
 ) -> TextScore:
     """Score a model on a text source by name or path (see calib_data.sources), in the source's published protocol.
 
     bos: put the tokenizer's beginning-of-sequence token before every window, never, or where the family needs it.
+    max_windows: score at most these, from the text's start; None: as many as the protocol says.
     """
     source = load_text(data, "evaluation")
     tokens, text_bytes = evaluation_tokens(source, tokenizer)
@@ -153,16 +158,16 @@ def score_text(
         sequence_length,
         batch_size=batch_size,
         bos=_bos_token(model, tokenizer, bos),
-        max_windows=source.evaluation_windows,
+        max_windows=source.evaluation_windows if max_windows is None else max_windows,
     )
     return TextScore(
         data, result.perplexity, result.bits_per_byte(len(tokens), text_bytes), result.tokens, result.windows
     )
 
 
-def _bos_token(model: nn.Module, tokenizer: Any, bos: Bos) -> int | None:
-    if bos not in get_args(Bos):
-        raise SparseGPTError(f"bos {bos!r} is not known: expected {', '.join(get_args(Bos))}")
+def _bos_token(model: "PreTrainedModel", tokenizer: Any, bos: str) -> int | None:
+    if bos not in BOS_CHOICES:
+        raise SparseGPTError(f"bos {bos!r} is not known: expected {', '.join(BOS_CHOICES)}")
     wanted = bos == "always" or (bos == "auto" and model.config.model_type.startswith(BOS_IN_EVERY_WINDOW))
     if not wanted:
         return None

@@ -8,10 +8,14 @@ To support another model_type, add a row to FAMILIES; tests/test_families.py run
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: "PreTrainedModel") -> Family:
     """The row for a transformers model; SparseGPTError lists the known model types."""
     config = model.config
     model_type = getattr(config, "model_type", type(model).__name__)
@@ -55,7 +59,7 @@ def family_of(model: nn.Module) -> Family:
     return FAMILIES[model_type]
 
 
-def decoder_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
+def decoder_blocks(model: "PreTrainedModel", family: Family) -> nn.ModuleList:
     """The model's list of decoder blocks."""
     try:
         blocks = model.get_submodule(family.blocks)

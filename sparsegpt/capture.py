@@ -4,15 +4,18 @@ The only file that knows how a block is called and what it returns. Everything t
 in a context manager that takes it away again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class BlockCall:
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states, [batch, sequence, features], whether it returns a tensor or a tuple."""
         output = block(hidden, *to_device(self.args, hidden.device), **to_device(self.kwargs, hidden.device))
-        return output[0] if isinstance(output, tuple) else output
+        hidden_states: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden_states
 
 
 class ModelInputs:
@@ -37,7 +41,7 @@ class ModelInputs:
     (sliding windows, several rotary bases) are the model's own.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, windows: Tensor, micro_batch: int) -> None:
+    def __init__(self, model: "PreTrainedModel", blocks: nn.ModuleList, windows: Tensor, micro_batch: int) -> None:
         self._model, self._blocks, self._windows = model, blocks, windows
         self._calls: dict[int, list[BlockCall]] = {}
         self.hidden = [self._record(batch) for batch in windows.split(micro_batch)]
@@ -162,7 +166,7 @@ def skip_products(linears: Iterable[nn.Module]) -> Iterator[None]:
     muted = list(linears)
     try:
         for linear in muted:
-            linear.forward = _zeros_of(int(linear.out_features))  # type: ignore[method-assign, arg-type]
+            linear.forward = _zeros_of(int(linear.out_features))  # type: ignore[arg-type]
         yield
     finally:
         for linear in muted:
@@ -179,6 +183,6 @@ def to_device(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, tuple | list):
         return type(value)(to_device(item, device) for item in value)
     return value

@@ -7,6 +7,7 @@ the old folder or the new one, never half of either.
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise SparseGPTError(
-            f"no space left while writing {target}: what was there before is untouched; free space or choose another --out"
+            f"no space left while writing {target}: what was there before is untouched; "
+            "free space or choose another --out"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -93,6 +95,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and (not math.isfinite(value)):
         return str(value)
     return value

@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 refused with one line on stderr, 2 wrong usage, 130 interr
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from sparsegpt.errors import SparseGPTError
 
@@ -30,6 +32,9 @@ Dtype = Annotated[
 ]
 Length = Annotated[int | None, typer.Option("--seqlen", help="Tokens a window; default min(2048, the model's limit).")]
 BatchSize = Annotated[int | None, typer.Option(help="Windows scored in one forward pass.")]
+EvalWindows = Annotated[
+    int | None, typer.Option(min=1, help="Score at most so many windows of each text; default the published number.")
+]
 BosChoice = Annotated[
     str, typer.Option(help="Beginning-of-sequence token before each scored window: auto, always, never.")
 ]
@@ -84,6 +89,7 @@ def run(
     skip: Annotated[str | None, typer.Option(help="Leave modules dense whose full name matches this regex.")] = None,
     include: Annotated[str | None, typer.Option(help="lm_head: prune the output layer too.")] = None,
     batch_size: BatchSize = None,
+    eval_windows: EvalWindows = None,
     bos: BosChoice = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -117,6 +123,7 @@ def run(
         device=device,
         dtype=dtype,
         batch_size=batch_size,
+        eval_windows=eval_windows,
         bos=bos,
         only=only,
         skip=skip,
@@ -144,6 +151,7 @@ def evaluate_model(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
+    eval_windows: EvalWindows = None,
     bos: BosChoice = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
@@ -156,7 +164,9 @@ def evaluate_model(
     loaded = load_model(model, dtype=dtype, device=device)
     length = seqlen or loaded.default_sequence_length
     scores = [
-        score_text(loaded.model, loaded.tokenizer, name, length, batch_size=batch_size, bos=bos)
+        score_text(
+            loaded.model, loaded.tokenizer, name, length, batch_size=batch_size, bos=bos, max_windows=eval_windows
+        )
         for name in _data_names(data or default_data(model, "evaluation"))
     ]
     if as_json:
@@ -189,8 +199,105 @@ def inspect(
     broken = [finding for finding in findings if not finding.ok]
     if broken:
         raise SparseGPTError(
-            f"{folder}: {len(broken)} of {len(findings)} weights break their pattern, first {broken[0].name} ({broken[0].problem})"
+            f"{folder}: {len(broken)} of {len(findings)} weights break their pattern, "
+            f"first {broken[0].name} ({broken[0].problem})"
         )
+
+
+bench = typer.Typer(help="Measurements, each side by side in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="solver")
+def bench_solver_command(
+    device: Device = "auto",
+    sizes: Annotated[
+        str, typer.Option(help="Layers as ROWSxCOLUMNS, comma-separated.")
+    ] = "768x768,2048x2048,4096x4096,8192x2048",
+    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,0.5",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of which the fastest counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """The textbook column loop against this engine's solvers: time, ratio, loss."""
+    from sparsegpt.console import solver_table
+    from sparsegpt.eval.bench_solver import bench_solver
+    from sparsegpt.models import pick_device
+
+    try:
+        shapes = tuple((int(rows), int(columns)) for rows, columns in (size.split("x") for size in sizes.split(",")))
+    except ValueError as error:
+        raise SparseGPTError(f"--sizes {sizes!r} is not understood: expected ROWSxCOLUMNS, as 2048x2048") from error
+    rows = list(bench_solver(pick_device(device), shapes, tuple(patterns.split(",")), repeats))
+    _print_rows(rows, solver_table(rows), as_json=as_json)
+
+
+@bench.command(name="pipeline")
+def bench_pipeline_command(
+    model: Model = "demo",
+    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """One Hessian and one pass per shared input against one of each per linear: seconds and peak memory."""
+    from sparsegpt.console import pipeline_table
+    from sparsegpt.eval.bench_pipeline import bench_pipeline
+    from sparsegpt.run import default_data
+
+    rows = bench_pipeline(model, calib or default_data(model, "calibration"), samples, seqlen, device)
+    _print_rows(rows, pipeline_table(rows), as_json=as_json)
+
+
+@bench.command(name="quality")
+def bench_quality_command(
+    model: Model = "demo",
+    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
+    evaluate: Annotated[str | None, typer.Option("--eval", help="Evaluation text.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    eval_windows: EvalWindows = None,
+    methods: Annotated[str | None, typer.Option(help="Rows of the ladder, comma-separated; default all.")] = None,
+    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,4:8,0.5,0.6,0.7",
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Figure to write, as .png and .svg.")] = Path("quality.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Perplexity of every method at every sparsity, as a table and a figure."""
+    from sparsegpt.console import quality_table
+    from sparsegpt.eval.bench_quality import LADDER, QualityBench, draw
+    from sparsegpt.run import default_data
+
+    _silence_libraries()
+    chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
+    if unknown := [name for name in chosen if name not in LADDER]:
+        raise SparseGPTError(f"--methods {unknown[0]!r} is not known: choose from {', '.join(LADDER)}")
+    job = QualityBench(
+        model,
+        calib or default_data(model, "calibration"),
+        evaluate or default_data(model, "evaluation"),
+        samples,
+        seqlen,
+        seed,
+        device,
+        eval_windows,
+    )
+    rows = []
+    for row in job.run(chosen, tuple(patterns.split(","))):
+        rows.append(row)
+        print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
+    _print_rows(rows, quality_table(rows), as_json=as_json)
+    print(f"drawn: {', '.join(str(path) for path in draw(rows, f'{model}: {job.evaluation}', out))}", file=sys.stderr)
+
+
+def _print_rows(rows: Sequence[Any], table: Table, *, as_json: bool) -> None:
+    """Measurements for a program, one JSON object a line, or for a person."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(asdict(row)))
+    else:
+        _console().print(table)
 
 
 def _data_names(text: str) -> tuple[str, ...]:

@@ -1,11 +1,15 @@
 """What a person sees: progress, tables and warnings, by rich; plain lines when the output is not a terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sparsegpt.eval.bench_pipeline import PipelineRow
+from sparsegpt.eval.bench_quality import QualityRow
+from sparsegpt.eval.bench_solver import SolverRow
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
 from sparsegpt.reports import BlockReport, LayerReport
@@ -95,7 +99,8 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     if "peak_gpu_memory_bytes" in report:
         memory += f", GPU {report['peak_gpu_memory_bytes'] / 2**20:.0f} MiB"
     console.print(
-        f"zeros in pruned linears {1 - report['density_of_pruned_linears']:.2%}; seconds: {seconds}; peak memory {memory}"
+        f"zeros in pruned linears {1 - report['density_of_pruned_linears']:.2%}; "
+        f"seconds: {seconds}; peak memory {memory}"
     )
 
 
@@ -108,3 +113,54 @@ def print_findings(console: Console, findings: list[TensorFinding]) -> None:
             finding.name, shape, f"{finding.zeros:.2%}", finding.pattern, "yes" if finding.ok else finding.problem
         )
     console.print(table)
+
+
+def solver_table(rows: Sequence[SolverRow]) -> Table:
+    """The table of `bench solver`; seconds, ratios of the textbook's time, losses against the textbook's."""
+    table = Table(
+        "layer",
+        "pattern",
+        "textbook",
+        "ours",
+        "faster",
+        "without factor",
+        "loss",
+        "admm",
+        "admm cost",
+        "admm loss",
+        title="seconds, factorisation included; admm cost: times ours / times the textbook",
+    )
+    for row in rows:
+        table.add_row(
+            f"{row.rows} x {row.columns}",
+            row.pattern,
+            f"{row.textbook_factor + row.textbook_solve:.3f}",
+            f"{row.factor + row.solve:.3f}",
+            f"{row.speedup:.2f}x",
+            f"{row.solve_speedup:.2f}x",
+            f"{row.loss_ratio:.5f}",
+            f"{row.admm:.3f}",
+            f"{row.admm_cost:.1f} / {row.admm_textbook_cost:.1f}",
+            f"{row.admm_loss_ratio:.4f}",
+        )
+    return table
+
+
+def pipeline_table(rows: Sequence[PipelineRow]) -> Table:
+    """The table of `bench pipeline`."""
+    table = Table("order", "seconds", "peak memory", "against block order")
+    for row in rows:
+        ratio = f"{row.seconds / rows[0].seconds:.2f}x"
+        table.add_row(row.order, f"{row.seconds:.1f}", f"{row.peak_memory_bytes / 2**20:.0f} MiB", ratio)
+    return table
+
+
+def quality_table(rows: Sequence[QualityRow]) -> Table:
+    """The table of `bench quality`: methods down, patterns across, perplexity and seconds in the cells."""
+    dense, *pruned = rows
+    patterns = list(dict.fromkeys(row.pattern for row in pruned))
+    table = Table("method", *patterns, title=f"perplexity (seconds of the prune); dense {dense.perplexity:.2f}")
+    cells = {(row.method, row.pattern): f"{row.perplexity:.2f} ({row.seconds:.0f})" for row in pruned}
+    for method in dict.fromkeys(row.method for row in pruned):
+        table.add_row(method, *(cells.get((method, pattern), "") for pattern in patterns))
+    return table

@@ -1,13 +1,18 @@
 """The output layer: what it reads, and how it parts from a tied embedding."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from sparsegpt.capture import stand_ins
 from sparsegpt.errors import SparseGPTError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def lm_head_of(model: nn.Module) -> nn.Linear:
+
+def lm_head_of(model: "PreTrainedModel") -> nn.Linear:
     """The model's output layer, with a weight of its own.
 
     Pruning a tied weight would prune the embedding too, so a tied head gets a copy and the config says so; the saved
@@ -24,7 +29,7 @@ def lm_head_of(model: nn.Module) -> nn.Linear:
 
 
 @torch.no_grad()
-def head_inputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
+def head_inputs(model: "PreTrainedModel", blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
     """What lm_head reads when the last block returns `hidden` [batch, sequence, features]: the final norm's output.
 
     Everything around the blocks is the model's own code; the blocks are stand-ins that hand `hidden` on.
@@ -33,4 +38,5 @@ def head_inputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden:
     with stand_ins(blocks) as recorders:
         recorders[-1].replay = hidden.to(device)
         output = model.base_model(input_ids=tokens.to(device), use_cache=False)
-    return output.last_hidden_state
+    hidden_states: Tensor = output.last_hidden_state
+    return hidden_states

@@ -18,7 +18,7 @@ from sparsegpt.errors import SparseGPTError
 
 # Tried in this order, first in the requested precision and then in float64, before giving up.
 DAMPING_STEPS = (1, 10, 100)
-# Column blocks of the Gram product: only the upper block triangle is multiplied. Below this width one product is faster.
+# Column blocks of the Gram product: only the upper block triangle is multiplied. Narrower layers take one product.
 GRAM_BLOCK = 512
 
 
@@ -51,10 +51,13 @@ class HessianAccumulator:
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32, for any input dtype: half-precision products are exact, TF32 is never used."""
     with full_precision_matmul():
+        product: Tensor
         if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
             # The tensor cores multiply halves exactly and add in float32; an upcast would cost memory and time.
-            return torch.mm(left, right, out_dtype=torch.float32)
-        return left.float() @ right.float()
+            product = torch.mm(left, right, out_dtype=torch.float32)
+        else:
+            product = left.float() @ right.float()
+        return product
 
 
 @contextmanager
@@ -85,7 +88,7 @@ class DampedHessian:
         diagonal = self.raw.diagonal()
         if not torch.isfinite(diagonal).all():
             raise SparseGPTError(
-                f"{name}: its inputs contain NaN or infinite activations; check the model in --dtype float32 or bfloat16"
+                f"{name}: its inputs contain NaN or infinite activations; try --dtype float32 or bfloat16"
             )
         self.dead = diagonal == 0
         self.mean_diagonal = float(diagonal[~self.dead].mean()) if not self.dead.all() else 1.0
@@ -142,9 +145,9 @@ def triangular_inverse(lower: Tensor, base: int = 128) -> Tensor:
     """Inverse of a lower triangular matrix [C, C] by halves: a third of the work of a general triangular solve."""
     size = lower.shape[0]
     if size <= base:
-        return torch.linalg.solve_triangular(
-            lower, torch.eye(size, dtype=lower.dtype, device=lower.device), upper=False
-        )
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return inverse
     half = size // 2
     top = triangular_inverse(lower[:half, :half], base)
     bottom = triangular_inverse(lower[half:, half:], base)

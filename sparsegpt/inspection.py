@@ -103,4 +103,5 @@ def first_bad_group(weight: Tensor, pattern: NM) -> str | None:
         return None
     row, group = bad[0].tolist()
     first = group * pattern.m
-    return f"row {row}, columns {first} to {first + pattern.m - 1}: {int(count[row, group])} non-zeros, {pattern} allows {pattern.n}"
+    found = int(count[row, group])
+    return f"row {row}, columns {first} to {first + pattern.m - 1}: {found} non-zeros, {pattern} allows {pattern.n}"

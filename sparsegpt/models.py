@@ -7,13 +7,15 @@ model goes back to the dtype of the file that it came from.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sparsegpt.calib_data import demo_folder
 from sparsegpt.errors import SparseGPTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEMO = "demo"
 MAX_DEFAULT_SEQUENCE = 2048
@@ -38,7 +40,7 @@ class LoadedModel:
     """A causal language model ready to prune. stored_dtype: what its weights are saved as."""
 
     name: str
-    model: nn.Module
+    model: "PreTrainedModel"
     tokenizer: Any
     stored_dtype: torch.dtype
 
@@ -132,11 +134,12 @@ def _check_whole(path: Path) -> None:
         raise SparseGPTError(f"{path} is truncated or damaged ({_first_line(error)}): fetch the file again") from error
 
 
-def _check_loaded(name: str, model: nn.Module, tokenizer: Any, info: dict[str, Any]) -> None:
+def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dict[str, Any]) -> None:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise SparseGPTError(
-            f"model {name!r} lacks {len(missing)} of its tensors, {missing[0]} first: its weights do not belong to its config"
+            f"model {name!r} lacks {len(missing)} of its tensors, {missing[0]} first: "
+            "its weights do not belong to its config"
         )
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():

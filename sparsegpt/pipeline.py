@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from sparsegpt.solvers import METHODS, prune_layer
 from sparsegpt.solvers.correction import DriftAccumulator, corrected_target
 from sparsegpt.sparsity import Sparsity
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Tokens of one forward pass through a block, unless the caller says how many windows go together.
 TOKENS_PER_STEP = 4096
 
@@ -37,7 +40,12 @@ DenseInputs = list[dict[str, Tensor]]
 
 
 def prune_model(
-    model: nn.Module, windows: Tensor, sparsity: str | float | Sparsity, *, preset: str = "default", **options: Any
+    model: "PreTrainedModel",
+    windows: Tensor,
+    sparsity: str | float | Sparsity,
+    *,
+    preset: str = "default",
+    **options: Any,
 ) -> PruneReport:
     """Prune a transformers causal language model in place.
 
@@ -52,7 +60,7 @@ def prune_model(
 
 @torch.no_grad()
 def prune_blocks(
-    model: nn.Module,
+    model: "PreTrainedModel",
     windows: Tensor,
     settings: PruneSettings,
     *,
@@ -144,7 +152,9 @@ class _Driver:
         self.report.blocks.append(BlockReport(index, blocks, error, time.perf_counter() - started, share))
         return self.report.blocks[-1]
 
-    def prune_head(self, model: nn.Module, blocks: nn.ModuleList, head: nn.Linear, batches: tuple[Tensor, ...]) -> None:
+    def prune_head(
+        self, model: "PreTrainedModel", blocks: nn.ModuleList, head: nn.Linear, batches: tuple[Tensor, ...]
+    ) -> None:
         """Prune lm_head on what the final norm gives it, behind the last block."""
         statistics = HessianAccumulator(head.in_features, head.weight.device), DriftAccumulator()
         with self.timed("capture"):
@@ -216,12 +226,13 @@ class _BlockJob:
         self.settings = driver.settings
         self.prefix = f"{family.blocks}.{index}."
         self.device = next(block.parameters()).device
+        every = prunable_linears(block)
+        self.linears = {name: linear for name, linear in every.items() if driver.select(self.prefix + name)}
 
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""
-        names = [name for name in prunable_linears(self.block) if self.driver.select(self.prefix + name)]
         with self.driver.timed("capture"):
-            groups = self._shared_inputs(names)
+            groups = self._shared_inputs()
             dense_inputs = self._dense_pass(groups)
         layers: list[LayerReport] = []
         for stage in _stages(groups, self.settings.order):
@@ -229,8 +240,8 @@ class _BlockJob:
                 statistics = self._gather(stage, _linears_from(stage[-1], groups), dense_inputs)
             with self.driver.timed("solve"):
                 for group, sums in statistics.items():
-                    linears = {self.prefix + name: self.block.get_submodule(name) for name in group}
-                    layers += self.driver.prune_group(linears, *sums)  # type: ignore[arg-type]
+                    linears = {self.prefix + name: self.linears[name] for name in group}
+                    layers += self.driver.prune_group(linears, *sums)
         return layers
 
     def reconstruct(self, layers: list[LayerReport]) -> Reconstruction:
@@ -255,10 +266,12 @@ class _BlockJob:
         seen, output = run_watched(self.block, call, hidden.to(self.device), watched, unused)
         return seen, output.to(hidden.device)
 
-    def _shared_inputs(self, names: list[str]) -> list[Group]:
+    def _shared_inputs(self) -> list[Group]:
         hidden = self.driver.pruned_stream[0]
         call = self.driver.inputs.call(len(hidden), self.index)
-        return shared_inputs(self.block, names, call, hidden.to(self.device), self.prefix) if names else []
+        return (
+            shared_inputs(self.block, self.linears, call, hidden.to(self.device), self.prefix) if self.linears else []
+        )
 
     def _dense_pass(self, groups: list[Group]) -> DenseInputs:
         """Move the dense stream through the still dense block; keep what the corrections will compare."""
@@ -291,7 +304,10 @@ class _BlockJob:
     ) -> dict[Group, tuple[HessianAccumulator, DriftAccumulator]]:
         """One pass of the pruned stream for all shared inputs of a stage; `unused` linears need not be computed."""
         statistics = {
-            group: (HessianAccumulator(self.block.get_submodule(group[0]).in_features, self.device), DriftAccumulator())
+            group: (
+                HessianAccumulator(self.linears[group[0]].in_features, self.device),
+                DriftAccumulator(),
+            )
             for group in stage
         }
         watched = frozenset(name for group in stage for name in self._watched(group))

@@ -45,8 +45,9 @@ def reconstruct_block(
 
     pruned_linears: names inside the block, whose zeros stay zeros. inputs, targets: micro-batches
     [batch, sequence, features] of the pruned stream before and the dense stream behind the block. call_for(size):
-    the block's other arguments for a batch of so many windows. Adam with the learning rate falling to 0 along a cosine, float32
-    weights; on CUDA the products run in bfloat16. If the loss stops being finite the block is rolled back.
+    the block's other arguments for a batch of so many windows. Adam with the learning rate falling to 0 along a
+    cosine, float32 weights; on CUDA the products run in bfloat16. If the loss stops being finite the block is rolled
+    back.
     """
     device = next(block.parameters()).device
     dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
@@ -74,7 +75,7 @@ def reconstruct_block(
             for place in torch.randperm(len(training), generator=generator).tolist():
                 loss = loss_of(training[place])
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 for name, mask in masks.items():
                     gradient = trained[name].grad
                     assert gradient is not None

@@ -1,7 +1,11 @@
 """What the driver tells about its work, as plain values."""
 
+import resource
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from sparsegpt.settings import PruneSettings
 
@@ -65,3 +69,12 @@ class PruneReport:
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [asdict(block) for block in self.blocks],
         }
+
+
+def peak_memory() -> dict[str, int]:
+    """What this process held at most: resident bytes, and bytes on the first GPU where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return peak

@@ -4,8 +4,6 @@ Prints nothing. What happens meanwhile is told to a `Listener`; everything measu
 """
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparsegpt.blocks import name_filter
 from sparsegpt.calib_data import Calibration, draw_windows, load_text
 from sparsegpt.checkpoint import REPORT_NAME, check_target, new_folder, write_json
-from sparsegpt.eval.perplexity import Bos, TextScore, score_text
+from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.models import DEMO, LoadedModel, load_model
 from sparsegpt.pipeline import prune_blocks
-from sparsegpt.reports import BlockReport, LayerReport, PruneReport
+from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
 from sparsegpt.settings import PruneSettings
 
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
@@ -51,7 +47,8 @@ class Listener:
 class RunOptions:
     """What to run on and where to put it; how to prune is in PruneSettings.
 
-    sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty.
+    sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty;
+    eval_windows: score at most so many windows of each.
     """
 
     model: str
@@ -64,7 +61,8 @@ class RunOptions:
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = None
-    bos: Bos = "auto"
+    eval_windows: int | None = None
+    bos: str = "auto"
     only: str | None = None
     skip: str | None = None
     include_head: bool = False
@@ -147,7 +145,13 @@ def _score_all(
         listener.stage(f"scoring the {which} model on {data}")
         with clock.measure("eval"):
             scores[data][which] = score_text(
-                loaded.model, loaded.tokenizer, data, length, batch_size=options.batch_size, bos=options.bos
+                loaded.model,
+                loaded.tokenizer,
+                data,
+                length,
+                batch_size=options.batch_size,
+                bos=options.bos,
+                max_windows=options.eval_windows,
             )
         listener.scored(which, scores[data][which])
 
@@ -180,12 +184,3 @@ def _report(
         "warnings": [score["dense"].alarm for score in scores.values() if score["dense"].alarm],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
-
-
-def peak_memory() -> dict[str, int]:
-    """What this process held at most: resident bytes, and bytes on the first GPU where there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return peak

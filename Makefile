@@ -1,0 +1,45 @@
+# make run    set up .venv, prune the embedded demo model to 2:4, print its perplexities
+# make test   set up .venv, run the tests
+# make check  lint, types and tests: the gate
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TYPED := build/typecheck
+
+.PHONY: setup run test test-fast check lint types bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+run: $(READY)
+	$(BIN)/python -m sparsegpt run --model demo --sparsity 2:4 --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy follows folders, not setuptools' mapping of names: give it the package as it is imported, by links.
+types: $(READY)
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	cp -rs $(CURDIR)/sparsegpt $(TYPED)/sparsegpt
+	for part in kernels eval calib_data; do cp -rs $(CURDIR)/$$part $(TYPED)/sparsegpt/$$part; done
+	$(BIN)/mypy -p sparsegpt
+
+bench: $(READY)
+	$(BIN)/python -m sparsegpt bench solver
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,98 @@
+"""`bench quality`: perplexity of every method at every sparsity on one model, as a table and as a figure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsegpt.calib_data import draw_windows, load_text
+from sparsegpt.eval.perplexity import score_text
+
+from sparsegpt.models import LoadedModel, load_model
+from sparsegpt.pipeline import prune_blocks
+from sparsegpt.settings import resolve_settings
+from sparsegpt.sparsity import parse_sparsity
+
+PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7")
+# Name in the table -> what to ask for. The corrections are off where the row is about the solver alone.
+LADDER: dict[str, dict[str, Any]] = {
+    "magnitude": {"preset": "fast", "method": "magnitude"},
+    "wanda": {"preset": "fast", "method": "wanda"},
+    "sparsegpt (paper)": {"preset": "paper"},
+    "sparsegpt+refit": {"preset": "fast", "method": "sparsegpt+refit"},
+    "admm (fast)": {"preset": "fast"},
+    "default": {"preset": "default"},
+    "best": {"preset": "best"},
+}
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One prune: perplexity on the evaluation text, seconds of the prune alone."""
+
+    method: str
+    pattern: str
+    perplexity: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QualityBench:
+    """What to prune and how to judge it; max_windows of the evaluation text are scored, all where None."""
+
+    model: str
+    calibration: str
+    evaluation: str
+    samples: int
+    sequence_length: int
+    seed: int = 0
+    device: str = "auto"
+    max_windows: int | None = None
+
+    def run(self, methods: tuple[str, ...], patterns: tuple[str, ...]) -> Iterator[QualityRow]:
+        """One row at a time, the dense model first."""
+        yield QualityRow("dense", "-", self._score(load_model(self.model, device=self.device)), 0.0)
+        for pattern in patterns:
+            for method in methods:
+                yield self._prune(method, pattern)
+
+    def _prune(self, method: str, pattern: str) -> QualityRow:
+        loaded = load_model(self.model, device=self.device)
+        text = load_text(self.calibration, "calibration")
+        windows = draw_windows(text, loaded.tokenizer, self.samples, self.sequence_length, self.seed).windows
+        report = prune_blocks(loaded.model, windows, resolve_settings(pattern, **LADDER[method]))
+        return QualityRow(method, pattern, self._score(loaded), sum(report.seconds.values()))
+
+    def _score(self, loaded: LoadedModel) -> float:
+        return score_text(
+            loaded.model, loaded.tokenizer, self.evaluation, self.sequence_length, max_windows=self.max_windows
+        ).perplexity
+
+
+def draw(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
+    """Perplexity against the share of zeros, one line a method, unstructured; n:m as single marks. PNG and SVG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    dense = next(row.perplexity for row in rows if row.method == "dense")
+    axes.axhline(dense, color="grey", linestyle=":", label=f"dense ({dense:.2f})")
+    for method in dict.fromkeys(row.method for row in rows if row.method != "dense"):
+        mine = [row for row in rows if row.method == method]
+        line = sorted((parse_sparsity(row.pattern).zeros, row.perplexity) for row in mine if ":" not in row.pattern)
+        (drawn,) = (
+            axes.plot(*zip(*line, strict=True), marker="o", label=method) if line else axes.plot([], [], label=method)
+        )
+        for row in mine:
+            if ":" in row.pattern:
+                axes.plot(parse_sparsity(row.pattern).zeros, row.perplexity, "x", color=drawn.get_color())
+                axes.annotate(row.pattern, (parse_sparsity(row.pattern).zeros, row.perplexity), fontsize=6)
+    axes.set(yscale="log", xlabel="share of zeros", ylabel="perplexity", title=title)
+    axes.legend()
+    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for target in written:
+        figure.savefig(target, dpi=150)
+    plt.close(figure)
+    return written

@@ -83,6 +83,9 @@ def run(
     residual_correction: Annotated[
         float | None, typer.Option(help="Share of the residual stream's drift that projections undo, 0 to 1.")
     ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="How a fraction is spread over the blocks: uniform or owl (by outliers).")
+    ] = None,
     reconstruct: Annotated[int | None, typer.Option(help="Epochs of block-wise training of the kept weights.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the block-wise training.")] = None,
     only: Annotated[str | None, typer.Option(help="Prune only modules whose full name matches this regex.")] = None,
@@ -107,6 +110,7 @@ def run(
         block_size=block_size,
         error_correction=error_correction,
         residual_correction=residual_correction,
+        allocation=allocation,
         reconstruct=reconstruct,
         learning_rate=learning_rate,
     )

@@ -4,6 +4,7 @@ Dimension key: R out_features, C in_features, G groups, M inputs of one group, P
 """
 
 import functools
+import math
 
 import torch
 from einops import rearrange
@@ -13,6 +14,8 @@ from sparsegpt.sparsity import NM, Sparsity
 
 # Up to this group size every pair is compared at once; above it the table of pairs costs more than a sort.
 PAIRWISE_LIMIT = 16
+# Values sorted to narrow the search for a threshold.
+SAMPLE = 4096
 
 
 def nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
@@ -60,10 +63,30 @@ def unstructured_mask(saliency: Tensor, zeros: int) -> Tensor:
     if zeros >= saliency.numel():
         return torch.zeros_like(saliency, dtype=torch.bool)
     flat = saliency.flatten()
-    threshold = flat.kthvalue(zeros).values
+    threshold = _kth_smallest(flat, zeros)
     mask, ties = flat > threshold, flat == threshold
     ties_kept = flat.numel() - zeros - mask.sum()
-    return (mask | (ties & (ties.cumsum(0) <= ties_kept))).view_as(saliency)
+    if ties.sum() > ties_kept > 0:
+        ties &= ties.cumsum(0) <= ties_kept
+    return (mask | ties if ties_kept > 0 else mask).view_as(saliency)
+
+
+def _kth_smallest(flat: Tensor, k: int) -> Tensor:
+    """The k-th smallest value, counted from 1, of a 1-D tensor.
+
+    On a CPU a sorted sample first narrows a large search to a few per cent of the values; when they turn out not to
+    hold the answer, the search is done over all.
+    """
+    if flat.is_cuda or flat.numel() < 16 * SAMPLE:
+        return flat.kthvalue(k).values
+    sample = flat[:: flat.numel() // SAMPLE].sort().values
+    place, margin = k * len(sample) // flat.numel(), 2 * math.isqrt(len(sample))  # four standard deviations or more
+    low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
+    below = int((flat < low).sum())
+    candidates = flat[(flat >= low) & (flat <= high)]
+    if below < k <= below + len(candidates):
+        return candidates.kthvalue(k - below).values
+    return flat.kthvalue(k).values
 
 
 def row_mask(saliency: Tensor, fraction: float) -> Tensor:

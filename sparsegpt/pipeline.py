@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.allocation import allocate
 from sparsegpt.blocks import Family, decoder_blocks, family_of, prunable_linears
 from sparsegpt.capture import ModelInputs, run_watched, shared_inputs
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import DampedHessian, HessianAccumulator
-from sparsegpt.reconstruct import Reconstruction, reconstruct_block
+from sparsegpt.reconstruct import reconstruct_block
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
 from sparsegpt.settings import Order, PruneSettings, resolve_settings
 from sparsegpt.solvers import METHODS, prune_layer
@@ -82,16 +83,19 @@ def prune_blocks(
     family = family_of(model)
     blocks = decoder_blocks(model, family)
     head = lm_head_of(model) if include_head else None
-    _check_layers(blocks, family, head, settings.sparsity, select)
+    linears = [_selected(block, f"{family.blocks}.{index}.", select) for index, block in enumerate(blocks)]
+    _check_layers(linears, head, settings.sparsity, family)
     batch = micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1])
     was_training = model.training
     model.eval()
     try:
         inputs = ModelInputs(model, blocks, windows, batch)
-        driver = _Driver(settings, inputs, torch.device(device) if device else None, select, on_layer)
+        driver = _Driver(settings, family, inputs, torch.device(device) if device else None, on_layer)
+        with driver.timed("capture"):
+            patterns = allocate(settings.sparsity, settings.allocation, blocks, linears, inputs)
         for index, block in enumerate(blocks):
-            last = index + 1 == len(blocks)
-            on_block(driver.prune_block(block, family, index, len(blocks), outputs_wanted=not last or include_head))
+            outputs_wanted = include_head or index + 1 < len(blocks)
+            on_block(driver.prune_block(block, index, len(blocks), patterns[index], outputs_wanted=outputs_wanted))
         if head is not None:
             driver.prune_head(model, blocks, head, windows.split(batch))
     finally:
@@ -99,19 +103,23 @@ def prune_blocks(
     return driver.report
 
 
+def _selected(block: nn.Module, prefix: str, select: Callable[[str], bool]) -> dict[str, nn.Linear]:
+    """The linears of a block to prune, by their names inside the block."""
+    return {name: linear for name, linear in prunable_linears(block).items() if select(prefix + name)}
+
+
 def _check_layers(
-    blocks: nn.ModuleList, family: Family, head: nn.Linear | None, pattern: Sparsity, select: Callable[[str], bool]
+    linears: list[dict[str, nn.Linear]], head: nn.Linear | None, pattern: Sparsity, family: Family
 ) -> None:
     """Refuse before any work what would be refused in the middle of it."""
-    linears = {
-        f"{family.blocks}.{index}.{name}": linear
-        for index, block in enumerate(blocks)
-        for name, linear in prunable_linears(block).items()
-    }
-    chosen = {name: linear for name, linear in linears.items() if select(name)}
-    if not chosen and head is None:
+    if head is None and not any(linears):
         raise SparseGPTError("no linear layer is selected: loosen --only or --skip, which match full module names")
-    for name, linear in chosen.items() if head is None else [*chosen.items(), ("lm_head", head)]:
+    named = {
+        f"{family.blocks}.{index}.{name}": module
+        for index, block in enumerate(linears)
+        for name, module in block.items()
+    }
+    for name, linear in named.items() if head is None else [*named.items(), ("lm_head", head)]:
         pattern.check(linear.in_features, name)
         if not torch.isfinite(linear.weight).all():
             raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
@@ -122,9 +130,9 @@ class _Driver:
     """Carries the activation streams from block to block and prunes each block in turn."""
 
     settings: PruneSettings
+    family: Family
     inputs: ModelInputs
     device: torch.device | None
-    select: Callable[[str], bool]
     on_layer: Callable[[LayerReport], None]
 
     def __post_init__(self) -> None:
@@ -134,21 +142,20 @@ class _Driver:
         self.dense_stream = list(self.inputs.hidden) if self.settings.needs_dense_stream else None
 
     def prune_block(
-        self, block: nn.Module, family: Family, index: int, blocks: int, *, outputs_wanted: bool
+        self, block: nn.Module, index: int, blocks: int, patterns: dict[str, Sparsity], *, outputs_wanted: bool
     ) -> BlockReport:
         """Prune the block in place and move the streams behind it, unless nobody reads them there."""
         started = time.perf_counter()
         home = next(block.parameters()).device
         block.to(self.device or home)
-        job = _BlockJob(self, block, family, index)
+        job = _BlockJob(self, block, index, patterns)
         layers = job.prune_linears()
-        reconstruction = job.reconstruct(layers) if self.settings.reconstruct and layers else None
+        share = job.reconstruct() if self.settings.reconstruct and layers else None
         if outputs_wanted:
             with self.timed("capture"):
                 self.pruned_stream = [job.run(hidden)[1] for hidden in self.pruned_stream]
         block.to(home)
         error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
-        share = reconstruction.after / reconstruction.before if reconstruction else None
         self.report.blocks.append(BlockReport(index, blocks, error, time.perf_counter() - started, share))
         return self.report.blocks[-1]
 
@@ -164,30 +171,29 @@ class _Driver:
                 if self.settings.corrects and self.dense_stream is not None:
                     statistics[1].add_inputs(head_inputs(model, blocks, batch, self.dense_stream[step]), pruned)
         with self.timed("solve"):
-            self.prune_group({"lm_head": head}, *statistics)
+            self.prune_group({"lm_head": (head, self.settings.sparsity)}, *statistics)
 
     def prune_group(
-        self, linears: dict[str, nn.Linear], gram: HessianAccumulator, drift: DriftAccumulator
+        self, linears: dict[str, tuple[nn.Linear, Sparsity]], gram: HessianAccumulator, drift: DriftAccumulator
     ) -> list[LayerReport]:
         """Prune all linears of one shared input: they share its Hessian and everything derived from it."""
         settings = self.settings
-        hessian = DampedHessian(gram.hessian, settings.damping, name=next(iter(linears)))
-        self._warn_if_starved(hessian, gram.tokens)
+        name = next(iter(linears))
+        hessian = DampedHessian(gram.hessian, self._damping(name, gram), name=name)
         reports = []
-        for name, linear in linears.items():
+        for name, (linear, pattern) in linears.items():
             started = time.perf_counter()
             target = None
             if settings.corrects:
                 shares = settings.error_correction, settings.residual_correction
                 target = corrected_target(linear.weight, hessian, drift, *shares)
-            pruned = prune_layer(
-                linear.weight, hessian, settings.sparsity, METHODS[settings.method], settings.block_size, target=target
-            )
+            method = METHODS[settings.method]
+            pruned = prune_layer(linear.weight, hessian, pattern, method, settings.block_size, target=target)
             linear.weight.copy_(pruned.weight)
             report = LayerReport(
                 name=name,
                 shape=(linear.out_features, linear.in_features),
-                sparsity=str(settings.sparsity),
+                sparsity=str(pattern),
                 zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
                 relative_error=pruned.relative_error,
                 damping=pruned.damping,
@@ -199,14 +205,17 @@ class _Driver:
         self.report.layers += reports
         return reports
 
-    def _warn_if_starved(self, hessian: DampedHessian, tokens: int) -> None:
-        """A Hessian of fewer tokens than inputs is singular: only the damping holds it up."""
-        width = len(hessian.dead)
-        if tokens < width:
-            self.report.warnings.append(
-                f"{hessian.name}: {tokens} calibration tokens for {width} input features; "
-                "give more --samples or a longer --seqlen"
-            )
+    def _damping(self, name: str, gram: HessianAccumulator) -> float:
+        """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""
+        width = len(gram.hessian)
+        if gram.tokens >= width:
+            return self.settings.damping
+        raised = self.settings.damping * width / gram.tokens
+        self.report.warnings.append(
+            f"{name}: only {gram.tokens} calibration tokens for {width} input features; damping raised from "
+            f"{self.settings.damping:g} to {raised:g}; give more --samples or a longer --seqlen"
+        )
+        return raised
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -221,13 +230,12 @@ class _Driver:
 class _BlockJob:
     """One block on its way from dense to pruned."""
 
-    def __init__(self, driver: _Driver, block: nn.Module, family: Family, index: int) -> None:
-        self.driver, self.block, self.family, self.index = driver, block, family, index
+    def __init__(self, driver: _Driver, block: nn.Module, index: int, patterns: dict[str, Sparsity]) -> None:
+        self.driver, self.block, self.index, self.patterns = driver, block, index, patterns
         self.settings = driver.settings
-        self.prefix = f"{family.blocks}.{index}."
+        self.prefix = f"{driver.family.blocks}.{index}."
         self.device = next(block.parameters()).device
-        every = prunable_linears(block)
-        self.linears = {name: linear for name, linear in every.items() if driver.select(self.prefix + name)}
+        self.linears = {name: linear for name, linear in prunable_linears(block).items() if name in patterns}
 
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""
@@ -240,23 +248,32 @@ class _BlockJob:
                 statistics = self._gather(stage, _linears_from(stage[-1], groups), dense_inputs)
             with self.driver.timed("solve"):
                 for group, sums in statistics.items():
-                    linears = {self.prefix + name: self.linears[name] for name in group}
+                    linears = {self.prefix + name: (self.linears[name], self.patterns[name]) for name in group}
                     layers += self.driver.prune_group(linears, *sums)
         return layers
 
-    def reconstruct(self, layers: list[LayerReport]) -> Reconstruction:
-        """Train the kept weights so that the block on pruned inputs gives the dense block's outputs."""
+    def reconstruct(self) -> float:
+        """Train the kept weights so that the block on pruned inputs gives the dense block's outputs.
+
+        Returns the held-out loss as a share of what it was.
+        """
         assert self.driver.dense_stream is not None
         with self.driver.timed("reconstruct"):
-            return reconstruct_block(
+            result = reconstruct_block(
                 self.block,
-                [layer.name.removeprefix(self.prefix) for layer in layers],
+                list(self.linears),
                 self.driver.pruned_stream,
                 self.driver.dense_stream,
                 lambda size: self.driver.inputs.call(size, self.index),
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
             )
+        if result.diverged:
+            self.driver.report.warnings.append(
+                f"{self.prefix[:-1]}: reconstruction diverged after {result.best_epoch} good epochs and was rolled "
+                "back to the best; lower --learning-rate"
+            )
+        return result.after / result.before if result.before else 1.0
 
     def run(
         self, hidden: Tensor, watched: frozenset[str] = frozenset(), unused: Group = ()
@@ -269,19 +286,16 @@ class _BlockJob:
     def _shared_inputs(self) -> list[Group]:
         hidden = self.driver.pruned_stream[0]
         call = self.driver.inputs.call(len(hidden), self.index)
-        return (
-            shared_inputs(self.block, self.linears, call, hidden.to(self.device), self.prefix) if self.linears else []
-        )
+        if not self.linears:
+            return []
+        return shared_inputs(self.block, self.linears, call, hidden.to(self.device), self.prefix)
 
     def _dense_pass(self, groups: list[Group]) -> DenseInputs:
         """Move the dense stream through the still dense block; keep what the corrections will compare."""
         if self.driver.dense_stream is None:
             return []
-        watched = (
-            frozenset(name for group in groups for name in self._watched(group))
-            if self.settings.corrects
-            else frozenset()
-        )
+        compared = groups if self.settings.corrects else []
+        watched = frozenset(name for group in compared for name in self._watched(group))
         kept, outputs = [], []
         for hidden in self.driver.dense_stream:
             seen, output = self.run(hidden, watched)
@@ -297,7 +311,7 @@ class _BlockJob:
 
     def _residual(self, group: Group) -> str | None:
         wanted = self.settings.residual_correction > 0 and len(group) == 1
-        return self.family.residuals.get(group[0]) if wanted else None
+        return self.driver.family.residuals.get(group[0]) if wanted else None
 
     def _gather(
         self, stage: list[Group], unused: Group, dense_inputs: DenseInputs

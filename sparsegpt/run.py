@@ -124,6 +124,8 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         )
         loaded.round_to_stored()
         _score_all("pruned", loaded, options, length, scores, clock, listener)
+    for warning in pruned.warnings:
+        listener.warn(warning)
     report = _report(options, loaded, calibration, pruned, scores, clock)
     listener.stage(f"saving {options.out}")
     with new_folder(options.out, overwrite=options.overwrite) as draft:
@@ -181,6 +183,6 @@ def _report(
         "seconds": {**clock.seconds, **pruned.seconds},
         **peak_memory(),
         "stored_dtype": str(loaded.stored_dtype).removeprefix("torch."),
-        "warnings": [score["dense"].alarm for score in scores.values() if score["dense"].alarm],
+        "warnings": [score["dense"].alarm for score in scores.values() if score["dense"].alarm] + pruned.warnings,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }

@@ -11,6 +11,7 @@ from sparsegpt.solvers import parse_method
 from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
 
 Order = Literal["input", "block", "linear"]
+ALLOCATIONS = ("uniform", "owl")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class PruneSettings:
     order: "input" solves input by input, each seeing what is pruned already; "block" is the published order, all
     linears of a block from one capture; "linear" gives every linear a capture and a Hessian of its own (the costly
     baseline of the benchmark). error_correction, residual_correction in [0, 1]: share of the upstream drift that a
-    layer is asked to undo. reconstruct: epochs of block-wise training on the kept weights.
+    layer is asked to undo. allocation: how a fraction is spread over the blocks. reconstruct: epochs of block-wise
+    training of the kept weights.
     """
 
     sparsity: Sparsity
@@ -30,6 +32,7 @@ class PruneSettings:
     order: Order = "input"
     error_correction: float = 0.0
     residual_correction: float = 0.0
+    allocation: str = "uniform"
     reconstruct: int = 0
     learning_rate: float = 5e-4
 
@@ -48,6 +51,12 @@ class PruneSettings:
             raise SparseGPTError(
                 f"method {self.method!r} never updates weights, so it cannot correct errors; "
                 f"use {self.method}+refit, sparsegpt or admm, or set both corrections to 0"
+            )
+        if self.allocation not in ALLOCATIONS:
+            raise SparseGPTError(f"allocation {self.allocation!r} is not known: choose one of {', '.join(ALLOCATIONS)}")
+        if self.allocation != "uniform" and isinstance(self.sparsity, NM):
+            raise SparseGPTError(
+                f"allocation {self.allocation!r} needs a fraction: {self.sparsity} gives every layer the same share"
             )
         if self.reconstruct < 0 or self.learning_rate <= 0:
             raise SparseGPTError("reconstruction needs a number of epochs >= 0 and a learning rate above 0")

@@ -7,11 +7,14 @@ output closest. Saliency is w_j^2 / U_jj^2, the loss that dropping w_j costs at 
 The order of the arithmetic is free as long as a column has received all updates from its left before it is used. So
 the sweep works by halves, sweep(left), one matrix product from left to right, sweep(right), down to the unit whose
 mask is chosen at once (a group of m for n:m, a block of `block_size` columns for a fraction), and from there to a few
-columns: the updates are matrix products and not one rank-1 update a column. The numbers are Algorithm 1's.
+columns: the updates are matrix products and not one rank-1 update a column. The numbers are Algorithm 1's. On a GPU
+the last columns, a strip of up to 128, are one kernel (`solvers.fused`).
 
 Dimension key: R out_features, C in_features, K columns of the current unit. Weights lie as [C, R], so that a column
 of the layer is contiguous.
 """
+
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -45,7 +48,11 @@ class _Sweep:
         # An input that never fired costs nothing: its weights go first.
         self.saliency_scale_C1 = self.inverse_diagonal_C1.masked_fill(hessian.dead[:, None], 0)
         self.pattern = pattern
-        self.unit = pattern.m if isinstance(pattern, NM) else block_size
+        self.strip = _strip_width(self.weight_CR, pattern)
+        if isinstance(pattern, NM):
+            self.unit = pattern.m * max(1, self.strip // pattern.m)
+        else:
+            self.unit = block_size
 
     def run(self) -> tuple[Tensor, Tensor]:
         self._sweep(0, self.weight_CR.shape[0])
@@ -57,6 +64,9 @@ class _Sweep:
         """Choose masks and eliminate, for columns that have received every update from the left of `start`."""
         units = -(-(end - start) // self.unit)
         if units == 1:
+            if self.strip and isinstance(self.pattern, NM):
+                self._sweep_strip(start, end, self.pattern.n, self.pattern.m)
+                return
             self.kept_CR[start:end] = kept_KR = self._choose_mask(start, end)
             torch.mul(~kept_KR, self.inverse_diagonal_C1[start:end], out=self.error_CR[start:end])
             self._eliminate(start, end)
@@ -80,17 +90,45 @@ class _Sweep:
 
         On entry error_CR holds 1 / U_jj where a weight goes and 0 where it stays; on return, the errors.
         """
-        if end - start > LEAF:
+        if end - start > (self.strip or LEAF):
             middle = (start + end) // 2
             self._eliminate(start, middle)
             self._propagate(start, middle, end)
             self._eliminate(middle, end)
+            return
+        if self.strip:
+            self._sweep_strip(start, end, 0, 0)
             return
         for j in range(start, end):
             self.error_CR[j].mul_(self.weight_CR[j])
             if j + 1 < end:
                 self.weight_CR[j + 1 : end].addr_(self.U_CC[j, j + 1 : end], self.error_CR[j], alpha=-1)
 
+    def _sweep_strip(self, start: int, end: int, keep: int, group: int) -> None:
+        """The fused kernel on columns [start, end), choosing `keep` of every `group` or following the mask (0)."""
+        from sparsegpt.solvers.fused import sweep_strip
+
+        columns = slice(start, end)
+        scale_K = self.saliency_scale_C1[columns, 0].contiguous()
+        sweep_strip(
+            self.weight_CR[columns],
+            self.error_CR[columns],
+            self.kept_CR[columns],
+            self.U_CC[columns, columns],
+            scale_K,
+            keep,
+            group,
+        )
+
     def _propagate(self, start: int, middle: int, end: int) -> None:
         """Move the errors of columns [start, middle) to columns [middle, end)."""
         self.weight_CR[middle:end].addmm_(self.U_CC[start:middle, middle:end].T, self.error_CR[start:middle], alpha=-1)
+
+
+def _strip_width(weight_CR: Tensor, pattern: Sparsity) -> int:
+    """Columns that the fused kernel takes at once; 0 where it cannot be used: no GPU, not float32, very wide groups."""
+    if not weight_CR.is_cuda or weight_CR.dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+        return 0
+    from sparsegpt.solvers.fused import STRIP
+
+    return 0 if isinstance(pattern, NM) and pattern.m > STRIP else STRIP

@@ -2,9 +2,13 @@
 
 Of each window of L tokens the model predicts the last L - 1 from what stands before them in the window. A remainder
 shorter than a window is left out.
+
+As a script: python eval/perplexity.py --model demo --data pydoc
 """
 
+import argparse
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +127,7 @@ class TextScore:
     bits_per_byte: float
     tokens: int
     windows: int
+    tokens_per_second: float
 
     @property
     def alarm(self) -> str | None:
@@ -152,6 +157,7 @@ def score_text(
     """
     source = load_text(data, "evaluation")
     tokens, text_bytes = evaluation_tokens(source, tokenizer)
+    started = time.perf_counter()
     result = score(
         model,
         tokens,
@@ -161,7 +167,12 @@ def score_text(
         max_windows=source.evaluation_windows if max_windows is None else max_windows,
     )
     return TextScore(
-        data, result.perplexity, result.bits_per_byte(len(tokens), text_bytes), result.tokens, result.windows
+        data,
+        result.perplexity,
+        result.bits_per_byte(len(tokens), text_bytes),
+        result.tokens,
+        result.windows,
+        result.tokens / (time.perf_counter() - started),
     )
 
 
@@ -174,3 +185,28 @@ def _bos_token(model: "PreTrainedModel", tokenizer: Any, bos: str) -> int | None
     if tokenizer.bos_token_id is None:
         raise SparseGPTError("the tokenizer has no beginning-of-sequence token: use --bos never")
     return int(tokenizer.bos_token_id)
+
+
+def main() -> None:
+    """Score one model on texts, a line each; `python -m sparsegpt eval` offers the same and more."""
+    from sparsegpt.models import load_model
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", default="demo", help="Hub id, folder, short name or demo")
+    parser.add_argument("--data", nargs="+", default=["pydoc"], help="wikitext2, ptb, c4, pydoc, files or folders")
+    parser.add_argument("--seqlen", type=int, help="tokens a window; default min(2048, the model's limit)")
+    arguments = parser.parse_args()
+    try:
+        loaded = load_model(arguments.model)
+        length = arguments.seqlen or loaded.default_sequence_length
+        for data in arguments.data:
+            found = score_text(loaded.model, loaded.tokenizer, data, length)
+            print(f"{data}: perplexity {found.perplexity:.4f}, {found.bits_per_byte:.4f} bits per byte")
+            if found.alarm:
+                print(f"WARNING: {found.alarm}")
+    except SparseGPTError as error:
+        parser.exit(1, f"perplexity: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

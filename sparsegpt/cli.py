@@ -1,4 +1,4 @@
-"""The command line: `python -m sparsegpt run | eval | inspect`. The only place that prints or exits.
+"""The command line, `python -m sparsegpt`: run, eval, inspect, pack, unpack, bench. Nothing else prints or exits.
 
 Exit codes: 0 done, 1 refused with one line on stderr, 2 wrong usage, 130 interrupted.
 """
@@ -38,6 +38,7 @@ EvalWindows = Annotated[
 BosChoice = Annotated[
     str, typer.Option(help="Beginning-of-sequence token before each scored window: auto, always, never.")
 ]
+KERNEL_NAMES = "auto, dense, cpu, portable, mma_sp or cutlass"
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
 
 
@@ -94,6 +95,9 @@ def run(
     batch_size: BatchSize = None,
     eval_windows: EvalWindows = None,
     bos: BosChoice = "auto",
+    kernels: Annotated[
+        str | None, typer.Option(help=f"2:4 only: score once more through packed kernels; {KERNEL_NAMES}.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model, score it before and after, and save it with a report."""
@@ -120,7 +124,7 @@ def run(
         model=model,
         calibration=calib or default_data(model, "calibration"),
         evaluate=_data_names(evaluate or default_data(model, "evaluation")),
-        out=out or Path("pruned") / f"{_folder_name(model)}-{str(settings.sparsity).replace(':', 'of')}",
+        out=out or Path("pruned") / f"{_folder_name(model)}-{settings.sparsity}",
         samples=samples,
         sequence_length=seqlen,
         seed=seed,
@@ -133,6 +137,7 @@ def run(
         skip=skip,
         include_head=include == "lm_head",
         overwrite=overwrite,
+        kernels=kernels,
     )
     console = _console()
     _silence_libraries()
@@ -157,6 +162,7 @@ def evaluate_model(
     batch_size: BatchSize = None,
     eval_windows: EvalWindows = None,
     bos: BosChoice = "auto",
+    kernels: Annotated[str | None, typer.Option(help=f"Pack the 2:4 linears in memory; {KERNEL_NAMES}.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Perplexity and bits per byte of a model, dense or pruned, by the published protocol."""
@@ -167,6 +173,8 @@ def evaluate_model(
     _silence_libraries()
     loaded = load_model(model, dtype=dtype, device=device)
     length = seqlen or loaded.default_sequence_length
+    if kernels is not None:
+        print(f"sparsegpt: {_use_kernels(loaded.model, kernels)}", file=sys.stderr)
     scores = [
         score_text(
             loaded.model, loaded.tokenizer, name, length, batch_size=batch_size, bos=bos, max_windows=eval_windows
@@ -184,6 +192,43 @@ def evaluate_model(
         )
         if score.alarm:
             console.print(f"WARNING: {score.alarm}", style="bold red")
+
+
+def _use_kernels(model: Any, kernels: str) -> str:
+    """Pack what is 2:4 and dense in memory, set the kernels of all packed layers, say what was chosen."""
+    from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
+
+    pack_linears(model, kernels=kernels)
+    if not set_kernels(model, kernels):
+        raise SparseGPTError("--kernels: no linear of this model keeps 2:4; prune it with --sparsity 2:4 first")
+    return explain(model)
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A model folder pruned to 2:4.")],
+    out: Annotated[Path, typer.Argument(help="The packed folder to write.")],
+) -> None:
+    """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes."""
+    from sparsegpt.kernels.archive import pack_folder
+
+    report = pack_folder(folder, out)
+    before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
+    print(
+        f"packed {len(report.packed)} linears: {before:.1f} -> {after:.1f} MiB ({after / before:.4f}), "
+        f"{len(report.left_dense)} tensors left as they were; wrote {out}"
+    )
+
+
+@app.command()
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="A packed folder.")],
+    out: Annotated[Path, typer.Argument(help="The ordinary model folder to write.")],
+) -> None:
+    """Turn a packed folder back into an ordinary one, dense with zeros, that any server loads."""
+    from sparsegpt.kernels.archive import unpack_folder
+
+    print(f"unpacked {len(unpack_folder(folder, out))} linears; wrote {out}")
 
 
 @app.command()
@@ -227,11 +272,7 @@ def bench_solver_command(
     from sparsegpt.eval.bench_solver import bench_solver
     from sparsegpt.models import pick_device
 
-    try:
-        shapes = tuple((int(rows), int(columns)) for rows, columns in (size.split("x") for size in sizes.split(",")))
-    except ValueError as error:
-        raise SparseGPTError(f"--sizes {sizes!r} is not understood: expected ROWSxCOLUMNS, as 2048x2048") from error
-    rows = list(bench_solver(pick_device(device), shapes, tuple(patterns.split(",")), repeats))
+    rows = list(bench_solver(pick_device(device), _shapes(sizes), tuple(patterns.split(",")), repeats))
     _print_rows(rows, solver_table(rows), as_json=as_json)
 
 
@@ -293,6 +334,58 @@ def bench_quality_command(
         print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
     _print_rows(rows, quality_table(rows), as_json=as_json)
     print(f"drawn: {', '.join(str(path) for path in draw(rows, f'{model}: {job.evaluation}', out))}", file=sys.stderr)
+
+
+@bench.command(name="kernels")
+def bench_kernels_command(
+    device: Device = "auto",
+    shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = "14336x4096,4096x14336",
+    tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,16,64",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 15,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Every 2:4 kernel against the library's dense product: time, bandwidth, speed-up and its ceiling."""
+    from sparsegpt.console import kernels_table
+    from sparsegpt.kernels.bench import bench_kernels
+    from sparsegpt.models import pick_device
+
+    found = bench_kernels(
+        device=str(pick_device(device)),
+        shapes=_shapes(shapes),
+        tokens=tuple(int(count) for count in tokens.split(",")),
+        rounds=rounds,
+    )
+    _print_rows(found.rows, kernels_table(found), as_json=as_json)
+
+
+@bench.command(name="decode")
+def bench_decode_command(
+    dense: Annotated[Path, typer.Argument(help="The pruned model folder.")],
+    packed: Annotated[Path, typer.Argument(help="Its packed form.")],
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    kernels: Annotated[str, typer.Option(help=KERNEL_NAMES)] = "auto",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in a round.")] = 48,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """A whole model generating, batch size 1, packed beside dense: tokens per second and memory."""
+    from sparsegpt.console import decode_table
+    from sparsegpt.kernels.bench import bench_decode
+    from sparsegpt.models import DTYPES, pick_device
+
+    _silence_libraries()
+    if dtype not in DTYPES:
+        raise SparseGPTError(f"dtype {dtype!r} is not known: expected {', '.join(DTYPES)}")
+    place = str(pick_device(device))
+    rows = bench_decode(dense, packed, device=place, dtype=DTYPES[dtype], kernels=kernels, new_tokens=new_tokens)
+    _print_rows(rows, decode_table(rows), as_json=as_json)
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple((int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in text.split(",")))
+    except ValueError as error:
+        raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096") from error
 
 
 def _print_rows(rows: Sequence[Any], table: Table, *, as_json: bool) -> None:

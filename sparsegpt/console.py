@@ -12,6 +12,7 @@ from sparsegpt.eval.bench_quality import QualityRow
 from sparsegpt.eval.bench_solver import SolverRow
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
+from sparsegpt.kernels.bench import DecodeRow, KernelBench
 from sparsegpt.reports import BlockReport, LayerReport
 from sparsegpt.run import Listener
 
@@ -78,13 +79,17 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     """The closing tables of a run."""
     if report["perplexity"]:
         table = Table(
-            "data", "dense", "pruned", "bits per byte", title=f"{report['model']} at {report['sparsity']}: perplexity"
+            "data",
+            "model",
+            "perplexity",
+            "bits per byte",
+            "tokens/s",
+            title=f"{report['model']} at {report['sparsity']}",
         )
-        for data, score in report["perplexity"].items():
-            bits = report["bits_per_byte"][data]
-            table.add_row(
-                data, f"{score['dense']:.4g}", f"{score['pruned']:.4g}", f"{bits['dense']:.3f} -> {bits['pruned']:.3f}"
-            )
+        for data, by_model in report["perplexity"].items():
+            for which, perplexity in by_model.items():
+                bits, speed = report["bits_per_byte"][data][which], report["tokens_per_second"][data][which]
+                table.add_row(data, which, f"{perplexity:.4f}", f"{bits:.4f}", f"{speed:.0f}")
         console.print(table)
     worst = sorted(report["layers"], key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS]
     table = Table(
@@ -163,4 +168,48 @@ def quality_table(rows: Sequence[QualityRow]) -> Table:
     cells = {(row.method, row.pattern): f"{row.perplexity:.2f} ({row.seconds:.0f})" for row in pruned}
     for method in dict.fromkeys(row.method for row in pruned):
         table.add_row(method, *(cells.get((method, pattern), "") for pattern in patterns))
+    return table
+
+
+def kernels_table(bench: KernelBench) -> Table:
+    """The table of `bench kernels`; a star marks what `auto` takes."""
+    table = Table(
+        "layer",
+        "tokens",
+        "dtype",
+        "kernel",
+        "us",
+        "GB/s",
+        "against dense",
+        "against best dense",
+        "ceiling",
+        title=f"{bench.device}: a copy reaches {bench.bandwidth:.0f} GB/s",
+    )
+    for row in bench.rows:
+        table.add_row(
+            f"{row.rows} x {row.columns}",
+            str(row.tokens),
+            row.dtype,
+            row.kernel + (" *" if row.chosen else ""),
+            f"{row.microseconds:.0f}",
+            f"{row.gigabytes_per_second:.1f}",
+            f"{row.speedup:.2f}x",
+            f"{row.speedup_over_best_dense:.2f}x",
+            f"{row.ceiling:.2f}x",
+        )
+    return table
+
+
+def decode_table(rows: Sequence[DecodeRow]) -> Table:
+    """The table of `bench decode`."""
+    table = Table("model", "tokens/s", "against dense", "weights", "peak memory")
+    for row in rows:
+        peak = "unknown" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f} MiB"
+        table.add_row(
+            row.model,
+            f"{row.tokens_per_second:.1f}",
+            f"{row.speedup:.2f}x",
+            f"{row.weight_bytes / 2**20:.0f} MiB",
+            peak,
+        )
     return table

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 from sparsegpt.blocks import name_filter
 from sparsegpt.calib_data import Calibration, draw_windows, load_text
 from sparsegpt.checkpoint import REPORT_NAME, check_target, new_folder, write_json
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
+from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
 from sparsegpt.models import DEMO, LoadedModel, load_model
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
 from sparsegpt.settings import PruneSettings
+from sparsegpt.sparsity import NM
 
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 
@@ -31,7 +34,7 @@ class Listener:
         """A new part of the work begins."""
 
     def scored(self, which: str, score: TextScore) -> None:
-        """The "dense" or "pruned" model was scored on one text."""
+        """The "dense", "pruned" or "kernels" (pruned, through the packed kernels) model was scored on one text."""
 
     def layer(self, report: LayerReport) -> None:
         """One linear is pruned."""
@@ -47,8 +50,9 @@ class Listener:
 class RunOptions:
     """What to run on and where to put it; how to prune is in PruneSettings.
 
-    sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty;
-    eval_windows: score at most so many windows of each.
+    sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty; eval_windows: score
+    at most so many windows of each. kernels: with a name, the pruned 2:4 linears are packed in memory and scored once
+    more through these kernels.
     """
 
     model: str
@@ -67,21 +71,7 @@ class RunOptions:
     skip: str | None = None
     include_head: bool = False
     overwrite: bool = False
-
-
-@dataclass
-class _Clock:
-    """Seconds by part of the work."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+    kernels: str | None = None
 
 
 def default_data(model: str, role: str) -> str:
@@ -96,93 +86,126 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
 
     Raises SparseGPTError for anything refused; nothing is written then, and an old result stays as it was.
     """
-    listener = listener or Listener()
-    clock = _Clock()
+    job = _Job(options, settings, listener or Listener())
+    started = time.perf_counter()
     check_target(options.out, overwrite=options.overwrite)
-    select = name_filter(options.only, options.skip)
-    with clock.measure("total"):
-        listener.stage(f"loading {options.model}")
-        with clock.measure("load"):
-            loaded = load_model(options.model, dtype=options.dtype, device=options.device)
-            length = options.sequence_length or loaded.default_sequence_length
-            text = load_text(options.calibration, "calibration")
-            calibration = draw_windows(text, loaded.tokenizer, options.samples, length, options.seed)
-        scores: dict[str, dict[str, TextScore]] = {data: {} for data in options.evaluate}
-        _score_all("dense", loaded, options, length, scores, clock, listener)
-        for score in scores.values():
-            if alarm := score["dense"].alarm:
-                listener.warn(alarm)
-        listener.stage(f"pruning to {settings.sparsity} with {settings.method}")
-        pruned = prune_blocks(
-            loaded.model,
-            calibration.windows,
-            settings,
-            select=select,
-            include_head=options.include_head,
-            on_layer=listener.layer,
-            on_block=listener.block,
-        )
-        loaded.round_to_stored()
-        _score_all("pruned", loaded, options, length, scores, clock, listener)
-    for warning in pruned.warnings:
-        listener.warn(warning)
-    report = _report(options, loaded, calibration, pruned, scores, clock)
-    listener.stage(f"saving {options.out}")
+    if options.kernels is not None and settings.sparsity != NM(2, 4):
+        raise SparseGPTError(f"--kernels runs 2:4 weights only, not {settings.sparsity}: leave it out")
+    job.load()
+    job.score("dense")
+    job.prune()
+    job.score("pruned")
+    job.listener.stage(f"saving {options.out}")
     with new_folder(options.out, overwrite=options.overwrite) as draft:
-        loaded.save(draft)
+        job.loaded.save(draft)
+        if options.kernels is not None:
+            job.score_through_kernels(options.kernels)
+        job.seconds["total"] = time.perf_counter() - started
+        report = job.report()
         write_json(draft / REPORT_NAME, report)
     return report
 
 
-def _score_all(
-    which: str,
-    loaded: LoadedModel,
-    options: RunOptions,
-    length: int,
-    scores: dict[str, dict[str, TextScore]],
-    clock: _Clock,
-    listener: Listener,
-) -> None:
-    for data in options.evaluate:
-        listener.stage(f"scoring the {which} model on {data}")
-        with clock.measure("eval"):
-            scores[data][which] = score_text(
-                loaded.model,
-                loaded.tokenizer,
-                data,
-                length,
-                batch_size=options.batch_size,
-                bos=options.bos,
-                max_windows=options.eval_windows,
-            )
-        listener.scored(which, scores[data][which])
+class _Job:
+    """The state of one run: the model, what it scored, where the time went."""
 
+    loaded: LoadedModel
+    calibration: Calibration
+    pruned: PruneReport
 
-def _report(
-    options: RunOptions,
-    loaded: LoadedModel,
-    calibration: Calibration,
-    pruned: PruneReport,
-    scores: dict[str, dict[str, TextScore]],
-    clock: _Clock,
-) -> dict[str, Any]:
-    """The contents of report.json."""
-    perplexity = {
-        data: {which: score.perplexity for which, score in by_model.items()} for data, by_model in scores.items()
-    }
-    bits = {
-        data: {which: score.bits_per_byte for which, score in by_model.items()} for data, by_model in scores.items()
-    }
-    return {
-        "model": loaded.name,
-        **pruned.as_dict(),
-        "seed": options.seed,
-        "calibration": calibration.describe(),
-        "perplexity": perplexity,
-        "bits_per_byte": bits,
-        "seconds": {**clock.seconds, **pruned.seconds},
-        **peak_memory(),
-        "stored_dtype": str(loaded.stored_dtype).removeprefix("torch."),
-        "warnings": [score["dense"].alarm for score in scores.values() if score["dense"].alarm] + pruned.warnings,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
+    def __init__(self, options: RunOptions, settings: PruneSettings, listener: Listener) -> None:
+        self.options, self.settings, self.listener = options, settings, listener
+        self.select = name_filter(options.only, options.skip)
+        self.seconds: dict[str, float] = {}
+        self.scores: dict[str, dict[str, TextScore]] = {data: {} for data in options.evaluate}
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count the wall seconds of a part of the work."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    def warn(self, text: str) -> None:
+        """Tell the user, and the report."""
+        self.warnings.append(text)
+        self.listener.warn(text)
+
+    def load(self) -> None:
+        """Model, tokenizer and calibration windows."""
+        options = self.options
+        self.listener.stage(f"loading {options.model}")
+        with self.measure("load"):
+            self.loaded = load_model(options.model, dtype=options.dtype, device=options.device)
+            self.length = options.sequence_length or self.loaded.default_sequence_length
+            text = load_text(options.calibration, "calibration")
+            self.calibration = draw_windows(text, self.loaded.tokenizer, options.samples, self.length, options.seed)
+
+    def score(self, which: str) -> None:
+        """Score the model as it now is on every evaluation text; an absurd dense score is an alarm."""
+        for data in self.options.evaluate:
+            self.listener.stage(f"scoring the {which} model on {data}")
+            with self.measure("eval"):
+                found = score_text(
+                    self.loaded.model,
+                    self.loaded.tokenizer,
+                    data,
+                    self.length,
+                    batch_size=self.options.batch_size,
+                    bos=self.options.bos,
+                    max_windows=self.options.eval_windows,
+                )
+            self.scores[data][which] = found
+            self.listener.scored(which, found)
+            if which == "dense" and found.alarm:
+                self.warn(found.alarm)
+
+    def prune(self) -> None:
+        """Prune, and round the weights to what the file will hold, so that the scores belong to the saved model."""
+        self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method}")
+        self.pruned = prune_blocks(
+            self.loaded.model,
+            self.calibration.windows,
+            self.settings,
+            select=self.select,
+            include_head=self.options.include_head,
+            on_layer=self.listener.layer,
+            on_block=self.listener.block,
+        )
+        self.loaded.round_to_stored()
+        for warning in self.pruned.warnings:
+            self.warn(warning)
+
+    def score_through_kernels(self, kernels: str) -> None:
+        """Pack the pruned linears in memory and score once more; the model is on disk by now and stays so."""
+        try:
+            pack_linears(self.loaded.model, kernels=kernels)
+            set_kernels(self.loaded.model, kernels)
+            self.listener.stage(explain(self.loaded.model))
+            self.score("kernels")
+        except SparseGPTError as error:
+            self.warn(f"not scored through kernels: {error}")
+
+    def report(self) -> dict[str, Any]:
+        """The contents of report.json."""
+        return {
+            "model": self.loaded.name,
+            **self.pruned.as_dict(),
+            "seed": self.options.seed,
+            "calibration": self.calibration.describe(),
+            "perplexity": self._by_text("perplexity"),
+            "bits_per_byte": self._by_text("bits_per_byte"),
+            "tokens_per_second": self._by_text("tokens_per_second"),
+            "seconds": {**self.seconds, **self.pruned.seconds},
+            **peak_memory(),
+            "stored_dtype": str(self.loaded.stored_dtype).removeprefix("torch."),
+            "warnings": self.warnings,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        }
+
+    def _by_text(self, attribute: str) -> dict[str, dict[str, float]]:
+        return {
+            data: {which: getattr(score, attribute) for which, score in by_model.items()}
+            for data, by_model in self.scores.items()
+        }

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typecheck
 
-.PHONY: setup run test test-fast check lint types bench clean
+.PHONY: setup run test test-fast check lint types bench bench-gpu clean
 
 setup: $(READY)
 
@@ -40,6 +40,9 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m sparsegpt bench solver
+
+bench-gpu: $(READY)
+	$(BIN)/python -m sparsegpt bench gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

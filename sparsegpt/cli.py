@@ -53,7 +53,9 @@ def main() -> None:
 
 @app.command()
 def run(
-    sparsity: Annotated[str, typer.Option(help='Pattern "n:m" (keep n of m), or fraction of zeros: 2:4, 0.5, 50%.')],
+    sparsity: Annotated[
+        str, typer.Option(help='Pattern "n:m" (keep n of m), or share of zeros: 2:4, 0.5, 50%, 50%/row.')
+    ],
     model: Model = "demo",
     preset: Annotated[str, typer.Option(help="paper (the published algorithm), fast, default or best.")] = "default",
     method: Annotated[
@@ -379,6 +381,25 @@ def bench_decode_command(
     place = str(pick_device(device))
     rows = bench_decode(dense, packed, device=place, dtype=DTYPES[dtype], kernels=kernels, new_tokens=new_tokens)
     _print_rows(rows, decode_table(rows), as_json=as_json)
+
+
+@bench.command(name="gpu")
+def bench_gpu_command(
+    device: Device = "cuda",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the log.")] = Path("bench-gpu"),
+    small: Annotated[bool, typer.Option("--small", help="Tiny shapes: a rehearsal.")] = False,
+) -> None:
+    """Everything about a GPU in one go: correctness, a whole prune, solver, kernels; under nine minutes."""
+    from sparsegpt.eval.bench_gpu import GpuBench
+    from sparsegpt.models import pick_device
+
+    _silence_libraries()
+    results = GpuBench(pick_device(device), out, small).run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
+    print(json.dumps(results, indent=2))
+    if isinstance(results["correctness"], dict) and results["correctness"]["exit_code"]:
+        raise SparseGPTError(
+            f"the GPU tests failed: {results['correctness']['summary']}; see {out / 'correctness.log'}"
+        )
 
 
 def _shapes(text: str) -> tuple[tuple[int, int], ...]:

@@ -5,6 +5,7 @@ described by the patterns that they happen to satisfy.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from sparsegpt.checkpoint import REPORT_NAME
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels.archive import QUANT_METHOD, read_packed_config, verify_files
+from sparsegpt.kernels.pack import Packed24, unpack
+from sparsegpt.kernels.tensor_files import weight_files
 from sparsegpt.sparsity import NM, parse_sparsity
 
 # Tried on weights that no report speaks of, the strictest first.
@@ -38,27 +42,48 @@ class TensorFinding:
 def inspect_folder(folder: Path) -> list[TensorFinding]:
     """Check every 2-D weight in the safetensors files of a folder, one tensor in memory at a time.
 
-    Raises SparseGPTError when the folder has no such files, one is damaged, or a listed layer is missing.
+    Packed weights are checked in their dense form, after the checksums of their files. Raises SparseGPTError when the
+    folder has no such files, one is damaged, or a listed layer is missing.
     """
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SparseGPTError(f"{folder} has no safetensors files: expected a model folder, as `run` writes it")
+    packed = _packed_modules(folder)
     promised = _promised_patterns(folder)
     findings = []
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
-                for key in sorted(tensors.keys()):
-                    if key.endswith(".weight") and len(tensors.get_slice(key).get_shape()) == 2:
-                        name = key.removesuffix(".weight")
-                        findings.append(_examine(name, tensors.get_tensor(key), promised.pop(name, None)))
+                for name, weight in _weights(tensors, packed):
+                    findings.append(_examine(name, weight, promised.pop(name, None)))
         except SafetensorError as error:
             raise SparseGPTError(f"{path} is truncated or damaged ({error}): write it again") from error
     if promised:
         raise SparseGPTError(f"{folder / REPORT_NAME} lists {next(iter(promised))}, but no file holds its weight")
     return findings
+
+
+def _packed_modules(folder: Path) -> dict[str, tuple[int, int]]:
+    """Dense shape of each packed module, none for an ordinary folder; checksums are compared first."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+        return {}
+    verify_files(weight_files(folder))
+    return read_packed_config(config["quantization_config"], folder)
+
+
+def _weights(tensors: Any, packed: dict[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
+    """Module name and dense weight of every 2-D weight in an open file."""
+    for key in sorted(tensors.keys()):
+        module, _, kind = key.rpartition(".")
+        if kind == "values" and module in packed:
+            form = Packed24(tensors.get_tensor(key), tensors.get_tensor(f"{module}.meta"), packed[module])
+            yield module, unpack(form)
+        elif kind == "weight" and len(tensors.get_slice(key).get_shape()) == 2:
+            yield module, tensors.get_tensor(key)
 
 
 def _promised_patterns(folder: Path) -> dict[str, str]:

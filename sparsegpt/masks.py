@@ -89,10 +89,9 @@ def _kth_smallest(flat: Tensor, k: int) -> Tensor:
     return flat.kthvalue(k).values
 
 
-def row_mask(saliency: Tensor, fraction: float) -> Tensor:
-    """Drop the same number of elements, round(fraction * C), from every row of saliency [R, C]."""
-    zeros = round(fraction * saliency.shape[1])
-    if zeros == 0:
+def row_mask(saliency: Tensor, zeros: int) -> Tensor:
+    """Drop exactly `zeros` elements, the least salient of their row, from every row of saliency [R, C]."""
+    if zeros <= 0:
         return torch.ones_like(saliency, dtype=torch.bool)
     threshold_R1 = saliency.kthvalue(zeros, dim=1, keepdim=True).values
     mask, ties = saliency > threshold_R1, saliency == threshold_R1
@@ -101,7 +100,9 @@ def row_mask(saliency: Tensor, fraction: float) -> Tensor:
 
 
 def layer_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:
-    """Mask of a whole layer: N:M groups, or the given fraction with one threshold for all rows. saliency [R, C]."""
+    """Mask of a whole layer: n:m groups, or the given fraction of the layer or of each row. saliency [R, C]."""
     if isinstance(pattern, NM):
         return nm_mask(saliency, pattern)
+    if pattern.per_row:
+        return row_mask(saliency, round(pattern.fraction * saliency.shape[1]))
     return unstructured_mask(saliency, round(pattern.fraction * saliency.numel()))

@@ -54,9 +54,10 @@ class PruneSettings:
             )
         if self.allocation not in ALLOCATIONS:
             raise SparseGPTError(f"allocation {self.allocation!r} is not known: choose one of {', '.join(ALLOCATIONS)}")
-        if self.allocation != "uniform" and isinstance(self.sparsity, NM):
+        if self.allocation != "uniform" and (isinstance(self.sparsity, NM) or self.sparsity.per_row):
             raise SparseGPTError(
-                f"allocation {self.allocation!r} needs a fraction: {self.sparsity} gives every layer the same share"
+                f"allocation {self.allocation!r} needs a fraction of the layer, such as 0.5: "
+                f"{self.sparsity} fixes the share of every group or row"
             )
         if self.reconstruct < 0 or self.learning_rate <= 0:
             raise SparseGPTError("reconstruction needs a number of epochs >= 0 and a learning rate above 0")

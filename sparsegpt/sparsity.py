@@ -5,23 +5,22 @@ from dataclasses import dataclass
 
 from sparsegpt.errors import SparseGPTError
 
-EXPECTED = (
-    'expected "n:m" such as 2:4 (keep 2 of every 4), a fraction of zeros such as 0.5, or a percentage such as 50%'
-)
+EXPECTED = 'expected "n:m" such as 2:4 (keep 2 of every 4), a fraction of zeros such as 0.5 or 50%, or 50%/row'
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """A `fraction` of all weights is zero, anywhere in the layer; 0 <= fraction < 1."""
+    """A `fraction` of all weights is zero, anywhere in the layer or the same number in every row; 0 <= fraction < 1."""
 
     fraction: float
+    per_row: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1:
             raise SparseGPTError(f"sparsity {self.fraction:g} is out of range: a fraction of zeros lies in [0, 1)")
 
     def __str__(self) -> str:
-        return f"{self.fraction:g}"
+        return f"{self.fraction:g}/row" if self.per_row else f"{self.fraction:g}"
 
     @property
     def zeros(self) -> float:
@@ -66,7 +65,7 @@ Sparsity = Unstructured | NM
 
 
 def parse_sparsity(value: "str | float | Sparsity") -> Sparsity:
-    """Turn "2:4", "0.5", "50%", 0.5 or a pattern object into a pattern object.
+    """Turn "2:4", "0.5", "50%", "50%/row", 0.5 or a pattern object into a pattern object.
 
     Raises SparseGPTError when the text has none of these forms or its numbers are out of range.
     """
@@ -75,6 +74,6 @@ def parse_sparsity(value: "str | float | Sparsity") -> Sparsity:
     text = str(value).strip()
     if pattern := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text):
         return NM(int(pattern[1]), int(pattern[2]))
-    if fraction := re.fullmatch(r"(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(%?)", text):
-        return Unstructured(float(fraction[1]) / (100 if fraction[2] else 1))
+    if fraction := re.fullmatch(r"(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(%?)(/row)?", text):
+        return Unstructured(float(fraction[1]) / (100 if fraction[2] else 1), per_row=bool(fraction[3]))
     raise SparseGPTError(f"sparsity {text!r} is not understood: {EXPECTED}")

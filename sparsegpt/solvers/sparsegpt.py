@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.hessian import DampedHessian
-from sparsegpt.masks import group_mask, unstructured_mask
+from sparsegpt.masks import group_mask, row_mask, unstructured_mask
 from sparsegpt.sparsity import NM, Sparsity
 
 # Columns handled one by one; wider ranges are split in halves.
@@ -80,9 +80,11 @@ class _Sweep:
         saliency_KR = (self.weight_CR[start:end] * self.saliency_scale_C1[start:end]).square()
         if isinstance(self.pattern, NM):
             return group_mask(saliency_KR, self.pattern.n)
-        rows = self.weight_CR.shape[1]
         # Counting from the layer's start keeps its total exact whatever the rounding of one block.
-        zeros = round(self.pattern.fraction * end * rows) - round(self.pattern.fraction * start * rows)
+        members = 1 if self.pattern.per_row else self.weight_CR.shape[1]
+        zeros = round(self.pattern.fraction * end * members) - round(self.pattern.fraction * start * members)
+        if self.pattern.per_row:
+            return row_mask(saliency_KR.T, zeros).T
         return unstructured_mask(saliency_KR, zeros)
 
     def _eliminate(self, start: int, end: int) -> None:

@@ -1,9 +1,11 @@
 """Wanda (Sun et al. 2023, arXiv:2306.11695): drop the smallest |w_ij| * ||x_j||, row by row; no weight update."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from sparsegpt.hessian import DampedHessian
-from sparsegpt.masks import nm_mask, row_mask
+from sparsegpt.masks import layer_mask
 from sparsegpt.sparsity import NM, Sparsity
 
 
@@ -13,5 +15,5 @@ def wanda(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_si
     weight: [R, C]. Returns (weight, mask), the kept weights unchanged. block_size is not used.
     """
     saliency = weight.abs() * hessian.raw.diagonal().sqrt()
-    mask = nm_mask(saliency, pattern) if isinstance(pattern, NM) else row_mask(saliency, pattern.fraction)
+    mask = layer_mask(saliency, pattern if isinstance(pattern, NM) else replace(pattern, per_row=True))
     return weight.masked_fill(~mask, 0), mask

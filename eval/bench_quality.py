@@ -14,13 +14,13 @@ from sparsegpt.settings import resolve_settings
 from sparsegpt.sparsity import parse_sparsity
 
 PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7")
-# Name in the table -> what to ask for. The corrections are off where the row is about the solver alone.
+# Name in the table -> what to ask for. Up to `fast` all linears of a block are pruned from one capture, as published.
 LADDER: dict[str, dict[str, Any]] = {
-    "magnitude": {"preset": "fast", "method": "magnitude"},
-    "wanda": {"preset": "fast", "method": "wanda"},
-    "sparsegpt (paper)": {"preset": "paper"},
-    "sparsegpt+refit": {"preset": "fast", "method": "sparsegpt+refit"},
-    "admm (fast)": {"preset": "fast"},
+    "magnitude": {"preset": "paper", "method": "magnitude"},
+    "wanda": {"preset": "paper", "method": "wanda"},
+    "paper": {"preset": "paper"},
+    "sparsegpt+refit": {"preset": "paper", "method": "sparsegpt+refit"},
+    "fast": {"preset": "fast"},
     "default": {"preset": "default"},
     "best": {"preset": "best"},
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.hessian import HessianAccumulator
+from sparsegpt.kernels.registration import register_with_transformers
 from sparsegpt.solvers import Pruned, prune_weight
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 
@@ -26,6 +27,9 @@ __all__ = [
     "prune_model",
     "prune_weight",
 ]
+
+# From here on transformers' from_pretrained knows packed folders, whether it is imported already or later.
+register_with_transformers()
 
 _LAZY = {"perplexity": "sparsegpt.eval.perplexity", "prune_model": "sparsegpt.pipeline"}
 

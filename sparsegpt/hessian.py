@@ -35,6 +35,8 @@ class HessianAccumulator:
     def add(self, inputs: Tensor) -> None:
         """Add the Gram matrix of inputs [..., C]; any float dtype, moved to the accumulator's device."""
         x_TC = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._gram.device)
+        if not x_TC.is_cuda:
+            x_TC = x_TC.float()  # once, not for every block of columns
         self.tokens += x_TC.shape[0]
         width = x_TC.shape[1]
         for start in range(0, width, GRAM_BLOCK):

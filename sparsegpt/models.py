@@ -59,9 +59,13 @@ class LoadedModel:
     def save(self, folder: Path) -> None:
         """Write weights in stored_dtype, config, generation config and tokenizer in Hugging Face form."""
         computing = self.model.dtype
+        # Rotary tables are buffers that are never saved: they must not come back rounded.
+        tables = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.model.to(self.stored_dtype).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.model.to(computing)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(tables[name])
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:

@@ -80,6 +80,8 @@ def prune_blocks(
     """
     if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
         raise SparseGPTError(f"expected calibration windows [samples, sequence_length], found {list(windows.shape)}")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise SparseGPTError("the model is packed or quantised: expected plain weights; `sparsegpt unpack` it first")
     family = family_of(model)
     blocks = decoder_blocks(model, family)
     head = lm_head_of(model) if include_head else None

@@ -73,7 +73,7 @@ class PruneSettings:
         return self.corrects or self.reconstruct > 0
 
 
-# The corrections and the damping are tuned on a 15M-parameter Llama at 2:4 (BENCHMARKS.md); one value serves all models.
+# The corrections and the damping are tuned on a 15M-parameter Llama at 2:4 (BENCHMARKS.md).
 _CORRECTED = {"method": "admm", "damping": 0.003, "error_correction": 0.6, "residual_correction": 1.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"method": "sparsegpt", "order": "block"},

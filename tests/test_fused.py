@@ -14,7 +14,7 @@ from sparsegpt.solvers import fused
 
 from .kernels.aot import compile_for
 
-TYPES = {name: "*fp32" for name in ("weight_ptr", "error_ptr", "factor_ptr", "scale_ptr")} | {
+TYPES = dict.fromkeys(("weight_ptr", "error_ptr", "factor_ptr", "scale_ptr"), "*fp32") | {
     "kept_ptr": "*i8",
     "columns": "i32",
     "rows": "i32",

@@ -189,8 +189,11 @@ def _bos_token(model: "PreTrainedModel", tokenizer: Any, bos: str) -> int | None
 
 def main() -> None:
     """Score one model on texts, a line each; `python -m sparsegpt eval` offers the same and more."""
+    import transformers
+
     from sparsegpt.models import load_model
 
+    transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="demo", help="Hub id, folder, short name or demo")
     parser.add_argument("--data", nargs="+", default=["pydoc"], help="wikitext2, ptb, c4, pydoc, files or folders")
@@ -198,7 +201,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         loaded = load_model(arguments.model)
-        length = arguments.seqlen or loaded.default_sequence_length
+        length = loaded.sequence_length(arguments.seqlen)
         for data in arguments.data:
             found = score_text(loaded.model, loaded.tokenizer, data, length)
             print(f"{data}: perplexity {found.perplexity:.4f}, {found.bits_per_byte:.4f} bits per byte")

@@ -89,11 +89,12 @@ def _whole_zeros(shares: list[float], linears: list[dict[str, nn.Linear]], total
     """Shares as whole numbers of zeros per linear that add up to `total`: rounding errors are carried along."""
     result: list[dict[str, Sparsity]] = []
     wanted, given = 0.0, 0
+    last = [linear for block in linears for linear in block.values()][-1]  # takes what rounding left over
     for share, block in zip(shares, linears, strict=True):
         patterns: dict[str, Sparsity] = {}
         for name, linear in block.items():
             wanted += share * linear.weight.numel()
-            zeros = round(wanted) - given
+            zeros = (total if linear is last else round(wanted)) - given
             given += zeros
             patterns[name] = Unstructured(zeros / linear.weight.numel())
         result.append(patterns)

@@ -29,6 +29,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise SparseGPTError(f"output folder {target} exists and is not empty: give --overwrite or another --out")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise SparseGPTError(f"output folder {target} cannot be made: {parent} is a file; choose another --out")
     if not os.access(parent, os.W_OK):
         raise SparseGPTError(f"output folder {target} cannot be made: {parent} is not writable; choose another --out")
 
@@ -50,8 +52,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         for path in [*draft.rglob("*"), draft]:
             _flush(path)
         _swap(draft, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_full_disk(error):
             raise
         raise SparseGPTError(
             f"no space left while writing {target}: what was there before is untouched; "
@@ -59,6 +61,14 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """No space or no quota left; safetensors says so in words, with an exception of its own."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return type(error).__name__ == "SafetensorError" and any(f"os error {code})" in str(error) for code in full)
 
 
 def _swap(draft: Path, target: Path) -> None:

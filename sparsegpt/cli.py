@@ -30,8 +30,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str, typer.Option(help="auto, float32, float16 or bfloat16; auto is float32 on a CPU, else the file's.")
 ]
-Length = Annotated[int | None, typer.Option("--seqlen", help="Tokens a window; default min(2048, the model's limit).")]
-BatchSize = Annotated[int | None, typer.Option(help="Windows scored in one forward pass.")]
+Length = Annotated[
+    int | None, typer.Option("--seqlen", min=2, help="Tokens a window; default min(2048, the model's limit).")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows scored in one forward pass.")]
 EvalWindows = Annotated[
     int | None, typer.Option(min=1, help="Score at most so many windows of each text; default the published number.")
 ]
@@ -66,7 +68,7 @@ def run(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Length = None,
-    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration windows.")] = 0,
     evaluate: Annotated[
         str | None, typer.Option("--eval", help="Texts to score on, comma-separated names or files; none for none.")
     ] = None,
@@ -126,7 +128,7 @@ def run(
         model=model,
         calibration=calib or default_data(model, "calibration"),
         evaluate=_data_names(evaluate or default_data(model, "evaluation")),
-        out=out or Path("pruned") / f"{_folder_name(model)}-{settings.sparsity}",
+        out=out or Path("pruned") / f"{_folder_name(model)}-{str(settings.sparsity).replace('/', '-per-')}",
         samples=samples,
         sequence_length=seqlen,
         seed=seed,
@@ -174,7 +176,7 @@ def evaluate_model(
 
     _silence_libraries()
     loaded = load_model(model, dtype=dtype, device=device)
-    length = seqlen or loaded.default_sequence_length
+    length = loaded.sequence_length(seqlen)
     if kernels is not None:
         print(f"sparsegpt: {_use_kernels(loaded.model, kernels)}", file=sys.stderr)
     scores = [
@@ -303,7 +305,7 @@ def bench_quality_command(
     evaluate: Annotated[str | None, typer.Option("--eval", help="Evaluation text.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration windows.")] = 0,
     eval_windows: EvalWindows = None,
     methods: Annotated[str | None, typer.Option(help="Rows of the ladder, comma-separated; default all.")] = None,
     patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,4:8,0.5,0.6,0.7",

@@ -19,7 +19,7 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.archive import QUANT_METHOD, read_packed_config, verify_files
 from sparsegpt.kernels.pack import Packed24, unpack
 from sparsegpt.kernels.tensor_files import weight_files
-from sparsegpt.sparsity import NM, parse_sparsity
+from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 
 # Tried on weights that no report speaks of, the strictest first.
 COMMON_PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16), NM(16, 32), NM(3, 4))
@@ -106,9 +106,17 @@ def _examine(name: str, weight: Tensor, promised: str | None) -> TensorFinding:
     problem = ""
     if isinstance(pattern, NM):
         problem = first_bad_group(weight, pattern) or ""
+    elif pattern.per_row and (bad := _first_full_row(weight, pattern)) is not None:
+        problem = f"row {bad}: {float((weight[bad] == 0).float().mean()):.2%} zeros, {pattern} promises more"
     elif zeros < pattern.fraction - ROUNDING:
         problem = f"{zeros:.2%} zeros, fewer than the {pattern.fraction:.2%} promised"
     return TensorFinding(name, (rows, columns), zeros, promised, ok=not problem, problem=problem)
+
+
+def _first_full_row(weight: Tensor, pattern: Unstructured) -> int | None:
+    """The first row with fewer zeros than the pattern gives every row."""
+    full = (weight == 0).sum(1) < round(pattern.fraction * weight.shape[1])
+    return int(torch.nonzero(full)[0]) if full.any() else None
 
 
 def _found_pattern(weight: Tensor, zeros: float) -> str:

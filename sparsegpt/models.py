@@ -50,6 +50,13 @@ class LoadedModel:
         config = self.model.config.get_text_config()
         return min(MAX_DEFAULT_SEQUENCE, getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_SEQUENCE)
 
+    def sequence_length(self, asked: int | None) -> int:
+        """The length asked for, or the default; SparseGPTError when the model has no positions for it."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if asked is not None and limit is not None and asked > limit:
+            raise SparseGPTError(f"model {self.name!r} has {limit} positions: --seqlen {asked} is too long")
+        return asked if asked is not None else self.default_sequence_length
+
     def round_to_stored(self) -> None:
         """Round every weight to what the file will hold, so that a score belongs to the saved model."""
         with torch.no_grad():
@@ -108,6 +115,8 @@ def pick_device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise SparseGPTError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
+    if place.type not in ("cpu", "cuda"):
+        raise SparseGPTError(f"device {device!r} is not supported: expected auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise SparseGPTError(f"device {device!r} was asked for, but torch finds no CUDA device: use --device cpu")
     return place

@@ -243,9 +243,10 @@ class _BlockJob:
         """Prune every selected linear, stage by stage in forward order."""
         with self.driver.timed("capture"):
             groups = self._shared_inputs()
-            dense_inputs = self._dense_pass(groups)
+            stages = _stages(groups, self.settings.order)
+            dense_inputs = self._dense_pass(stages)
         layers: list[LayerReport] = []
-        for stage in _stages(groups, self.settings.order):
+        for stage in stages:
             with self.driver.timed("capture"):
                 statistics = self._gather(stage, _linears_from(stage[-1], groups), dense_inputs)
             with self.driver.timed("solve"):
@@ -292,11 +293,11 @@ class _BlockJob:
             return []
         return shared_inputs(self.block, self.linears, call, hidden.to(self.device), self.prefix)
 
-    def _dense_pass(self, groups: list[Group]) -> DenseInputs:
+    def _dense_pass(self, stages: list[list[Group]]) -> DenseInputs:
         """Move the dense stream through the still dense block; keep what the corrections will compare."""
         if self.driver.dense_stream is None:
             return []
-        compared = groups if self.settings.corrects else []
+        compared = [group for stage in stages for group in stage] if self.settings.corrects else []
         watched = frozenset(name for group in compared for name in self._watched(group))
         kept, outputs = [], []
         for hidden in self.driver.dense_stream:

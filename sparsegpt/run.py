@@ -17,6 +17,7 @@ from sparsegpt.calib_data import Calibration, draw_windows, load_text
 from sparsegpt.checkpoint import REPORT_NAME, check_target, new_folder, write_json
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
+from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
 from sparsegpt.models import DEMO, LoadedModel, load_model
 from sparsegpt.pipeline import prune_blocks
@@ -91,6 +92,8 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     check_target(options.out, overwrite=options.overwrite)
     if options.kernels is not None and settings.sparsity != NM(2, 4):
         raise SparseGPTError(f"--kernels runs 2:4 weights only, not {settings.sparsity}: leave it out")
+    if options.kernels not in (None, *KERNELS):
+        raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
     job.load()
     job.score("dense")
     job.prune()
@@ -138,7 +141,7 @@ class _Job:
         self.listener.stage(f"loading {options.model}")
         with self.measure("load"):
             self.loaded = load_model(options.model, dtype=options.dtype, device=options.device)
-            self.length = options.sequence_length or self.loaded.default_sequence_length
+            self.length = self.loaded.sequence_length(options.sequence_length)
             text = load_text(options.calibration, "calibration")
             self.calibration = draw_windows(text, self.loaded.tokenizer, options.samples, self.length, options.seed)
 

@@ -3,11 +3,12 @@
 A preset is a row of defaults; whatever is given explicitly wins over it.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.solvers import parse_method
+from sparsegpt.solvers.layer import BLOCK_SIZE, check_block_size, parse_method
 from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
 
 Order = Literal["input", "block", "linear"]
@@ -28,7 +29,7 @@ class PruneSettings:
     sparsity: Sparsity
     method: str = "admm"
     damping: float = 0.01
-    block_size: int = 128
+    block_size: int = BLOCK_SIZE
     order: Order = "input"
     error_correction: float = 0.0
     residual_correction: float = 0.0
@@ -38,12 +39,11 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         method = parse_method(self.method)
-        if self.damping < 0:
+        if not 0 <= self.damping < math.inf:
             raise SparseGPTError(
-                f"damping {self.damping:g} is negative: expected a share of the mean diagonal, like 0.01"
+                f"damping {self.damping:g} is out of range: expected a share of the mean diagonal, like 0.01"
             )
-        if self.block_size < 1 or (isinstance(self.sparsity, NM) and self.block_size % self.sparsity.m):
-            raise SparseGPTError(f"block size {self.block_size} must be a positive multiple of {self.sparsity}'s group")
+        check_block_size(self.block_size, self.sparsity)
         for name in ("error_correction", "residual_correction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SparseGPTError(f"{name.replace('_', ' ')} {getattr(self, name):g} must lie between 0 and 1")
@@ -52,6 +52,8 @@ class PruneSettings:
                 f"method {self.method!r} never updates weights, so it cannot correct errors; "
                 f"use {self.method}+refit, sparsegpt or admm, or set both corrections to 0"
             )
+        if self.order not in get_args(Order):
+            raise SparseGPTError(f"order {self.order!r} is not known: choose one of {', '.join(get_args(Order))}")
         if self.allocation not in ALLOCATIONS:
             raise SparseGPTError(f"allocation {self.allocation!r} is not known: choose one of {', '.join(ALLOCATIONS)}")
         if self.allocation != "uniform" and (isinstance(self.sparsity, NM) or self.sparsity.per_row):
@@ -59,7 +61,7 @@ class PruneSettings:
                 f"allocation {self.allocation!r} needs a fraction of the layer, such as 0.5: "
                 f"{self.sparsity} fixes the share of every group or row"
             )
-        if self.reconstruct < 0 or self.learning_rate <= 0:
+        if self.reconstruct < 0 or not 0 < self.learning_rate < math.inf:
             raise SparseGPTError("reconstruction needs a number of epochs >= 0 and a learning rate above 0")
 
     @property

@@ -20,7 +20,8 @@ class Unstructured:
             raise SparseGPTError(f"sparsity {self.fraction:g} is out of range: a fraction of zeros lies in [0, 1)")
 
     def __str__(self) -> str:
-        return f"{self.fraction:g}/row" if self.per_row else f"{self.fraction:g}"
+        text = repr(float(self.fraction))
+        return f"{text}/row" if self.per_row else text
 
     @property
     def zeros(self) -> float:

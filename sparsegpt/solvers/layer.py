@@ -4,6 +4,7 @@ The layer problem: minimise tr((W - W') H (W - W')^T) over W' of the wanted patt
 Dimension key: R out_features, C in_features.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from sparsegpt.solvers.refit import refit, row_losses
 from sparsegpt.solvers.sparsegpt import sparsegpt
 from sparsegpt.solvers.wanda import wanda
 from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
+
+# Columns that share one threshold when sparsegpt prunes a fraction: the published number.
+BLOCK_SIZE = 128
 
 Solver = Callable[..., tuple[Tensor, Tensor]]
 
@@ -70,7 +74,7 @@ def prune_weight(
     *,
     method: str = "admm",
     damping: float = 0.01,
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
     dtype: torch.dtype = torch.float32,
     name: str = "layer",
 ) -> Pruned:
@@ -92,7 +96,7 @@ def prune_layer(
     hessian: DampedHessian,
     pattern: Sparsity,
     method: Method,
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
     *,
     target: Tensor | None = None,
 ) -> Pruned:
@@ -109,6 +113,11 @@ def prune_layer(
         weight_RC = refit(weight_RC, mask, target_RC, hessian.damped)
     result = weight_RC.to(weight.dtype)
     loss = float(row_losses(original_RC - result.to(original_RC.dtype), hessian.raw).sum())
+    if not math.isfinite(loss):
+        raise SparseGPTError(
+            f"{hessian.name}: pruned weights do not fit {weight.dtype} or the Hessian overflows; "
+            "use float32 or bfloat16"
+        )
     energy = float(row_losses(original_RC, hessian.raw).sum())
     return Pruned(result, mask, loss, loss / energy if energy > 0 else 0.0, hessian.damping)
 
@@ -129,5 +138,11 @@ def _check_shapes(weight: Tensor, hessian: Tensor, pattern: Sparsity, block_size
     if not torch.isfinite(weight).all():
         raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
     pattern.check(width, name)
-    if block_size < 1 or (isinstance(pattern, NM) and block_size % pattern.m):
-        raise SparseGPTError(f"{name}: block size {block_size} must be a positive multiple of the pattern's {pattern}")
+    check_block_size(block_size, pattern)
+
+
+def check_block_size(block_size: int, pattern: Sparsity) -> None:
+    """Raise SparseGPTError unless blocks hold whole groups; the default is fine with every pattern, n:m ignores it."""
+    splits_groups = isinstance(pattern, NM) and block_size % pattern.m and block_size != BLOCK_SIZE
+    if block_size < 1 or splits_groups:
+        raise SparseGPTError(f"block size {block_size} must be positive and a multiple of the group of {pattern}")

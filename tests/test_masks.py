@@ -1,0 +1,105 @@
+"""Masks: exact counts in every shape and pattern, ties to the earlier weight, agreement with one-by-one sorting."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsegpt import masks
+from sparsegpt.masks import layer_mask, nm_mask, row_mask, unstructured_mask
+from sparsegpt.sparsity import NM, Unstructured
+
+from .support import brute_layer_mask, brute_mask, brute_nm_mask, brute_row_mask
+
+PATTERNS = [NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 4), NM(8, 16), NM(16, 32), NM(2, 3), NM(1, 2), NM(31, 64)]
+
+
+@st.composite
+def saliencies(draw, multiple: int = 1):
+    """A small saliency matrix of few different values, so that ties are everywhere; also with infinities."""
+    rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    values = st.sampled_from([0.0, 1.0, 2.0, 3.5, 1e-30, float("inf")])
+    size = rows * groups * multiple
+    return torch.tensor(draw(st.lists(values, min_size=size, max_size=size))).view(rows, groups * multiple)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@given(data=st.data())
+def test_nm_mask_is_what_sorting_each_group_gives(pattern, data):
+    saliency = data.draw(saliencies(pattern.m))
+    assert torch.equal(nm_mask(saliency, pattern), brute_nm_mask(saliency, pattern))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_nm_mask_keeps_exactly_n_of_every_group(pattern, rows, dtype):
+    saliency = torch.rand(rows, 3 * pattern.m, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = nm_mask(saliency, pattern)
+    assert mask.dtype == torch.bool
+    assert mask.shape == saliency.shape
+    assert (mask.view(rows, 3, pattern.m).sum(-1) == pattern.n).all()
+    assert torch.equal(mask, brute_nm_mask(saliency, pattern))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_constant_saliency_keeps_the_first_of_every_group(pattern):
+    mask = nm_mask(torch.full((3, 2 * pattern.m), 0.25), pattern)
+    expected = torch.arange(2 * pattern.m) % pattern.m < pattern.n
+    assert (mask == expected).all()
+
+
+@given(saliency=saliencies(), share=st.floats(0, 1))
+def test_unstructured_mask_is_what_sorting_everything_gives(saliency, share):
+    zeros = int(share * saliency.numel())
+    mask = unstructured_mask(saliency, zeros)
+    assert int((~mask).sum()) == zeros
+    assert torch.equal(mask, brute_mask(saliency, saliency.numel() - zeros))
+
+
+@pytest.mark.parametrize("sample", [1, 2, 5])
+@given(
+    values=st.lists(st.sampled_from([0.0, 1.0, 2.0, 7.0, float("inf")]) | st.floats(0, 9), min_size=16), data=st.data()
+)
+def test_narrowing_the_search_for_a_threshold_finds_the_same_mask(sample, values, data):
+    """A large tensor's threshold is looked for around a sorted sample's: here even a small tensor counts as large."""
+    zeros = data.draw(st.integers(0, len(values)))
+    saliency = torch.tensor(values)
+    with patch.object(masks, "SAMPLE", sample):
+        assert torch.equal(unstructured_mask(saliency, zeros), brute_mask(saliency, len(values) - zeros))
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["random", "sorted", "falling", "constant", "two values", "periodic"])
+def test_masks_of_large_tensors_are_exact_whatever_their_order(kind, fraction):
+    size = 16 * masks.SAMPLE + 5
+    saliency = {
+        "random": torch.rand(size, generator=torch.Generator().manual_seed(0)),
+        "sorted": torch.arange(size).float(),
+        "falling": -torch.arange(size).float(),
+        "constant": torch.ones(size),
+        "two values": (torch.arange(size) % 3 == 0).float(),
+        "periodic": (torch.arange(size) % 16).float(),  # the sample sees one value alone
+    }[kind]
+    zeros = round(fraction * size)
+    assert torch.equal(unstructured_mask(saliency, zeros), brute_mask(saliency, size - zeros))
+
+
+@given(saliency=saliencies(), share=st.floats(0, 1))
+def test_row_mask_is_what_sorting_each_row_gives(saliency, share):
+    zeros = int(share * saliency.shape[1])
+    assert torch.equal(row_mask(saliency, zeros), brute_row_mask(saliency, zeros))
+
+
+@given(saliency=saliencies(), fraction=st.floats(0, 1, exclude_max=True), per_row=st.booleans())
+def test_layer_mask_drops_the_rounded_share_of_the_layer_or_of_each_row(saliency, fraction, per_row):
+    pattern = Unstructured(fraction, per_row)
+    assert torch.equal(layer_mask(saliency, pattern), brute_layer_mask(saliency, pattern))
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_layer_mask_of_a_pattern_is_the_group_mask(rows):
+    saliency = torch.rand(rows, 8)
+    assert torch.equal(layer_mask(saliency, NM(2, 4)), nm_mask(saliency, NM(2, 4)))

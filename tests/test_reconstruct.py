@@ -1,0 +1,167 @@
+"""Block reconstruction: never worse on held-out windows, masks fixed, nothing but weights left changed."""
+
+import copy
+
+import pytest
+import torch
+
+from sparsegpt import prune_model, reconstruct
+from sparsegpt.capture import ModelInputs
+from sparsegpt.reconstruct import reconstruct_block
+
+from .support import assert_pattern, block_linears, logits_of, random_windows, tiny_model
+
+PRUNED = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+@pytest.fixture
+def job():
+    """A pruned block, what enters it and what should leave it, and how to call it."""
+    model, windows = tiny_model("llama"), random_windows(40)
+    block = model.model.layers[0]
+    inputs = ModelInputs(model, model.model.layers, windows, 10)
+
+    def call_for(size):
+        return inputs.call(size, 0)
+
+    with torch.no_grad():
+        targets = [call_for(len(hidden)).run(block, hidden) for hidden in inputs.hidden]
+        for name in PRUNED:
+            weight = block.get_submodule(name).weight
+            weight.masked_fill_(torch.arange(weight.shape[1]) % 4 < 2, 0)
+    return block, inputs.hidden, targets, call_for
+
+
+@torch.no_grad()
+def loss_of(block, inputs, targets, call_for) -> float:
+    """Mean squared error over the given micro-batches, in float64."""
+    pairs = zip(inputs, targets, strict=True)
+    errors = [(call_for(len(x)).run(block, x).double() - y.double()).square() for x, y in pairs]
+    return float(torch.cat(errors).mean())
+
+
+def run(job, **options):
+    block, inputs, targets, call_for = job
+    choices = {"epochs": 5, "learning_rate": 5e-3, **options}
+    return reconstruct_block(block, PRUNED, inputs, targets, call_for, **choices)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    monkeypatch.setattr(reconstruct, "TOKENS_PER_BATCH", 16 * 5)  # five windows a step, eight batches
+
+
+def test_training_lowers_the_error_on_windows_it_never_saw(job):
+    block, inputs, targets, call_for = job
+    held_out = [inputs[-1][5:]], [targets[-1][5:]], call_for  # the last of eight batches
+    before = loss_of(block, *held_out)
+    result = run(job)
+    after = loss_of(block, *held_out)
+    # Where the hardware has them, products are bfloat16 while training.
+    assert result.before == pytest.approx(before, rel=0.02)
+    assert result.after == pytest.approx(after, rel=0.02)
+    assert after < 0.9 * before
+    assert 1 <= result.best_epoch <= 5
+    assert not result.diverged
+
+
+def test_zeros_stay_zeros_and_other_weights_move(job):
+    block = job[0]
+    before = copy.deepcopy(block.state_dict())
+    run(job)
+    for name, tensor in block.state_dict().items():
+        module = name.removesuffix(".weight")
+        if module in PRUNED:
+            assert torch.equal(tensor == 0, before[name] == 0)
+            assert not torch.signbit(tensor[tensor == 0]).any()
+            assert not torch.equal(tensor, before[name])
+        elif tensor.ndim == 2:  # a linear that was not pruned is not touched
+            assert torch.equal(tensor, before[name])
+        else:
+            assert not torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("learning_rate", [1e3, 1e30, float("inf")])
+def test_training_that_diverges_is_rolled_back_to_the_bit(job, learning_rate):
+    block = job[0]
+    before = copy.deepcopy(block.state_dict())
+    result = run(job, learning_rate=learning_rate)
+    for name, tensor in block.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert result.best_epoch == 0
+    assert result.after == result.before
+
+
+def test_a_loss_that_is_no_number_counts_as_diverged(job):
+    result = run(job, learning_rate=1e30)
+    assert result.diverged
+
+
+def test_gradients_switches_and_dtypes_come_back(job):
+    block, inputs, targets, call_for = job
+    block.to(torch.bfloat16)
+    block.mlp.up_proj.weight.requires_grad_(False)
+    asked = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
+    halves = [[tensor.bfloat16() for tensor in part] for part in (inputs, targets)]
+    run((block, *halves, call_for))
+    for name, parameter in block.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.requires_grad == asked[name]
+        assert parameter.grad is None
+    for name in PRUNED:
+        weight = block.get_submodule(name).weight
+        assert (weight[:, torch.arange(weight.shape[1]) % 4 < 2] == 0).all()
+
+
+def test_trains_inside_no_grad_as_the_driver_calls_it(job):
+    with torch.no_grad():
+        result = run(job)
+        assert not torch.is_grad_enabled()
+    assert result.after < result.before
+
+
+def test_the_same_job_gives_the_same_bits(job):
+    block, inputs, targets, call_for = job
+    twin = copy.deepcopy(block)
+    for one in (block, twin):
+        run((one, inputs, targets, call_for))
+    for name, tensor in block.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name]), name
+
+
+# Through the driver
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_pruning_with_reconstruction_comes_closer_to_the_dense_model(model_type):
+    model, windows = tiny_model(model_type), random_windows(100)
+    dense = logits_of(model, windows)
+    distances = []
+    for epochs in (0, 5):
+        pruned = copy.deepcopy(model)
+        report = prune_model(pruned, windows, "2:4", preset="fast", reconstruct=epochs, learning_rate=5e-3)
+        distances.append(float((logits_of(pruned, windows) - dense).square().mean()))
+        for linear in block_linears(pruned).values():
+            assert_pattern(linear.weight, "2:4")
+    assert distances[1] < distances[0]
+    assert all(block.reconstruction < 1 for block in report.blocks)
+    assert report.seconds["reconstruct"] > 0
+
+
+def test_reconstruction_of_a_block_that_lost_nothing_changes_nothing():
+    model, windows = tiny_model("llama"), random_windows()
+    before = logits_of(model, windows)
+    report = prune_model(model, windows, 0.0, preset="fast", reconstruct=1)
+    torch.testing.assert_close(logits_of(model, windows), before, rtol=1e-3, atol=1e-4)
+    assert len(report.blocks) == 2
+
+
+def test_divergence_is_told_to_the_user():
+    report = prune_model(tiny_model("llama"), random_windows(), "2:4", reconstruct=1, learning_rate=1e30)
+    assert any("reconstruction" in warning for warning in report.warnings)
+
+
+def test_a_single_window_is_enough_to_run():
+    model = tiny_model("llama")
+    prune_model(model, random_windows(1, 40), "2:4", reconstruct=1)
+    assert torch.isfinite(logits_of(model, random_windows())).all()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sparsegpt.eval.bench_solver import SIZES, bench_solver
 from sparsegpt.kernels.bench import SHAPES, bench_kernels
-
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.settings import resolve_settings
 

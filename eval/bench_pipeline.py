@@ -36,7 +36,6 @@ def _measure(model: str, calibration: str, samples: int, sequence_length: int, d
     import time
 
     from sparsegpt.calib_data import draw_windows, load_text
-
     from sparsegpt.models import load_model
     from sparsegpt.pipeline import prune_model
     from sparsegpt.reports import peak_memory

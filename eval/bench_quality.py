@@ -7,7 +7,6 @@ from typing import Any
 
 from sparsegpt.calib_data import draw_windows, load_text
 from sparsegpt.eval.perplexity import score_text
-
 from sparsegpt.models import LoadedModel, load_model
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.settings import resolve_settings

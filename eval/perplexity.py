@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sparsegpt.calib_data import evaluation_tokens, load_text
 from torch import Tensor, nn
 
+from sparsegpt.calib_data import evaluation_tokens, load_text
 from sparsegpt.errors import SparseGPTError
 
 if TYPE_CHECKING:

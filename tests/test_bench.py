@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+
 from sparsegpt.eval import bench_gpu, bench_pipeline, bench_solver
 from sparsegpt.eval.bench_quality import LADDER, QualityRow, draw
-
 from sparsegpt.settings import resolve_settings
 from sparsegpt.sparsity import parse_sparsity
 

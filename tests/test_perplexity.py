@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+
+from sparsegpt import perplexity
 from sparsegpt.calib_data import load_text
 from sparsegpt.eval import perplexity as script
 from sparsegpt.eval.perplexity import ABSURD_PERPLEXITY, Score, TextScore, score, score_text
-
-from sparsegpt import perplexity
 
 from .support import VOCABULARY, random_windows, refused, tiny_model
 

@@ -78,7 +78,9 @@ def run(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    damping: Annotated[float | None, typer.Option(help="Share of the mean diagonal added to the Hessian.")] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Share of the mean diagonal added to the Hessian; default by sample size.")
+    ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="Columns that share a threshold (sparsegpt, fractions).")
     ] = None,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsegpt.allocation import allocate
 from sparsegpt.blocks import Family, decoder_blocks, family_of, prunable_linears
-from sparsegpt.capture import ModelInputs, run_watched, shared_inputs
+from sparsegpt.capture import ModelInputs, remember_outputs, run_watched, shared_inputs
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import DampedHessian, HessianAccumulator
@@ -155,7 +155,7 @@ class _Driver:
         share = job.reconstruct() if self.settings.reconstruct and layers else None
         if outputs_wanted:
             with self.timed("capture"):
-                self.pruned_stream = [job.run(hidden)[1] for hidden in self.pruned_stream]
+                self.pruned_stream = [job.run_pruned(step)[1] for step in range(len(self.pruned_stream))]
         block.to(home)
         error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
         self.report.blocks.append(BlockReport(index, blocks, error, time.perf_counter() - started, share))
@@ -210,12 +210,13 @@ class _Driver:
     def _damping(self, name: str, gram: HessianAccumulator) -> float:
         """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""
         width = len(gram.hessian)
+        damping = self.settings.damping_for(width, gram.tokens)
         if gram.tokens >= width:
-            return self.settings.damping
-        raised = self.settings.damping * width / gram.tokens
+            return damping
+        raised = damping * width / gram.tokens
         self.report.warnings.append(
             f"{name}: only {gram.tokens} calibration tokens for {width} input features; damping raised from "
-            f"{self.settings.damping:g} to {raised:g}; give more --samples or a longer --seqlen"
+            f"{damping:g} to {raised:g}; give more --samples or a longer --seqlen"
         )
         return raised
 
@@ -238,6 +239,9 @@ class _BlockJob:
         self.prefix = f"{driver.family.blocks}.{index}."
         self.device = next(block.parameters()).device
         self.linears = {name: linear for name, linear in prunable_linears(block).items() if name in patterns}
+        self.pruned_names: set[str] = set()
+        # For each micro-batch of the pruned stream, the outputs of submodules that will not change any more.
+        self.memos: list[dict[str, Any]] = [{} for _ in driver.pruned_stream]
 
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""
@@ -253,6 +257,7 @@ class _BlockJob:
                 for group, sums in statistics.items():
                     linears = {self.prefix + name: (self.linears[name], self.patterns[name]) for name in group}
                     layers += self.driver.prune_group(linears, *sums)
+                    self.pruned_names.update(group)
         return layers
 
     def reconstruct(self) -> float:
@@ -271,6 +276,7 @@ class _BlockJob:
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
             )
+        self.memos = [{} for _ in self.memos]
         if result.diverged:
             self.driver.report.warnings.append(
                 f"{self.prefix[:-1]}: reconstruction diverged after {result.best_epoch} good epochs and was rolled "
@@ -285,6 +291,22 @@ class _BlockJob:
         call = self.driver.inputs.call(len(hidden), self.index)
         seen, output = run_watched(self.block, call, hidden.to(self.device), watched, unused)
         return seen, output.to(hidden.device)
+
+    def run_pruned(
+        self, step: int, watched: frozenset[str] = frozenset(), unused: Group = ()
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """`run` for a micro-batch of the pruned stream; finished submodules, such as attention, compute only once."""
+        with remember_outputs(self.block, self._finished(), self.memos[step]):
+            return self.run(self.driver.pruned_stream[step], watched, unused)
+
+    def _finished(self) -> list[str]:
+        """Direct submodules all of whose linears are pruned; a bare linear's output is wide and not worth keeping."""
+        done = []
+        for child, module in self.block.named_children():
+            inside = {name for name in self.linears if name.startswith(f"{child}.")}
+            if inside and inside <= self.pruned_names and not isinstance(module, nn.Linear):
+                done.append(child)
+        return done
 
     def _shared_inputs(self) -> list[Group]:
         hidden = self.driver.pruned_stream[0]
@@ -328,8 +350,8 @@ class _BlockJob:
             for group in stage
         }
         watched = frozenset(name for group in stage for name in self._watched(group))
-        for step, hidden in enumerate(self.driver.pruned_stream):
-            pruned, _ = self.run(hidden, watched, unused)
+        for step in range(len(self.driver.pruned_stream)):
+            pruned, _ = self.run_pruned(step, watched, unused)
             for group, (hessian, drift) in statistics.items():
                 name, residual = group[0], self._residual(group)
                 hessian.add(pruned[name])

@@ -13,6 +13,9 @@ from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
 
 Order = Literal["input", "block", "linear"]
 ALLOCATIONS = ("uniform", "owl")
+# Damping by sample size: this times width / tokens, within this range.
+DAMPING_PER_SHARE = 0.4
+DAMPING_RANGE = (0.001, 0.05)
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,15 @@ class PruneSettings:
 
     order: "input" solves input by input, each seeing what is pruned already; "block" is the published order, all
     linears of a block from one capture; "linear" gives every linear a capture and a Hessian of its own (the costly
-    baseline of the benchmark). error_correction, residual_correction in [0, 1]: share of the upstream drift that a
+    baseline of the benchmark). damping: share of the mean diagonal added to the Hessian; None: by sample size, see
+    `damping_for`. error_correction, residual_correction in [0, 1]: share of the upstream drift that a
     layer is asked to undo. allocation: how a fraction is spread over the blocks. reconstruct: epochs of block-wise
     training of the kept weights.
     """
 
     sparsity: Sparsity
     method: str = "admm"
-    damping: float = 0.01
+    damping: float | None = None
     block_size: int = BLOCK_SIZE
     order: Order = "input"
     error_correction: float = 0.0
@@ -39,7 +43,7 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         method = parse_method(self.method)
-        if not 0 <= self.damping < math.inf:
+        if self.damping is not None and not 0 <= self.damping < math.inf:
             raise SparseGPTError(
                 f"damping {self.damping:g} is out of range: expected a share of the mean diagonal, like 0.01"
             )
@@ -64,6 +68,16 @@ class PruneSettings:
         if self.reconstruct < 0 or not 0 < self.learning_rate < math.inf:
             raise SparseGPTError("reconstruction needs a number of epochs >= 0 and a learning rate above 0")
 
+    def damping_for(self, width: int, tokens: int) -> float:
+        """The damping of a Hessian of `width` inputs estimated from `tokens` tokens.
+
+        Unless one is set, it grows with width / tokens, as the sampling error of the Hessian does.
+        """
+        if self.damping is not None:
+            return self.damping
+        low, high = DAMPING_RANGE
+        return min(high, max(low, DAMPING_PER_SHARE * width / tokens))
+
     @property
     def corrects(self) -> bool:
         """Whether a layer's target differs from its dense weight."""
@@ -76,9 +90,9 @@ class PruneSettings:
 
 
 # The corrections and the damping are tuned on a 15M-parameter Llama at 2:4 (BENCHMARKS.md).
-_CORRECTED = {"method": "admm", "damping": 0.003, "error_correction": 0.6, "residual_correction": 1.0}
+_CORRECTED = {"method": "admm", "error_correction": 0.6, "residual_correction": 1.0}
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"method": "sparsegpt", "order": "block"},
+    "paper": {"method": "sparsegpt", "order": "block", "damping": 0.01},
     "fast": {"method": "admm", "order": "block"},
     "default": _CORRECTED,
     "best": {**_CORRECTED, "reconstruct": 8},

@@ -1,6 +1,8 @@
 """Packing a Hugging Face folder and back: same bits, smaller, whole or not at all, damaged files refused."""
 
 import json
+import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import Packed24, unpack
 from sparsegpt.kernels.archive import pack_folder, unpack_folder
 from sparsegpt.kernels.tensor_files import (
@@ -21,9 +26,6 @@ from sparsegpt.kernels.tensor_files import (
     verify_checksums,
     weight_files,
 )
-from torch import Tensor
-
-from sparsegpt.errors import SparseGPTError
 
 from .helpers import weight24
 
@@ -146,6 +148,37 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
             assert torch.equal(file.get_tensor(name), tensor)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory counters")
+def test_packing_needs_the_memory_of_one_tensor(tmp_path: Path) -> None:
+    """24 tensors of 4 MB: what the process allocates stays far below the 96 MB of them all."""
+    weight = weight24(1024, 2048, torch.bfloat16)
+    source = folder(tmp_path / "source", {f"layers.{i}.up_proj.weight": weight.clone() for i in range(24)})
+    assert peak_of(lambda: pack_folder(source, tmp_path / "packed")) < 40_000_000
+    assert peak_of(lambda: unpack_folder(tmp_path / "packed", tmp_path / "back")) < 40_000_000
+
+
+def peak_of(act: Callable[[], object]) -> int:
+    """Most bytes allocated above the start while `act` ran, sampled every millisecond."""
+    before, seen, done = allocated(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(allocated())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    act()
+    done.set()
+    watcher.join()
+    return max(seen) - before
+
+
+def allocated() -> int:
+    """Bytes of memory that no file backs: mapped weights do not count."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else 0
+
+
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 4
@@ -187,6 +220,51 @@ def test_newer_version_and_other_methods_are_refused(packed: Path, tmp_path: Pat
     config["quantization_config"] = {"quant_method": "gptq"}
     path.write_text(json.dumps(config))
     with pytest.raises(SparseGPTError, match="not packed here"):
+        unpack_folder(packed, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "cannot be read as JSON"),
+        ("config.json", "[1]", "expected a JSON object"),
+        ("report.json", "[]", "layers"),
+        (INDEX, '{"weight_map": 3}', "expected a weight_map"),
+        (INDEX, '{"weight_map": {"a": "gone.safetensors"}}', r"lists gone\.safetensors"),
+    ],
+)
+def test_unreadable_sources(tmp_path: Path, name: str, content: str, message: str) -> None:
+    source = folder(tmp_path / "source", tensors())
+    (source / name).write_text(content)
+    if name == INDEX:  # a single file goes first, as in transformers
+        (source / WEIGHTS).unlink()
+    with pytest.raises(SparseGPTError, match=message):
+        pack_folder(source, tmp_path / "packed")
+
+
+def test_unreadable_modules_and_unwritable_targets(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SparseGPTError, match="not written"):
+        unpack_folder(packed, tmp_path / "file" / "below")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["modules"] = [1]
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SparseGPTError, match="no readable modules"):
+        unpack_folder(packed, tmp_path / "back")
+
+
+def test_truncated_source(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", tensors())
+    (source / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes()[:-9])
+    with pytest.raises(SparseGPTError, match="damaged or truncated"):
+        pack_folder(source, tmp_path / "packed")
+
+
+def test_missing_module_tensors(packed: Path, tmp_path: Path) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["modules"]["model.ghost"] = [8, 8]
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SparseGPTError, match=r"promises model\.ghost\.values"):
         unpack_folder(packed, tmp_path / "back")
 
 

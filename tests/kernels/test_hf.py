@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.archive import pack_folder, unpack_folder
 from sparsegpt.kernels.hf import Sparse24Quantizer, load_packed, register
 from sparsegpt.kernels.linear import Sparse24Linear, packed_layers
 from sparsegpt.kernels.tensor_files import WEIGHTS
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-
-from sparsegpt.errors import SparseGPTError
 
 from .helpers import weight24
 
@@ -153,7 +153,8 @@ def test_dense_folder_is_not_packed(folders: tuple[Path, Path]) -> None:
         load_packed(folders[0] / "nowhere")
 
 
-def test_registering_waits_for_transformers(folders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("first", ["transformers.quantizers", "sparsegpt.kernels.hf"])
+def test_registering_waits_for_transformers(first: str, folders: tuple[Path, Path]) -> None:
     """Before transformers is imported nothing of it is loaded; an import afterwards finds the quantizer registered."""
     code = f"""
 import sys
@@ -161,6 +162,7 @@ from sparsegpt.kernels.registration import register_with_transformers
 register_with_transformers()
 register_with_transformers()
 assert "transformers" not in sys.modules
+import {first}
 from transformers.quantizers import auto
 assert "sparsegpt" in auto.AUTO_QUANTIZER_MAPPING and auto.__spec__.loader is auto.__loader__
 from transformers import AutoModelForCausalLM

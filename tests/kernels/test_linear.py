@@ -1,13 +1,16 @@
 """The packed layer against torch.nn.Linear: values, shapes, gradients, refusals."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from sparsegpt.kernels import pack
-from sparsegpt.kernels.dispatch import KERNELS, choose
-from sparsegpt.kernels.linear import Sparse24Linear, explain, pack_linears, packed_layers, set_kernels
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels import pack, semi_structured
+from sparsegpt.kernels.dispatch import KERNELS, choose
+from sparsegpt.kernels.linear import Sparse24Linear, explain, pack_linears, packed_layers, set_kernels
 
 from .helpers import relative_error, weight24
 
@@ -93,6 +96,16 @@ def test_state_dict_casting_and_moving() -> None:
     assert relative_error(half(inputs.bfloat16()), dense(inputs)) < 1e-2
 
 
+def test_copies_are_independent() -> None:
+    _, packed = pair((24, 64), torch.float32)
+    inputs = torch.randn(3, 64)
+    expected = packed(inputs)
+    copied, pickled = copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))
+    packed.values.zero_()
+    for other in (copied, pickled):
+        assert other.values.data_ptr() != packed.values.data_ptr() and torch.equal(other(inputs), expected)
+
+
 def test_dense_weight_and_packed_parts() -> None:
     dense, packed = pair((24, 64), torch.float32)
     assert torch.equal(packed.weight, dense.weight)
@@ -125,8 +138,33 @@ def test_packing_the_linears_of_a_model() -> None:
         set_kernels(model, "fastest")
 
 
-def test_forced_kernels_that_cannot_serve_say_why() -> None:
-    weight = pack(weight24(32, 64))
-    with pytest.raises(SparseGPTError, match=r"kernels=cutlass: .* CUDA"):
-        choose(weight, "cutlass")
-    assert {"auto", "dense"} <= set(KERNELS)
+@pytest.mark.parametrize("kernels", ["portable", "mma_sp", "cutlass", "cusparselt"])
+def test_forced_gpu_kernels_say_why_they_cannot_serve(kernels: str) -> None:
+    with pytest.raises(
+        SparseGPTError, match=rf"kernels={kernels}: .*the weight is on cpu; use --kernels auto or dense"
+    ):
+        choose(pack(weight24(32, 64)), kernels)
+    assert kernels in KERNELS
+
+
+def test_cusparselt_pads_tokens_and_searches_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls as torch documents them, with the library's part played by a dense product."""
+    searches: list[int] = []
+
+    def search(weight: torch.Tensor, columns: torch.Tensor, transpose_result: bool) -> int:
+        searches.append(columns.shape[1])
+        return 3
+
+    def multiply(weight, columns, *, bias, transpose_result, alg_id):  # type: ignore[no-untyped-def]
+        assert transpose_result and alg_id == 3 and columns.shape[1] % 8 == 0
+        return columns.t() @ weight.t() + bias
+
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    dense, packed = pair((32, 64), torch.float32)
+    state = semi_structured.prepare_cusparselt(packed.packed)
+    for tokens in (1, 3, 4, 17, 30):
+        inputs = torch.randn(tokens, 64)
+        assert relative_error(semi_structured.run_cusparselt(state, inputs, dense.bias), dense(inputs)) < 2e-6
+    assert searches == [8, 8, 24]  # one token; three and four; seventeen and thirty

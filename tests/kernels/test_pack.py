@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import Packed24, dequantize, first_violation, pack, quantize, unpack
 from sparsegpt.kernels.interop import (
     from_bitmask,
@@ -18,9 +21,6 @@ from sparsegpt.kernels.interop import (
 )
 from sparsegpt.kernels.pack import words_to_nibbles
 from sparsegpt.kernels.quantized import unpack_integers
-from torch import Tensor
-
-from sparsegpt.errors import SparseGPTError
 
 from .helpers import relative_error, weight24
 

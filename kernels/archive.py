@@ -1,0 +1,284 @@
+"""A pruned Hugging Face folder to its packed form and back, one tensor in memory at a time.
+
+    <module>.weight [N, K]  <->  <module>.values [N, Kp / 2] + <module>.meta [N, Kp / 32]      (format: pack.py)
+
+Packed are the weights of linear layers that keep 2:4 exactly. `report.json`, when it lies in the folder, says which
+layers were pruned; without it every candidate that keeps the pattern is packed (a dense weight does not, by chance).
+`config.json` gets a `quantization_config` of our own, which transformers' quantizer interface reads (hf.py). The target
+appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+
+from .pack import Packed24, pack, unpack
+from .tensor_files import (
+    DEFAULT_SHARD_BYTES,
+    INDEX,
+    ShardedWriter,
+    header_room,
+    read_header,
+    read_json,
+    staged_folder,
+    verify_checksums,
+    weight_files,
+)
+
+QUANT_METHOD = "sparsegpt"
+FORMAT_VERSION = 1
+PATTERN = "2:4"
+# Weights of these model types are stored transposed, [in, out] (transformers' Conv1D): their groups run down columns.
+TRANSPOSED_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_NOT_LINEAR = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|lm_head|embed_out|\w*norm\w*|ln_\w+)\.weight$")
+_MERGED_EXPERTS = re.compile(r"\.experts\.\d+\.")  # transformers 5 loads all experts into one 3-D parameter
+_WEIGHTS_OF_OTHERS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf)$|.*\.(bin|safetensors)\.index\.json$"
+)
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack_folder` did: module names packed, {weight name: why} left dense, bytes of the packed linears."""
+
+    packed: tuple[str, ...]
+    left_dense: Mapping[str, str]
+    dense_bytes: int
+    packed_bytes: int
+
+
+@dataclass
+class _Tally:
+    packed: dict[str, list[int]] = field(default_factory=dict)  # module name -> dense shape
+    left_dense: dict[str, str] = field(default_factory=dict)
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+
+    def count(self, module: str, dense: Tensor, packed: Packed24) -> None:
+        self.packed[module] = list(packed.shape)
+        self.dense_bytes += dense.nbytes
+        self.packed_bytes += packed.nbytes
+
+
+def pack_folder(source: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> PackReport:
+    """Write the packed form of the Hugging Face folder `source` to the new folder `target`.
+
+    Raises:
+        SparseGPTError: no safetensors weights or config.json in `source`; already quantised or packed; a layer that
+            report.json calls 2:4 breaks the pattern (names tensor and first bad group); nothing to pack; `target`
+            exists and is not empty.
+    """
+    source, target = Path(source), Path(target)
+    config = _read_config(source)
+    if config.get("quantization_config"):
+        raise SparseGPTError(f"{source}: already packed or quantised (config.json has quantization_config)")
+    files = weight_files(source)
+    for path in set(files.values()):
+        read_header(path)  # a truncated file is refused before anything is written
+    listed = _reported_layers(source)
+    _check_listed(source, listed, files)
+    transposed = config.get("model_type") in TRANSPOSED_MODEL_TYPES
+    with staged_folder(target) as stage:
+        tally = _write_packed(files, stage, shard_bytes, listed, transposed)
+        if not tally.packed:
+            raise SparseGPTError(f"{source}: no linear layer keeps 2:4; prune with --sparsity 2:4 first")
+        _copy_the_rest(source, stage)
+        _write_config(stage, {**config, "quantization_config": _packed_config(tally.packed)})
+    return PackReport(tuple(tally.packed), tally.left_dense, tally.dense_bytes, tally.packed_bytes)
+
+
+def unpack_folder(packed: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[str, ...]:
+    """Write the ordinary dense-with-zeros form of a packed folder to `target`; returns the module names unpacked.
+
+    Every checksum is compared before the first tensor is used. Raises SparseGPTError for a folder that is not packed,
+    of a newer format, damaged or truncated, or when `target` exists and is not empty.
+    """
+    packed, target = Path(packed), Path(target)
+    config = _read_config(packed)
+    modules = read_packed_config(config.pop("quantization_config", None), packed)
+    files = weight_files(packed)
+    verify_files(files)
+    check_modules(files, modules, packed)
+    with staged_folder(target) as stage:
+        with ShardedWriter(stage, header_room(files), shard_bytes, checksums=False) as writer, _Open(files) as tensors:
+            for name in files:
+                module, _, kind = name.rpartition(".")
+                if module in modules and kind == "values":
+                    writer.add((f"{module}.weight", _unpack_module(tensors, module, modules[module])))
+                elif module not in modules or kind != "meta":
+                    writer.add((name, tensors[name]))
+        _copy_the_rest(packed, stage)
+        _write_config(stage, config)
+    return tuple(modules)
+
+
+def read_packed_config(settings: Any, where: object) -> dict[str, tuple[int, int]]:
+    """{module name: dense (N, K)} of a `quantization_config`; refuses other methods and newer format versions."""
+    if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
+        raise SparseGPTError(f'{where}: not packed here: config.json lacks quantization_config "{QUANT_METHOD}"')
+    version = settings.get("format_version")
+    if version != FORMAT_VERSION or settings.get("pattern") != PATTERN:
+        raise SparseGPTError(
+            f"{where}: packed format version {version} with pattern {settings.get('pattern')}; this package reads "
+            f"version {FORMAT_VERSION} with {PATTERN}: update sparsegpt"
+        )
+    try:
+        return {name: (int(shape[0]), int(shape[1])) for name, shape in settings["modules"].items()}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise SparseGPTError(f"{where}: quantization_config has no readable modules; pack the model again") from error
+
+
+def verify_files(files: Mapping[str, Path]) -> None:
+    """Checksums of every file of {tensor name: file}, and that each file holds the tensors promised of it."""
+    for path in dict.fromkeys(files.values()):
+        found = verify_checksums(path)
+        missing = sorted(name for name, place in files.items() if place == path and name not in found)
+        if missing:
+            raise SparseGPTError(f"{path}: the index promises {missing[0]}, which is not there; copy the folder again")
+
+
+def check_modules(names: Container[str], modules: Iterable[str], where: object) -> None:
+    """Refuse a packed folder that lacks one of the two tensors of a packed module."""
+    for name in (f"{module}.{part}" for module in modules for part in ("values", "meta")):
+        if name not in names:
+            raise SparseGPTError(f"{where}: config.json promises {name}, which is not in the weights; pack again")
+
+
+def _write_packed(
+    files: Mapping[str, Path], stage: Path, shard_bytes: int, listed: Mapping[str, str] | None, transposed: bool
+) -> _Tally:
+    tally = _Tally()
+    room = header_room([*files, *files])  # a packed weight becomes two tensors
+    with ShardedWriter(stage, room, shard_bytes) as writer:
+        for name, tensor in _tensors(files):
+            reason = _why_dense(name, tensor, listed, transposed)
+            packed = None if reason else _try_pack(name, tensor, listed)
+            if packed is not None:
+                module = name.removesuffix(".weight")
+                writer.add((f"{module}.values", packed.values), (f"{module}.meta", packed.meta))
+                tally.count(module, tensor, packed)
+            else:
+                writer.add((name, tensor))
+                if tensor.ndim == 2:
+                    tally.left_dense[name] = reason or "does not keep 2:4"
+    return tally
+
+
+def _try_pack(name: str, tensor: Tensor, listed: Mapping[str, str] | None) -> Packed24 | None:
+    """The packed weight; None where the pattern is not kept, which is an error for a layer reported as 2:4."""
+    try:
+        return pack(tensor, name)
+    except SparseGPTError:
+        if listed is not None and listed[name.removesuffix(".weight")] == PATTERN:
+            raise
+        return None
+
+
+def _unpack_module(tensors: _Open, module: str, shape: tuple[int, int]) -> Tensor:
+    return unpack(Packed24(tensors[f"{module}.values"], tensors[f"{module}.meta"], shape))
+
+
+def _why_dense(name: str, tensor: Tensor, listed: Mapping[str, str] | None, transposed: bool) -> str | None:
+    """Why this tensor is not even tried, or None."""
+    module = name.removesuffix(".weight")
+    if module == name or tensor.ndim != 2 or _NOT_LINEAR.search(name):
+        return "not the weight of a linear layer"
+    if listed is not None and module not in listed:
+        return "not pruned"
+    if transposed or _MERGED_EXPERTS.search(name):
+        kind = "stored transposed (Conv1D)" if transposed else "an expert that transformers merges when loading"
+        return f"{kind}: no Linear of the loaded model has this weight"
+    return None
+
+
+def _reported_layers(source: Path) -> dict[str, str] | None:
+    """{module name: sparsity} of the folder's report.json, or None without one."""
+    path = source / "report.json"
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    try:
+        return {layer["name"]: str(layer["sparsity"]) for layer in report["layers"]}
+    except (KeyError, TypeError) as error:
+        raise SparseGPTError(
+            f'{path}: expected a "layers" list with "name" and "sparsity"; remove the file to pack whatever keeps 2:4'
+        ) from error
+
+
+def _check_listed(source: Path, listed: Mapping[str, str] | None, files: Mapping[str, Path]) -> None:
+    for module, sparsity in (listed or {}).items():
+        if sparsity == PATTERN and f"{module}.weight" not in files and not _MERGED_EXPERTS.search(f"{module}."):
+            raise SparseGPTError(f"{source}: report.json lists {module}, but the weights hold no {module}.weight")
+
+
+class _Open:
+    """Tensors of several safetensors files by name, each file mapped once, each tensor read when asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Open:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        tensor: Tensor = self._open[path].get_tensor(name)
+        return tensor
+
+
+def _tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    with _Open(files) as tensors:
+        for name in files:
+            yield name, tensors[name]
+
+
+def _packed_config(modules: Mapping[str, list[int]]) -> dict[str, Any]:
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "pattern": PATTERN,
+        "modules": dict(modules),
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SparseGPTError(f"{folder}: expected a Hugging Face folder with config.json; found none")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise SparseGPTError(f"{path}: expected a JSON object; found {type(config).__name__}")
+    return config
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy_the_rest(source: Path, stage: Path) -> None:
+    """Tokenizer, report, generation settings, remote code: every file that is no weight and not config.json."""
+    for path in source.iterdir():
+        if path.name.startswith(".") or path.name in ("config.json", INDEX) or _WEIGHTS_OF_OTHERS.match(path.name):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, stage / path.name)
+        else:
+            shutil.copyfile(path, stage / path.name)

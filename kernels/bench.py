@@ -1,0 +1,320 @@
+"""Measurements of the kernels: one product at a time, and a whole packed model generating beside its dense form.
+
+    microseconds   best round on a CPU (the least disturbed by others), median on a GPU; candidates take turns
+    GB/s           bytes of the weight that the candidate reads / time; `bandwidth` is what a plain copy reaches here
+    speedup        dense library time in the same dtype / candidate's time, of the same run
+    ceiling        dense bytes / packed bytes: the most that reading less can give over a dense kernel bound by memory
+
+Nothing is printed; the command line makes the tables. Dimension key: N out_features, K in_features, T tokens."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .dispatch import ROUTES, choose
+from .pack import Packed24, packed_shapes, unpack
+from .quantized import quantize
+
+SHAPES = ((14336, 4096), (4096, 14336))
+TOKENS = (1, 4, 16, 64)
+_NIBBLES = (4, 8, 9, 12, 13, 14)  # the six pairs i0 < i1
+_FLUSH_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One candidate on one shape and number of tokens.
+
+    `kernel` is "library" (torch on the dense weight), a route of the dispatch, or an integer form; `chosen` marks what
+    the automatic choice takes.
+    """
+
+    kernel: str
+    dtype: str
+    rows: int
+    columns: int
+    tokens: int
+    microseconds: float
+    gigabytes_per_second: float
+    speedup: float
+    speedup_over_best_dense: float
+    ceiling: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """Rows of `bench_kernels`, and the copy bandwidth of the device in GB/s (read plus written)."""
+
+    device: str
+    bandwidth: float
+    rows: tuple[KernelRow, ...]
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """A model generating: `model` is "dense" or "packed"; memory in bytes, peak None where it cannot be measured."""
+
+    model: str
+    tokens_per_second: float
+    speedup: float
+    weight_bytes: int
+    peak_memory_bytes: int | None
+
+
+def bench_kernels(
+    *,
+    device: str = "cpu",
+    shapes: Iterable[tuple[int, int]] = SHAPES,
+    tokens: Iterable[int] = TOKENS,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    rounds: int = 15,
+    copy_bytes: int = 1 << 28,
+) -> KernelBench:
+    """Time the library's dense product and every route that can serve, for each shape, dtype and number of tokens."""
+    target = torch.device(device)
+    tokens = tuple(tokens)
+    rows: list[KernelRow] = []
+    for shape in shapes:
+        weights = {dtype: random_packed(shape, dtype, target) for dtype in dtypes}
+        dense = {dtype: unpack(weight) for dtype, weight in weights.items()}
+        for count in tokens:
+            rows += _bench_one(weights, dense, count, rounds)
+        del weights, dense
+    return KernelBench(str(target), copy_bandwidth(target, copy_bytes), tuple(rows))
+
+
+def bench_decode(
+    dense: Path,
+    packed: Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    kernels: str = "auto",
+    new_tokens: int = 48,
+    prompt_tokens: int = 8,
+    rounds: int = 4,
+) -> list[DecodeRow]:
+    """Greedy generation with batch size 1 from a dense folder and from its packed form, taking turns."""
+    from transformers import AutoModelForCausalLM
+
+    from .hf import load_packed
+
+    def load_dense() -> Any:
+        return AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).to(device)
+
+    def load_sparse() -> Any:
+        return load_packed(packed, dtype=dtype, kernels="auto").to(device)
+
+    models, peaks = {}, {}
+    for name, load in (("dense", load_dense), ("packed", load_sparse)):
+        before = _reset_peak(device)
+        models[name] = load()
+        if name == "packed":
+            _force(models[name], kernels)
+        _generate(models[name], prompt_tokens, new_tokens)  # warms up: builds, chooses, allocates
+        peaks[name] = _peak_since(device, before)
+    runs = {name: _generation(model, prompt_tokens, new_tokens) for name, model in models.items()}
+    seconds = time_in_turns(runs, torch.device("cpu"), rounds)  # generation ends with the tokens on the host
+    return [
+        DecodeRow(name, new_tokens / seconds[name], seconds["dense"] / seconds[name], _bytes_of(model), peaks[name])
+        for name, model in models.items()
+    ]
+
+
+def time_in_turns(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Seconds of each run: the candidates take turns, so that what disturbs the machine disturbs them alike."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    for round_ in range(rounds + 1):  # the first round warms up
+        for name, run in runs.items():
+            if flush is not None:
+                flush.zero_()  # a weight read again and again would come from the GPU's cache
+            seconds = _time_once(run, device)
+            if round_:
+                taken[name].append(seconds)
+    pick: Callable[[list[float]], float] = min if device.type == "cpu" else _median
+    return {name: pick(times) for name, times in taken.items()}
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """GB/s of a plain copy of `size` bytes, read plus written."""
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.ones_like(source)
+    seconds = time_in_turns({"copy": lambda: target.copy_(source)}, device, 5)["copy"]
+    return 2 * size / seconds / 1e9
+
+
+def random_packed(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Packed24:
+    """A packed weight of normal values and uniformly random patterns."""
+    generator = torch.Generator(device).manual_seed(seed)
+    values_shape, (rows, words) = packed_shapes(shape)
+    values = torch.randn(values_shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+    values[:, shape[1] // 2 :] = 0  # padding
+    table = torch.tensor(_NIBBLES, dtype=torch.uint8, device=device)
+    nibbles = table[torch.randint(6, (rows, 8 * words), generator=generator, device=device)]
+    meta = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int32)
+    return Packed24(values, meta, shape)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    run: Callable[[], object]
+    bytes_read: int
+
+
+def _bench_one(
+    weights: dict[torch.dtype, Packed24], dense: dict[torch.dtype, Tensor], tokens: int, rounds: int
+) -> list[KernelRow]:
+    candidates: dict[tuple[str, torch.dtype], _Candidate] = {}
+    for dtype, weight in weights.items():
+        inputs = torch.randn(tokens, weight.shape[1], device=weight.values.device).to(dtype)
+        candidates["library", dtype] = _Candidate(_library(inputs, dense[dtype]), dense[dtype].nbytes)
+        for name, candidate in {**_routed(weight, inputs), **_integer(weight, inputs)}.items():
+            candidates[name, dtype] = candidate
+    device = next(iter(weights.values())).values.device
+    seconds = _by_key(candidates, device, rounds)
+    best_dense = min(time_ for (name, _), time_ in seconds.items() if name == "library")
+    return [
+        _row(key, weights[key[1]], dense[key[1]].nbytes, tokens, candidate, seconds, best_dense)
+        for key, candidate in candidates.items()
+    ]
+
+
+def _row(
+    key: tuple[str, torch.dtype],
+    weight: Packed24,
+    dense_bytes: int,
+    tokens: int,
+    candidate: _Candidate,
+    seconds: dict[tuple[str, torch.dtype], float],
+    best_dense: float,
+) -> KernelRow:
+    name, dtype = key
+    choice = choose(weight)
+    return KernelRow(
+        kernel=name,
+        dtype=str(dtype).removeprefix("torch."),
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        tokens=tokens,
+        microseconds=seconds[key] * 1e6,
+        gigabytes_per_second=candidate.bytes_read / seconds[key] / 1e9,
+        speedup=seconds["library", dtype] / seconds[key],
+        speedup_over_best_dense=best_dense / seconds[key],
+        ceiling=dense_bytes / candidate.bytes_read,
+        chosen=name == (choice.few if tokens <= choice.tokens else "dense"),
+    )
+
+
+def _by_key(
+    candidates: dict[tuple[str, torch.dtype], _Candidate], device: torch.device, rounds: int
+) -> dict[tuple[str, torch.dtype], float]:
+    named = {f"{name} {dtype}": candidate.run for (name, dtype), candidate in candidates.items()}
+    seconds = time_in_turns(named, device, rounds)
+    return {(name, dtype): seconds[f"{name} {dtype}"] for name, dtype in candidates}
+
+
+def _library(inputs: Tensor, weight: Tensor) -> Callable[[], object]:
+    return lambda: functional.linear(inputs, weight)
+
+
+def _routed(weight: Packed24, inputs: Tensor) -> dict[str, _Candidate]:
+    """Every route that can serve the weight; on a GPU the dense one is the library's own."""
+    found = {}
+    for name, route in ROUTES.items():
+        if route.refusal(weight) is None:
+            run = functools.partial(route.run, route.prepare(weight), inputs, None)
+            found[name] = _Candidate(run, weight.nbytes)
+    return found
+
+
+def _integer(weight: Packed24, inputs: Tensor) -> dict[str, _Candidate]:
+    """int8 and int4 values through the Triton kernels, on a GPU that runs them."""
+    if ROUTES["portable"].refusal(weight) is not None or inputs.dtype == torch.float32:
+        return {}
+    from . import mma_sp, mma_sp_int4, portable
+
+    found = {}
+    for bits in (8, 4):
+        small = quantize(weight, bits)
+        run = functools.partial(portable.matmul_integer, small, inputs)
+        found[f"portable int{bits}"] = _Candidate(run, small.nbytes)
+    if mma_sp.refusal(weight) is None:
+        run = functools.partial(mma_sp_int4.matmul, mma_sp_int4.prepare(small), inputs)
+        found["mma_sp int4"] = _Candidate(run, small.nbytes)
+    return found
+
+
+def _time_once(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _median(times: list[float]) -> float:
+    return sorted(times)[len(times) // 2]
+
+
+def _force(model: Any, kernels: str) -> None:
+    from .linear import set_kernels
+
+    set_kernels(model, kernels)
+
+
+def _generation(model: Any, prompt_tokens: int, new_tokens: int) -> Callable[[], object]:
+    return lambda: _generate(model, prompt_tokens, new_tokens)
+
+
+def _generate(model: Any, prompt_tokens: int, new_tokens: int) -> object:
+    prompt = torch.arange(2, 2 + prompt_tokens, device=model.device)[None]
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings).tolist()
+
+
+def _bytes_of(model: Any) -> int:
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _reset_peak(device: str) -> int | None:
+    """Bytes in use now, from which a peak is counted; None where there is no such counter."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _peak_since(device: str, before: int | None) -> int | None:
+    if before is None:
+        return None
+    now = torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else _resident("VmHWM")
+    return None if now is None else now - before
+
+
+def _resident(field: str) -> int | None:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else None

@@ -1,0 +1,179 @@
+"""Which kernel computes x W^T for a packed 2:4 weight: routes, the measured table, and the choice.
+
+    few tokens (at most `Choice.tokens`): the sparse route that won on this kind of device, dtype and shape
+    more tokens, or no route that won: dense, the library's matmul on the weight decompressed for the call (on a CPU
+        block by block of rows, so that the dense weight never leaves the cache; on a GPU it is decompressed once and
+        kept, 25/16 of the dense memory)
+
+Dense is always a candidate. A sparse route is chosen by itself only where a row of `MEASURED` says that it was faster;
+no GPU kernel of ours has been measured on a GPU yet, so on CUDA the automatic choice is dense and the sparse routes are
+taken when asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsegpt.errors import SparseGPTError
+
+from . import cpu, semi_structured
+from .fragments import Fragments, to_fragments
+from .pack import Packed24
+
+ANY = 1 << 62  # tokens: a forced route serves every call
+_BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time on a CPU: what a last-level cache holds
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to multiply.
+
+    Attributes:
+        refusal: why this route cannot serve a weight (device, dtype, shape, missing tool), or None.
+        prepare: the state kept beside the weight, made on first use.
+        run: (state, inputs [T, K] contiguous, bias [N] or None) -> outputs [T, N].
+    """
+
+    refusal: Callable[[Packed24], str | None]
+    prepare: Callable[[Packed24], Any]
+    run: Callable[[Any, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Route `few` up to `tokens` tokens, dense above; `why` is one clause for the user."""
+
+    few: str
+    tokens: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One result: on this device and dtype, for weights of at most `weights` elements, `route` wins to `tokens` tokens.
+
+    `path` is the CPU path it was measured on (cpu.LEVELS) or the GPU's name; `ratio` is dense time / sparse time for
+    one token. The first row that fits decides.
+    """
+
+    device: str
+    path: str
+    dtype: torch.dtype
+    weights: int
+    route: str
+    tokens: int
+    ratio: str
+
+
+# CPU rows: two cores of an AMD EPYC (Zen 5), torch 2.13, candidates taking turns. `tokens` is where the decompressing
+# route catches up, over shapes from 288 x 288 to 14336 x 4096; `ratio` is over torch's linear on the dense weight. The
+# AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
+MEASURED = (
+    Measured("cpu", "avx512_bf16", torch.bfloat16, 1 << 17, "cpu", 48, "2.3 to 2.8"),
+    Measured("cpu", "avx512_bf16", torch.bfloat16, ANY, "cpu", 24, "3.1 to 5.2"),
+    Measured("cpu", "avx512_bf16", torch.float32, ANY, "cpu", 24, "1.2 to 5.4"),
+    Measured("cpu", "avx2", torch.float32, ANY, "cpu", 24, "1.2 to 5.4"),
+)
+
+
+def choose(weight: Packed24, kernels: str = "auto") -> Choice:
+    """The route for a weight.
+
+    Raises:
+        SparseGPTError: `kernels` is not one of KERNELS, or names a route that cannot serve this weight.
+    """
+    if kernels == "auto":
+        return _choose_measured(weight)
+    if kernels not in ROUTES:
+        raise SparseGPTError(f"kernels: expected one of {', '.join(KERNELS)}; found {kernels!r}")
+    reason = ROUTES[kernels].refusal(weight)
+    if reason is not None:
+        raise SparseGPTError(f"kernels={kernels}: {reason}; use --kernels auto or dense")
+    return Choice(kernels, ANY, "asked for")
+
+
+def dense_weight(weight: Packed24) -> Tensor:
+    """The decompressed weight [N, K]."""
+    return cpu.unpack_fast(weight)
+
+
+def _choose_measured(weight: Packed24) -> Choice:
+    device, dtype = weight.values.device, weight.values.dtype
+    path = cpu.machine_level() if device.type == "cpu" else device.type
+    size = weight.shape[0] * weight.shape[1]
+    for row in MEASURED:
+        same = (row.device, row.path, row.dtype) == (device.type, path, dtype)
+        if same and size <= row.weights and ROUTES[row.route].refusal(weight) is None:
+            return Choice(row.route, row.tokens, f"measured {row.ratio} times dense for one token on {path}")
+    return Choice("dense", ANY, f"no sparse kernel has been measured faster on {path or 'this CPU'} in {dtype}")
+
+
+def _prepare_dense(weight: Packed24) -> Packed24 | Tensor:
+    return weight if weight.values.device.type == "cpu" else dense_weight(weight)
+
+
+def _run_dense(weight: Packed24 | Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, Tensor):
+        return functional.linear(inputs, weight, bias)
+    rows, columns = weight.shape
+    block = max(1, _BLOCK_BYTES // max(1, columns * inputs.itemsize))
+    if rows <= block:
+        return functional.linear(inputs, dense_weight(weight), bias)
+    outputs = inputs.new_empty(inputs.shape[0], rows)
+    buffer = inputs.new_empty(block, columns)
+    for start in range(0, rows, block):
+        part = slice(start, min(start + block, rows))
+        packed = Packed24(weight.values[part], weight.meta[part], (part.stop - start, columns))
+        weight_NK = cpu.unpack_fast(packed, out=buffer[: part.stop - start])
+        outputs[:, part] = functional.linear(inputs, weight_NK, None if bias is None else bias[part])
+    return outputs
+
+
+def _refuse_portable(weight: Packed24) -> str | None:
+    device, dtype = weight.values.device, weight.values.dtype
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton kernels need a GPU; the weight is on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        return "bfloat16 in Triton needs compute capability 8.0 (Ampere) or newer; load the model in float16"
+    return None
+
+
+def _run_portable(weight: Packed24, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    from . import portable
+
+    return portable.matmul(weight, inputs, bias)
+
+
+def _refuse_mma_sp(weight: Packed24) -> str | None:
+    if weight.values.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return f"mma.sp needs an NVIDIA GPU and Triton; the weight is on {weight.values.device.type}"
+    from . import mma_sp
+
+    return mma_sp.refusal(weight)
+
+
+def _run_mma_sp(weight: Fragments, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    from . import mma_sp
+
+    return mma_sp.matmul(weight, inputs, bias)
+
+
+ROUTES: dict[str, Route] = {
+    "dense": Route(lambda weight: None, _prepare_dense, _run_dense),
+    "cpu": Route(cpu.refusal, lambda weight: weight, cpu.matmul),
+    "portable": Route(_refuse_portable, lambda weight: weight, _run_portable),
+    "mma_sp": Route(_refuse_mma_sp, to_fragments, _run_mma_sp),
+    "cutlass": Route(semi_structured.refuse_cutlass, semi_structured.prepare_cutlass, semi_structured.run_cutlass),
+    "cusparselt": Route(
+        semi_structured.refuse_cusparselt, semi_structured.prepare_cusparselt, semi_structured.run_cusparselt
+    ),
+}
+KERNELS = ("auto", *ROUTES)

@@ -1,0 +1,231 @@
+"""A linear layer whose weight stays packed 2:4: y = x W^T + b, with the kernel chosen for each call (dispatch.py).
+
+backward for the input:  dL/dx = dL/dy W, on the decompressed weight
+the weight itself does not train: unpack the model for that"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt.errors import SparseGPTError
+
+from .dispatch import KERNELS, ROUTES, Choice, choose, dense_weight
+from .pack import GROUP, Packed24, first_violation, pack, packed_shapes
+
+
+class Sparse24Linear(nn.Module):
+    """`torch.nn.Linear` on a packed weight.
+
+    Buffers: values [out, Kp / 2] floating point, meta [out, Kp / 32] int32, bias [out] or None (format: pack.py).
+    Input [..., in_features] of the dtype of `values`, any number of leading dimensions, any strides; under autocast the
+    input is cast to that dtype. Created with zeros: load a state dict or use `from_linear`.
+
+    Raises SparseGPTError for in_features not divisible by 4, an unknown `kernels`, inputs of another dtype or device.
+    """
+
+    values: Tensor
+    meta: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        kernels: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        values_shape, meta_shape = packed_shapes((out_features, in_features))
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("values", torch.zeros(values_shape, dtype=dtype, device=device))
+        # 0x44444444: every group keeps positions 0 and 1
+        self.register_buffer("meta", torch.full(meta_shape, 0x44444444, dtype=torch.int32, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        self._plan: _Plan | None = None
+        self.kernels = kernels
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, kernels: str = "auto", name: str = "weight") -> Sparse24Linear:
+        """Pack a dense 2:4 layer; raises SparseGPTError naming `name` and the first bad group otherwise."""
+        return cls.from_packed(pack(linear.weight.detach(), name), linear.bias, kernels=kernels)
+
+    @classmethod
+    def from_packed(cls, packed: Packed24, bias: Tensor | None, *, kernels: str = "auto") -> Sparse24Linear:
+        """A layer on these very tensors (no copy)."""
+        rows, columns = packed.shape
+        layer = cls(columns, rows, bias is not None, kernels=kernels, dtype=packed.values.dtype, device="meta")
+        layer.values, layer.meta = packed.values, packed.meta
+        layer.bias = None if bias is None else bias.detach()
+        return layer
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels may serve: "auto" or the name of one."""
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, kernels: str) -> None:
+        if kernels not in KERNELS:
+            raise SparseGPTError(f"kernels: expected one of {', '.join(KERNELS)}; found {kernels!r}")
+        self._kernels = kernels
+        self._plan = None
+
+    @property
+    def packed(self) -> Packed24:
+        """The weight in packed form (the buffers themselves)."""
+        return self._current().packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [out, in], decompressed on every access."""
+        return dense_weight(self.packed)
+
+    @property
+    def choice(self) -> Choice:
+        """The route chosen for this layer where it now lies, and why."""
+        return self._current().choice
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        plan = self._current()
+        input = self._checked(input, plan)
+        if input.requires_grad and torch.is_grad_enabled():
+            output: Tensor = _PackedLinear.apply(input, plan.packed.values, plan.packed.meta, plan)  # type: ignore[no-untyped-call]
+            return output
+        return plan.multiply(input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # worked out anew by whoever copies or loads the layer
+
+    def extra_repr(self) -> str:
+        """Shape, bias and kernels, for printing."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, kernels={self._kernels}"
+        )
+
+    def _current(self) -> _Plan:
+        """The plan, renewed when a buffer was replaced (loading, moving, casting)."""
+        # the dictionary itself: a buffer's attribute look-up costs a tenth of a small product
+        plan, buffers = self._plan, self._buffers
+        values, meta, bias = buffers["values"], buffers["meta"], buffers["bias"]
+        if plan is None or plan.packed.values is not values or plan.packed.meta is not meta or plan.bias is not bias:
+            packed = Packed24(self.values, self.meta, (self.out_features, self.in_features))
+            plan = self._plan = _Plan(packed, bias, choose(packed, self._kernels))
+        return plan
+
+    def _checked(self, input: Tensor, plan: _Plan) -> Tensor:
+        values, bias = plan.packed.values, plan.bias
+        if values.requires_grad or (bias is not None and bias.requires_grad):
+            raise SparseGPTError("a packed 2:4 layer does not train its weight or bias; unpack the model for training")
+        if input.ndim == 0 or input.shape[-1] != self.in_features:
+            raise SparseGPTError(f"expected inputs [..., {self.in_features}]; found {tuple(input.shape)}")
+        if input.dtype != values.dtype and torch.is_autocast_enabled(input.device.type):
+            input = input.to(values.dtype)
+        if input.dtype != values.dtype or input.device != values.device:
+            raise SparseGPTError(
+                f"expected inputs in {values.dtype} on {values.device}; found {input.dtype} on {input.device}: "
+                "cast or move them, or the layer"
+            )
+        return input
+
+
+class _Plan:
+    """What a forward pass needs, worked out once for the tensors that a layer holds."""
+
+    def __init__(self, packed: Packed24, bias: Tensor | None, choice: Choice) -> None:
+        self.packed, self.bias, self.choice = packed, bias, choice
+        self._states: dict[str, Any] = {}
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """[..., in_features] of the right dtype and device -> [..., out_features]."""
+        rows, columns = self.packed.shape
+        shape = input.shape
+        inputs_TK = (input if len(shape) == 2 else input.reshape(-1, columns)).contiguous()
+        tokens = inputs_TK.shape[0]
+        if tokens == 0:
+            return input.new_empty(*shape[:-1], rows)
+        name = self.choice.few if tokens <= self.choice.tokens else "dense"
+        route = ROUTES[name]
+        if name not in self._states:
+            self._states[name] = route.prepare(self.packed)
+        outputs_TN = route.run(self._states[name], inputs_TK, self.bias)
+        return outputs_TN if len(shape) == 2 else outputs_TN.reshape(*shape[:-1], rows)
+
+
+class _PackedLinear(torch.autograd.Function):
+    """Forward through the chosen kernel, backward for the input through the decompressed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, values: Tensor, meta: Tensor, plan: _Plan) -> Tensor:
+        ctx.save_for_backward(values, meta)
+        ctx.shape = plan.packed.shape
+        return plan.multiply(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        values, meta = ctx.saved_tensors
+        return grads[0] @ dense_weight(Packed24(values, meta, ctx.shape)), None, None, None
+
+
+def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str] = ("lm_head",)) -> list[str]:
+    """Replace in place every `nn.Linear` of `model` that keeps 2:4 by a packed one; returns their names.
+
+    `skip` lists the last name components left alone. Weights that another module shares are left alone too.
+    """
+    shared = _shared_parameters(model)
+    replaced = []
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name.rpartition(".")[2] not in skip and id(module.weight) not in shared:
+            weight = module.weight.detach()
+            if weight.shape[1] % GROUP == 0 and first_violation(weight) is None:
+                model.set_submodule(name, Sparse24Linear.from_linear(module, kernels=kernels, name=name))
+                replaced.append(name)
+    return replaced
+
+
+def set_kernels(model: nn.Module, kernels: str) -> int:
+    """Make every packed layer of `model` use these kernels ("auto" or a name of KERNELS); returns how many there are.
+
+    Raises SparseGPTError at once when the kernels cannot serve one of the layers.
+    """
+    layers = packed_layers(model)
+    for layer in layers.values():
+        layer.kernels = kernels
+        _ = layer.choice
+    return len(layers)
+
+
+def packed_layers(model: nn.Module) -> dict[str, Sparse24Linear]:
+    """{name: layer} of the packed layers of a model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+
+
+def explain(model: nn.Module) -> str:
+    """One line on what was chosen for the packed layers of a model, and why."""
+    counts: dict[Choice, int] = {}
+    for layer in packed_layers(model).values():
+        counts[layer.choice] = counts.get(layer.choice, 0) + 1
+    return "; ".join(f"{count} packed 2:4 layers: {_say(choice)}" for choice, count in counts.items())
+
+
+def _say(choice: Choice) -> str:
+    if choice.few == "dense":
+        return f"dense ({choice.why})"
+    limit = "" if choice.tokens >= 1 << 62 else f" up to {choice.tokens} tokens, dense above"
+    return f"{choice.few}{limit} ({choice.why})"
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared

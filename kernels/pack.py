@@ -1,0 +1,207 @@
+"""The packed 2:4 format: of every four consecutive inputs two are stored, with a nibble that says which two.
+
+    values [N, Kp / 2]         kept weights: group g of row n is values[n, 2g], values[n, 2g + 1], in input order
+    meta   [N, Kp / 32] int32  nibble g % 8 of word g // 8 is i0 | i1 << 2, the two kept positions, i0 < i1 always
+    Kp = K rounded up to a multiple of 32; the groups added hold zeros
+
+    dense[n, 4g + i0] = values[n, 2g],  dense[n, 4g + i1] = values[n, 2g + 1],  everything else 0
+
+The nibble is the metadata of NVIDIA's sparse tensor cores (PTX ISA, "mma.sp", 2:4 granularity) in logical order.
+A 16-bit weight takes 9/16 of its dense bytes. Words are little-endian, as in safetensors.
+-0.0 counts as zero and comes back as +0.0; every other bit pattern comes back as it was.
+Dimension key: N out_features, K in_features, G groups of four, B bytes of metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+from sparsegpt.errors import SparseGPTError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+GROUP = 4
+WORD_COLUMNS = 32  # dense columns that one int32 of metadata describes
+_CHUNK = 1 << 22  # weights handled at a time, so that the working memory stays small beside the tensor
+_INVALID = 255
+# Which of the four are non-zero (bit i = input i) -> nibble. With fewer than two, the lowest free position joins in.
+_NIBBLE_OF_CODE = (4, 4, 4, 4, 8, 8, 9, _INVALID, 12, 12, 13, _INVALID, 14, _INVALID, _INVALID, _INVALID)
+# Nibble -> four booleans as the bytes of one int32. Nibbles without i0 < i1 never occur.
+_MASK_OF_NIBBLE = tuple(1 << 8 * (nibble & 3) | 1 << 8 * (nibble >> 2) for nibble in range(16))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed24:
+    """A 2:4 weight in packed form.
+
+    Attributes:
+        values: [N, Kp / 2], floating point.
+        meta: [N, Kp / 32], int32, on the same device.
+        shape: (N, K) of the dense weight.
+
+    Raises SparseGPTError when the three do not belong together.
+    """
+
+    values: Tensor
+    meta: Tensor
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        expected = packed_shapes(self.shape)
+        found = (tuple(self.values.shape), tuple(self.meta.shape))
+        if found != expected or self.meta.dtype != torch.int32:
+            raise SparseGPTError(
+                f"packed weight of shape {self.shape} needs values {expected[0]} and meta {expected[1]} torch.int32; "
+                f"found {found[0]} and {found[1]} {self.meta.dtype}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and metadata together."""
+        return self.values.nbytes + self.meta.nbytes
+
+
+def padded_columns(columns: int) -> int:
+    """Columns rounded up to whole metadata words."""
+    return -(-columns // WORD_COLUMNS) * WORD_COLUMNS
+
+
+def packed_shapes(shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of `values` and `meta` for a dense weight of `shape`; refuses a row that is not made of groups of four."""
+    rows, columns = shape
+    if columns % GROUP:
+        raise SparseGPTError(f"2:4 needs in_features divisible by 4; found shape {shape}: leave this weight dense")
+    padded = padded_columns(columns)
+    return (rows, padded // 2), (rows, padded // WORD_COLUMNS)
+
+
+def pack(weight: Tensor, name: str = "weight") -> Packed24:
+    """Pack a dense 2:4 weight.
+
+    Args:
+        weight: [N, K] floating point, at most two non-zeros in every four consecutive columns; K divisible by 4.
+        name: how errors call the tensor.
+
+    Raises:
+        SparseGPTError: not a 2-D floating-point tensor, K not divisible by 4, or the pattern is broken (the message
+            names the tensor and the first bad group).
+    """
+    _check_dense(weight, name)
+    shape = (weight.shape[0], weight.shape[1])
+    values_shape, meta_shape = packed_shapes(shape)
+    values = torch.empty(values_shape, dtype=weight.dtype, device=weight.device)
+    meta = torch.empty(meta_shape, dtype=torch.int32, device=weight.device)
+    for rows in _row_chunks(shape):
+        weight_NK = _pad_columns(weight[rows])
+        nibbles_NG = _nibbles(weight_NK, name, rows.start)
+        kept = _select(weight_NK, _mask(nibbles_NG)).view(values[rows].shape)
+        values[rows] = kept.masked_fill_(kept == 0, 0)  # turns -0.0 into 0.0
+        meta[rows] = _nibbles_to_words(nibbles_NG)
+    return Packed24(values, meta, shape)
+
+
+def unpack(packed: Packed24) -> Tensor:
+    """Dense weight [N, K] of a packed one, same dtype and device: the torch twin of every decompression kernel."""
+    columns = packed.shape[1]
+    dense = packed.values.new_empty(packed.shape)
+    for rows in _row_chunks(packed.shape):
+        mask_NK = _mask(words_to_nibbles(packed.meta[rows]))
+        weight_NK = packed.values.new_zeros(mask_NK.shape).masked_scatter_(mask_NK, packed.values[rows])
+        dense[rows] = weight_NK[:, :columns]
+    return dense
+
+
+def first_violation(weight: Tensor) -> tuple[int, int] | None:
+    """(row, group) of the first group of four with more than two non-zeros, or None when `weight` [N, K] is 2:4."""
+    packed_shapes((weight.shape[0], weight.shape[1]))
+    for rows in _row_chunks((weight.shape[0], weight.shape[1])):
+        violation = _first(_lookup(_NIBBLE_OF_CODE, torch.uint8, _codes(weight[rows].contiguous())) == _INVALID)
+        if violation is not None:
+            return rows.start + violation[0], violation[1]
+    return None
+
+
+def words_to_nibbles(meta: Tensor) -> Tensor:
+    """Nibbles [N, Kp / 4] uint8 of the metadata words [N, Kp / 32] int32."""
+    bytes_NB = meta.contiguous().view(torch.uint8)
+    return torch.stack((bytes_NB & 15, bytes_NB >> 4), dim=-1).flatten(1)
+
+
+def _nibbles_to_words(nibbles_NG: Tensor) -> Tensor:
+    low_NB, high_NB = rearrange(nibbles_NG, "n (b two) -> two n b", two=2)
+    both_NB: Tensor = low_NB | high_NB << 4
+    return both_NB.contiguous().view(torch.int32)
+
+
+def _codes(weight: Tensor) -> Tensor:
+    """Which of each four weights are non-zero, as a number 0..15: [N, G] int32."""
+    bytes_NG = (weight != 0).view(torch.int32)  # four booleans, input 0 in the lowest byte
+    # byte i times 2^(24 - 7 i) puts its bit at 24 + i; the other products land elsewhere and never carry
+    gathered_NG: Tensor = bytes_NG * ((1 << 24) + (1 << 17) + (1 << 10) + (1 << 3)) >> 24
+    return gathered_NG & 15
+
+
+def _lookup(table: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor:
+    entries = torch.tensor(table, dtype=dtype, device=index.device)
+    return entries.index_select(0, index.int().flatten()).view(index.shape)
+
+
+def _mask(nibbles_NG: Tensor) -> Tensor:
+    """Kept positions [N, 4 G] bool of the nibbles; two in each group of four."""
+    return _lookup(_MASK_OF_NIBBLE, torch.int32, nibbles_NG).view(torch.bool)
+
+
+def _nibbles(weight: Tensor, name: str, first_row: int) -> Tensor:
+    """Nibbles [N, Kp / 4] uint8 of some rows; raises on a group with more than two non-zeros."""
+    nibbles_NG = _lookup(_NIBBLE_OF_CODE, torch.uint8, _codes(weight))
+    violation = _first(nibbles_NG == _INVALID)
+    if violation is not None:
+        row, group = violation
+        found = weight[row, GROUP * group : GROUP * (group + 1)].tolist()
+        raise SparseGPTError(
+            f"{name}: not 2:4: row {first_row + row}, columns {GROUP * group}..{GROUP * group + 3} hold {found}, "
+            "more than two non-zeros; prune with --sparsity 2:4 first or leave this layer dense"
+        )
+    return nibbles_NG
+
+
+def _first(bad_NG: Tensor) -> tuple[int, int] | None:
+    if not bool(bad_NG.any()):
+        return None
+    row, group = divmod(int(bad_NG.flatten().to(torch.uint8).argmax()), bad_NG.shape[1])
+    return row, group
+
+
+def _select(weight: Tensor, mask: Tensor) -> Tensor:
+    """`weight[mask]`; on the CPU through numpy, whose masked copy is five to ten times as fast as torch's."""
+    if weight.device.type != "cpu":
+        return weight[mask]
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize]  # numpy knows no bfloat16
+    return torch.from_numpy(weight.view(bits).numpy()[mask.numpy()]).view(weight.dtype)
+
+
+def _pad_columns(weight: Tensor) -> Tensor:
+    missing = padded_columns(weight.shape[1]) - weight.shape[1]
+    return functional.pad(weight, (0, missing)) if missing else weight.contiguous()
+
+
+def _row_chunks(shape: tuple[int, int]) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(1, shape[1]))
+    for start in range(0, shape[0] if shape[1] else 0, step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _check_dense(weight: Tensor, name: str) -> None:
+    if weight.ndim != 2 or weight.dtype not in DTYPES:
+        raise SparseGPTError(
+            f"{name}: packing needs a 2-D weight in bfloat16, float16, float32 or float64; "
+            f"found {tuple(weight.shape)} {weight.dtype}"
+        )
+    if weight.shape[1] % GROUP:
+        raise SparseGPTError(
+            f"{name}: 2:4 needs in_features divisible by 4; found shape {tuple(weight.shape)}: leave this weight dense"
+        )

@@ -1,0 +1,289 @@
+"""safetensors files written one tensor at a time, with a checksum for every tensor.
+
+    file = length of header (8 bytes, little-endian) | header (JSON, padded with spaces) | data of the tensors, no holes
+    header["__metadata__"]["sparsegpt_sha256"] = JSON {tensor name: sha256 of its dtype, shape and bytes}
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format. Its library writes a whole file from
+tensors that are all in memory; here room for the header is kept free, the data streams behind it and the header is
+filled in last, so a file needs the memory of one tensor. The checksum covers what the header says about a tensor, so a
+damaged header is found as well."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CHECKSUMS = "sparsegpt_sha256"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_BYTES_PER_ENTRY = 320  # of header a tensor: its entry and its checksum; names are counted on top
+_READ = 1 << 24
+_MAX_HEADER = 100_000_000  # the format's own limit
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself: entries {name: {dtype, shape, data_offsets}}, metadata, where the data starts."""
+
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """sha256 (hex) of a tensor's safetensors dtype, shape and bytes."""
+    digest = _new_digest(_code(tensor), list(tensor.shape))
+    digest.update(memoryview(_bytes_of(tensor)))
+    return str(digest.hexdigest())
+
+
+def read_header(path: Path) -> Header:
+    """Header of a safetensors file; raises SparseGPTError naming the file when it is cut short or malformed."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            entries = json.loads(file.read(length))
+        metadata = entries.pop("__metadata__", {})
+        _check_offsets(entries, size - 8 - length)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SparseGPTError(
+            f"{path}: damaged or truncated safetensors file ({error}); copy or create it again"
+        ) from error
+    return Header(entries, metadata, 8 + length)
+
+
+def verify_checksums(path: Path) -> frozenset[str]:
+    """Read a file once and compare every tensor with its checksum, before anyone uses one; returns their names.
+
+    Raises SparseGPTError naming the file and the tensor: truncated, damaged, or written without checksums.
+    """
+    header = read_header(path)
+    checksums = _read_checksums(path, header)
+    with path.open("rb") as file:
+        for name, entry in header.entries.items():
+            if _entry_digest(file, header.data_start, entry) != checksums.get(name):
+                raise SparseGPTError(f"{path}: checksum of {name} does not match: the file is damaged; copy it again")
+    return frozenset(header.entries)
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """{tensor name: file} of a Hugging Face folder, single file or sharded; raises SparseGPTError without either."""
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file():  # as transformers does, which looks for the index only where there is no single file
+        return dict.fromkeys(read_header(single).entries, single)
+    if not index.is_file():
+        raise SparseGPTError(f"{folder}: expected {WEIGHTS} or {INDEX}; found neither")
+    try:
+        names = dict(read_json(index)["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SparseGPTError(f"{index}: expected a weight_map; copy the folder again") from error
+    missing = sorted({file for file in names.values() if not (folder / file).is_file()})
+    if missing:
+        raise SparseGPTError(f"{folder}: {INDEX} lists {missing[0]}, which is not there; copy the folder again")
+    return {name: folder / file for name, file in names.items()}
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; raises SparseGPTError naming it when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SparseGPTError(f"{path}: cannot be read as JSON ({error}); copy or create it again") from error
+
+
+def header_room(names: Iterable[str]) -> int:
+    """Bytes of header that surely suffice for these tensors in one file."""
+    return 4096 + sum(_BYTES_PER_ENTRY + 2 * len(json.dumps(name)) for name in names)
+
+
+@dataclass
+class ShardedWriter:
+    """Writes tensors into `folder` one by one: a new shard when the next tensor would pass `shard_bytes`.
+
+    Use as a context manager; a clean exit names the files as transformers expects and writes the index for several.
+    `room` is the header space kept free in each shard, from `header_room` over every name that will come.
+    """
+
+    folder: Path
+    room: int
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    checksums: bool = True
+    _shards: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    _digests: dict[str, str] = field(default_factory=dict)
+    _file: IO[bytes] | None = None
+    _position: int = 0  # bytes of data in the shard being written
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._finish_shard()
+            self._name_files()
+        elif self._file is not None:
+            self._file.close()
+
+    def add(self, *named: tuple[str, Tensor]) -> None:
+        """Append tensors that belong into the same shard."""
+        incoming = sum(tensor.nbytes for _, tensor in named)
+        if self._file is None or (self._shards[-1] and self._position + incoming > self.shard_bytes):
+            self._finish_shard()
+            self._start_shard()
+        for name, tensor in named:
+            self._append(name, tensor)
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        assert self._file is not None
+        self._file.write(memoryview(_bytes_of(tensor)))
+        offsets = [self._position, self._position + tensor.nbytes]
+        self._position = offsets[1]
+        self._shards[-1][name] = {"dtype": _code(tensor), "shape": list(tensor.shape), "data_offsets": offsets}
+        if self.checksums:
+            self._digests[name] = tensor_checksum(tensor)
+
+    def _start_shard(self) -> None:
+        self._shards.append({})
+        self._file = self._path(len(self._shards) - 1).open("wb")
+        self._file.seek(8 + self.room)
+        self._position = 0
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        metadata = {"format": "pt"}
+        if self.checksums:
+            metadata[CHECKSUMS] = json.dumps({name: self._digests[name] for name in self._shards[-1]})
+        header = json.dumps({"__metadata__": metadata, **self._shards[-1]}).encode()
+        if len(header) > self.room:
+            raise SparseGPTError(f"{self.folder}: header of {len(header)} bytes, room for {self.room} was kept")
+        self._file.seek(0)
+        self._file.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
+        self._file.close()
+        self._file = None
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard}.safetensors.partial"
+
+    def _name_files(self) -> None:
+        count = len(self._shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count != 1 else [WEIGHTS]
+        for shard, name in enumerate(names):
+            self._path(shard).rename(self.folder / name)
+        if count > 1:
+            total = sum(e["data_offsets"][1] - e["data_offsets"][0] for shard in self._shards for e in shard.values())
+            places = {tensor: names[i] for i, shard in enumerate(self._shards) for tensor in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` that becomes `target` on a clean exit and vanishes otherwise.
+
+    Raises SparseGPTError when `target` exists and is not an empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SparseGPTError(f"{target}: exists and is not an empty folder; choose another output or remove it")
+    stage = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        _remove_tree(stage)
+        stage.mkdir(parents=True)
+        yield stage
+        _flush_tree(stage)
+        stage.rename(target)  # replaces an empty folder
+    except OSError as error:
+        raise SparseGPTError(f"{target}: not written: {error}; nothing was left there") from error
+    finally:
+        _remove_tree(stage)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_tree(folder: Path) -> None:
+    if not folder.exists():
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+def _code(tensor: Tensor) -> str:
+    if tensor.dtype not in _CODES:
+        raise SparseGPTError(f"safetensors files here hold no {tensor.dtype}; leave this tensor out")
+    return _CODES[tensor.dtype]
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The tensor's bytes as a flat numpy array, without a copy when it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _new_digest(code: str, shape: list[int]) -> Any:
+    return hashlib.sha256(f"{code} {shape}\n".encode())
+
+
+def _entry_digest(file: IO[bytes], data_start: int, entry: dict[str, Any]) -> str:
+    start, end = entry["data_offsets"]
+    digest = _new_digest(entry["dtype"], entry["shape"])
+    file.seek(data_start + start)
+    for position in range(start, end, _READ):
+        digest.update(file.read(min(_READ, end - position)))
+    return str(digest.hexdigest())
+
+
+def _read_checksums(path: Path, header: Header) -> dict[str, str]:
+    try:
+        checksums = json.loads(header.metadata[CHECKSUMS])
+    except (KeyError, ValueError, TypeError) as error:
+        raise SparseGPTError(
+            f"{path}: no readable checksums in the header; pack the model again with this package"
+        ) from error
+    return dict(checksums)
+
+
+def _check_offsets(entries: dict[str, dict[str, Any]], data_bytes: int) -> None:
+    """The data of the tensors must fill the rest of the file exactly, without holes or overlaps."""
+    position = 0
+    for start, end in sorted(entry["data_offsets"] for entry in entries.values()):
+        if start != position or end < start:
+            raise ValueError(f"tensor data expected at byte {position}, found {start}..{end}")
+        position = end
+    if position != data_bytes:
+        raise ValueError(f"{position} bytes of tensors expected, {data_bytes} found")

@@ -1,0 +1,166 @@
+"""The C++ kernel against float64 on every path of this machine, its build, and life without a compiler."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels import Packed24, cpu, pack, unpack
+from sparsegpt.kernels.cpu import LEVELS, build, machine_level, matmul, refusal, unpack_fast
+from sparsegpt.kernels.dispatch import ROUTES, choose
+from sparsegpt.kernels.linear import Sparse24Linear
+
+from .helpers import relative_error, weight24
+
+# float32 sums of products of up to 700 terms; one rounding to 8 bits for bfloat16
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+HERE = LEVELS[: LEVELS.index(machine_level() or "plain") + 1]
+needs_compiler = pytest.mark.skipif(machine_level() is None, reason="no C++ compiler here")
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 64, 65])
+def test_matmul_against_float64(tokens: int, dtype: torch.dtype, level: str, poisoned: None) -> None:
+    for seed, (rows, columns) in enumerate([(1, 4), (5, 36), (64, 288), (130, 352), (33, 700)]):
+        weight = weight24(rows, columns, dtype, seed)
+        inputs = torch.randn(tokens, columns).to(dtype)
+        bias = torch.randn(rows).to(dtype) if seed % 2 else None
+        expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
+        assert relative_error(matmul(pack(weight), inputs, bias, level=level), expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 4), (65, 100), (300, 512)])
+def test_unpack_fast_is_unpack(shape: tuple[int, int], dtype: torch.dtype, level: str, poisoned: None) -> None:
+    packed = pack(weight24(*shape, dtype))
+    assert torch.equal(unpack_fast(packed, level=level), unpack(packed))
+
+
+@needs_compiler
+def test_unpack_fast_keeps_every_bit() -> None:
+    weight = torch.zeros(4, 32)
+    weight[0, :2] = torch.tensor([float("nan"), float("-inf")])
+    weight[1, 6:8] = torch.tensor([1e-42, -1e-45])
+    weight[2, 31] = torch.tensor(0x7FA12345, dtype=torch.int32).view(torch.float32)  # a signalling NaN
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = pack(weight.to(dtype))
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(unpack_fast(packed).view(bits), unpack(packed).view(bits))
+
+
+@needs_compiler
+def test_rounding_of_bfloat16_results() -> None:
+    """The kernel rounds to nearest even like torch, and keeps infinities and NaN."""
+    weight = torch.zeros(6, 32, dtype=torch.bfloat16)
+    weight[:, 0], weight[:, 1] = 1.0, torch.tensor([2**-9, 2**-8 + 2**-9, 3e38, float("inf"), float("nan"), -1.0])
+    found = matmul(pack(weight), torch.ones(1, 32, dtype=torch.bfloat16))
+    expected = weight.float().sum(1).bfloat16()
+    assert torch.equal(found[0].nan_to_num(7), expected.nan_to_num(7))
+
+
+@needs_compiler
+def test_threads_do_not_change_the_bits() -> None:
+    packed, inputs = pack(weight24(1024, 256, torch.bfloat16)), torch.randn(3, 256).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = matmul(packed, inputs)
+        torch.set_num_threads(3)
+        assert torch.equal(matmul(packed, inputs), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_refusals() -> None:
+    assert "bfloat16 and float32" in str(refusal(pack(weight24(4, 32, torch.float16))))
+    with pytest.raises(SparseGPTError, match="bfloat16 and float32"):
+        matmul(pack(weight24(4, 32, torch.float16)), torch.randn(1, 32).half())
+    with pytest.raises(SparseGPTError, match="expected one of plain"):
+        matmul(pack(weight24(4, 32)), torch.randn(1, 32), level="sse9")
+
+
+@needs_compiler
+def test_few_tokens_use_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Sparse24Linear.from_packed(pack(weight24(64, 96)), None)
+    if layer.choice.few != "cpu":
+        pytest.skip("no measured row for this machine's path")
+    seen: list[int] = []
+
+    def spy(weight: Packed24, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(len(inputs))
+        return matmul(weight, inputs, bias)
+
+    monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], run=spy))
+    for tokens in (1, layer.choice.tokens, layer.choice.tokens + 1):
+        inputs = torch.randn(tokens, 96)
+        assert relative_error(layer(inputs), inputs @ layer.weight.T) < 2e-6
+    assert seen == [1, layer.choice.tokens]
+    layer.kernels = "cpu"
+    layer(torch.randn(100, 96))
+    assert seen[-1] == 100
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(64, 48), (4096, 24)])
+def test_the_table_knows_the_size(rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "machine_level", lambda: "avx512_bf16")
+    monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: None))
+    choice = choose(pack(torch.zeros(rows, 96, dtype=torch.bfloat16)))
+    assert (choice.few, choice.tokens) == ("cpu", tokens)
+    monkeypatch.setattr(cpu, "machine_level", lambda: "plain")
+    assert choose(pack(torch.zeros(rows, 96, dtype=torch.bfloat16))).few == "dense"
+
+
+def clear_caches() -> None:
+    for cached in (build.load_library, cpu.machine_level, cpu._function, cpu._level_number):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    clear_caches()
+    yield tmp_path / "sparsegpt" / "kernels"
+    clear_caches()
+
+
+@needs_compiler
+def test_builds_once_into_the_cache(fresh_build: Path) -> None:
+    assert machine_level() in LEVELS
+    (library,) = fresh_build.iterdir()  # nothing else is left behind
+    stamp = library.stat().st_mtime_ns
+    clear_caches()
+    assert machine_level() in LEVELS and library.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("case", ["none", "broken"])
+def test_without_a_working_compiler(
+    case: str, fresh_build: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = fresh_build.parent.parent / "cxx"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such header" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fresh_build) if case == "none" else os.environ["PATH"])
+    monkeypatch.setenv("CXX", "nowhere" if case == "none" else str(compiler))
+    weight = weight24(64, 96)
+    with caplog.at_level(logging.WARNING, logger="sparsegpt.kernels"):
+        assert machine_level() is None and machine_level() is None
+    assert len(caplog.records) == 1
+    assert ("no C++ compiler" if case == "none" else "no such header") in caplog.text
+    packed = pack(weight)
+    assert choose(packed).few == "dense"
+    assert torch.equal(unpack_fast(packed), weight)
+    layer, inputs = Sparse24Linear.from_packed(packed, None), torch.randn(5, 96)
+    assert relative_error(layer(inputs), inputs.double() @ weight.double().T) < 2e-6
+    with pytest.raises(SparseGPTError, match=r"kernels=cpu: .*compiler"):
+        choose(packed, "cpu")

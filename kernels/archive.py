@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.folders import new_folder
 
 from .pack import Packed24, pack, unpack
 from .tensor_files import (
@@ -31,7 +32,6 @@ from .tensor_files import (
     header_room,
     read_header,
     read_json,
-    staged_folder,
     verify_checksums,
     weight_files,
 )
@@ -71,7 +71,9 @@ class _Tally:
         self.packed_bytes += packed.nbytes
 
 
-def pack_folder(source: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> PackReport:
+def pack_folder(
+    source: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
+) -> PackReport:
     """Write the packed form of the Hugging Face folder `source` to the new folder `target`.
 
     Raises:
@@ -89,7 +91,7 @@ def pack_folder(source: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_
     listed = _reported_layers(source)
     _check_listed(source, listed, files)
     transposed = config.get("model_type") in TRANSPOSED_MODEL_TYPES
-    with staged_folder(target) as stage:
+    with new_folder(target, overwrite=overwrite) as stage:
         tally = _write_packed(files, stage, shard_bytes, listed, transposed)
         if not tally.packed:
             raise SparseGPTError(f"{source}: no linear layer keeps 2:4; prune with --sparsity 2:4 first")
@@ -98,7 +100,9 @@ def pack_folder(source: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_
     return PackReport(tuple(tally.packed), tally.left_dense, tally.dense_bytes, tally.packed_bytes)
 
 
-def unpack_folder(packed: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[str, ...]:
+def unpack_folder(
+    packed: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
+) -> tuple[str, ...]:
     """Write the ordinary dense-with-zeros form of a packed folder to `target`; returns the module names unpacked.
 
     Every checksum is compared before the first tensor is used. Raises SparseGPTError for a folder that is not packed,
@@ -110,7 +114,7 @@ def unpack_folder(packed: Path, target: Path, *, shard_bytes: int = DEFAULT_SHAR
     files = weight_files(packed)
     verify_files(files)
     check_modules(files, modules, packed)
-    with staged_folder(target) as stage:
+    with new_folder(target, overwrite=overwrite) as stage:
         with ShardedWriter(stage, header_room(files), shard_bytes, checksums=False) as writer, _Open(files) as tensors:
             for name in files:
                 module, _, kind = name.rpartition(".")

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -204,44 +202,6 @@ class ShardedWriter:
             places = {tensor: names[i] for i, shard in enumerate(self._shards) for tensor in shard}
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target` that becomes `target` on a clean exit and vanishes otherwise.
-
-    Raises SparseGPTError when `target` exists and is not an empty folder.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise SparseGPTError(f"{target}: exists and is not an empty folder; choose another output or remove it")
-    stage = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        _remove_tree(stage)
-        stage.mkdir(parents=True)
-        yield stage
-        _flush_tree(stage)
-        stage.rename(target)  # replaces an empty folder
-    except OSError as error:
-        raise SparseGPTError(f"{target}: not written: {error}; nothing was left there") from error
-    finally:
-        _remove_tree(stage)
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _remove_tree(folder: Path) -> None:
-    if not folder.exists():
-        return
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
 
 
 def _code(tensor: Tensor) -> str:

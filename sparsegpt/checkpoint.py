@@ -1,98 +1,11 @@
-"""Folders that appear whole or not at all.
+"""report.json: what a run leaves beside the weights."""
 
-A new folder is written beside its target under a temporary name, flushed to disk and renamed. An old result is moved
-aside first and removed only after the new one has taken its place, so that a full disk, a kill or a power cut leaves
-the old folder or the new one, never half of either.
-"""
-
-import errno
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsegpt.errors import SparseGPTError
-
 REPORT_NAME = "report.json"
-
-
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that cannot be written, before hours of work go into what it should hold."""
-    if target.is_symlink():
-        raise SparseGPTError(f"output {target} is a symbolic link: give the real folder as --out")
-    if target.exists() and not target.is_dir():
-        raise SparseGPTError(f"output {target} is a file: expected a folder; choose another --out")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise SparseGPTError(f"output folder {target} exists and is not empty: give --overwrite or another --out")
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise SparseGPTError(f"output folder {target} cannot be made: {parent} is a file; choose another --out")
-    if not os.access(parent, os.W_OK):
-        raise SparseGPTError(f"output folder {target} cannot be made: {parent} is not writable; choose another --out")
-
-
-@contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder to fill; when the block ends well it becomes `target`, else it is removed.
-
-    Raises SparseGPTError when the target is in the way or the disk is full.
-    """
-    check_target(target, overwrite=overwrite)
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.writing")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir()
-        yield draft
-        for path in [*draft.rglob("*"), draft]:
-            _flush(path)
-        _swap(draft, target)
-    except Exception as error:
-        if not _is_full_disk(error):
-            raise
-        raise SparseGPTError(
-            f"no space left while writing {target}: what was there before is untouched; "
-            "free space or choose another --out"
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _is_full_disk(error: Exception) -> bool:
-    """No space or no quota left; safetensors says so in words, with an exception of its own."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return type(error).__name__ == "SafetensorError" and any(f"os error {code})" in str(error) for code in full)
-
-
-def _swap(draft: Path, target: Path) -> None:
-    """Put draft where target is; the old folder goes last."""
-    retired = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(retired)
-    try:
-        draft.rename(target)
-    except BaseException:
-        if retired.exists():
-            retired.rename(target)
-        raise
-    _flush(target.parent)
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -40,7 +40,8 @@ EvalWindows = Annotated[
 BosChoice = Annotated[
     str, typer.Option(help="Beginning-of-sequence token before each scored window: auto, always, never.")
 ]
-KERNEL_NAMES = "auto, dense, cpu, portable, mma_sp or cutlass"
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new is whole.")]
+KERNEL_NAMES = "auto, dense, cpu, portable, mma_sp, cutlass or cusparselt"
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
 
 
@@ -73,9 +74,7 @@ def run(
         str | None, typer.Option("--eval", help="Texts to score on, comma-separated names or files; none for none.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default ./pruned/<model>-<sparsity>.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is in --out once the new is whole.")
-    ] = False,
+    overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     damping: Annotated[
@@ -214,11 +213,12 @@ def _use_kernels(model: Any, kernels: str) -> str:
 def pack(
     folder: Annotated[Path, typer.Argument(help="A model folder pruned to 2:4.")],
     out: Annotated[Path, typer.Argument(help="The packed folder to write.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes."""
     from sparsegpt.kernels.archive import pack_folder
 
-    report = pack_folder(folder, out)
+    report = pack_folder(folder, out, overwrite=overwrite)
     before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
     print(
         f"packed {len(report.packed)} linears: {before:.1f} -> {after:.1f} MiB ({after / before:.4f}), "
@@ -230,11 +230,12 @@ def pack(
 def unpack(
     folder: Annotated[Path, typer.Argument(help="A packed folder.")],
     out: Annotated[Path, typer.Argument(help="The ordinary model folder to write.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn a packed folder back into an ordinary one, dense with zeros, that any server loads."""
     from sparsegpt.kernels.archive import unpack_folder
 
-    print(f"unpacked {len(unpack_folder(folder, out))} linears; wrote {out}")
+    print(f"unpacked {len(unpack_folder(folder, out, overwrite=overwrite))} linears; wrote {out}")
 
 
 @app.command()

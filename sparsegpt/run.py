@@ -14,9 +14,10 @@ from typing import Any
 
 from sparsegpt.blocks import name_filter
 from sparsegpt.calib_data import Calibration, draw_windows, load_text
-from sparsegpt.checkpoint import REPORT_NAME, check_target, new_folder, write_json
+from sparsegpt.checkpoint import REPORT_NAME, write_json
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
+from sparsegpt.folders import check_target, new_folder
 from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
 from sparsegpt.models import DEMO, LoadedModel, load_model

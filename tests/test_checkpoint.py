@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from sparsegpt import checkpoint
-from sparsegpt.checkpoint import check_target, new_folder, write_json
+from sparsegpt import folders
+from sparsegpt.checkpoint import write_json
+from sparsegpt.folders import check_target, new_folder
 
 from .support import refused
 
@@ -151,8 +152,8 @@ def test_other_failures_of_the_system_are_not_called_a_full_disk(old):
 
 def test_every_file_is_flushed_before_the_folder_takes_its_place(tmp_path, monkeypatch):
     flushed = []
-    real = checkpoint._flush
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (flushed.append(path.name), real(path)))
+    real = folders._flush
+    monkeypatch.setattr(folders, "_flush", lambda path: (flushed.append(path.name), real(path)))
     target = tmp_path / "result"
     write_new(target)
     assert set(flushed[:-1]) == {"weights", "sub", "file", f".result.{os.getpid()}.writing"}

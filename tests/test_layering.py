@@ -24,6 +24,7 @@ FLOORS = {
     "capture": 3,
     "settings": 3,
     "checkpoint": 3,
+    "folders": 0,
     "models": 3,
     "head": 3,
     "reconstruct": 3,
@@ -43,7 +44,7 @@ FLOORS = {
 LIGHT = {"torch", "einops", "sparsegpt"} | set(sys.stdlib_module_names)
 # The fused kernel is loaded only for tensors on a GPU, as the test of loaded modules below shows.
 LIGHT_EXCEPTIONS = {"sparsegpt.solvers.fused": {"triton"}}
-KERNELS_MAY_USE = {"errors", "sparsity", "masks", "hessian"}
+KERNELS_MAY_USE = {"errors", "folders", "sparsity", "masks", "hessian"}
 
 
 def modules() -> dict[str, Path]:

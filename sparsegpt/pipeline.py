@@ -155,7 +155,8 @@ class _Driver:
         share = job.reconstruct() if self.settings.reconstruct and layers else None
         if outputs_wanted:
             with self.timed("capture"):
-                self.pruned_stream = [job.run_pruned(step)[1] for step in range(len(self.pruned_stream))]
+                for step in range(len(self.pruned_stream)):
+                    self.pruned_stream[step] = job.output(step)
         block.to(home)
         error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
         self.report.blocks.append(BlockReport(index, blocks, error, time.perf_counter() - started, share))
@@ -299,6 +300,12 @@ class _BlockJob:
         with remember_outputs(self.block, self._finished(), self.memos[step]):
             return self.run(self.driver.pruned_stream[step], watched, unused)
 
+    def output(self, step: int) -> Tensor:
+        """The finished block's output for a micro-batch; what is remembered serves once more and is let go."""
+        memo, self.memos[step] = self.memos[step], {}
+        with remember_outputs(self.block, list(memo), memo):
+            return self.run(self.driver.pruned_stream[step])[1]
+
     def _finished(self) -> list[str]:
         """Direct submodules all of whose linears are pruned; a bare linear's output is wide and not worth keeping."""
         done = []
@@ -321,12 +328,10 @@ class _BlockJob:
             return []
         compared = [group for stage in stages for group in stage] if self.settings.corrects else []
         watched = frozenset(name for group in compared for name in self._watched(group))
-        kept, outputs = [], []
-        for hidden in self.driver.dense_stream:
-            seen, output = self.run(hidden, watched)
+        kept = []
+        for step, hidden in enumerate(self.driver.dense_stream):
+            seen, self.driver.dense_stream[step] = self.run(hidden, watched)
             kept.append({name: tensor.to(hidden.device) for name, tensor in seen.items()})
-            outputs.append(output)
-        self.driver.dense_stream = outputs
         return kept
 
     def _watched(self, group: Group) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsegpt import NM, HessianAccumulator, SparseGPTError, prune_model
 from sparsegpt.blocks import name_filter
-from sparsegpt.settings import PruneSettings, resolve_settings
+from sparsegpt.settings import DAMPING_PER_SHARE, DAMPING_RANGE, PruneSettings, resolve_settings
 
 from .support import (
     assert_pattern,
@@ -145,7 +145,7 @@ def test_reported_errors_are_measured_on_the_inputs_of_the_pruned_model(variant)
     model, windows = tiny_model(model_type, **overrides), random_windows(40)
     linears = {**block_linears(model), "lm_head": model.lm_head}
     dense = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    report = prune_model(model, windows, "2:4", include_head=True)
+    report = prune_model(model, windows, "2:4", include_head=True, damping=0.02)
     seen = record(model, windows, linears)
     assert len(report.layers) == len(linears)
     for layer in report.layers:
@@ -156,7 +156,18 @@ def test_reported_errors_are_measured_on_the_inputs_of_the_pruned_model(variant)
         assert layer.shape == tuple(weight.shape)
         assert layer.zeros == pytest.approx(0.5)
         assert layer.sparsity == "2:4"
-        assert layer.damping == report.settings.damping
+        assert layer.damping == 0.02
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(1, "top"), (40, "between"), (5000, "bottom")])
+def test_damping_follows_the_sampling_error_unless_one_is_set(samples, expected):
+    settings = resolve_settings("2:4")
+    low, high = DAMPING_RANGE
+    wanted = {"top": high, "between": DAMPING_PER_SHARE * 32 / (16 * samples), "bottom": low}[expected]
+    assert settings.damping_for(32, 16 * samples) == pytest.approx(wanted)
+    assert low <= wanted <= high
+    assert resolve_settings("2:4", damping=0.5).damping_for(32, 16 * samples) == 0.5
+    assert resolve_settings("2:4", "paper").damping_for(32, 16 * samples) == 0.01
 
 
 FULL_CORRECTION = {"error_correction": 1.0, "residual_correction": 1.0}

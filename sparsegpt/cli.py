@@ -6,15 +6,27 @@ Exit codes: 0 done, 1 refused with one line on stderr, 2 wrong usage, 130 interr
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from sparsegpt.cli_bench import bench
+from sparsegpt.cli_options import (
+    KERNEL_NAMES,
+    BatchSize,
+    BosChoice,
+    Device,
+    Dtype,
+    EvalWindows,
+    Length,
+    Model,
+    Overwrite,
+    Quiet,
+    open_console,
+    silence_libraries,
+)
 from sparsegpt.errors import SparseGPTError
 
 app = typer.Typer(
@@ -24,25 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-Model = Annotated[str, typer.Option(help="Hub id, folder, short name such as opt-1.3b, or the embedded demo.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[
-    str, typer.Option(help="auto, float32, float16 or bfloat16; auto is float32 on a CPU, else the file's.")
-]
-Length = Annotated[
-    int | None, typer.Option("--seqlen", min=2, help="Tokens a window; default min(2048, the model's limit).")
-]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows scored in one forward pass.")]
-EvalWindows = Annotated[
-    int | None, typer.Option(min=1, help="Score at most so many windows of each text; default the published number.")
-]
-BosChoice = Annotated[
-    str, typer.Option(help="Beginning-of-sequence token before each scored window: auto, always, never.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new is whole.")]
-KERNEL_NAMES = "auto, dense, cpu, portable, mma_sp, cutlass or cusparselt"
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
@@ -144,8 +138,8 @@ def run(
         overwrite=overwrite,
         kernels=kernels,
     )
-    console = _console()
-    _silence_libraries()
+    console = open_console()
+    silence_libraries()
     try:
         with RunDisplay(console, quiet=quiet) as display:
             report = run_job(options, settings, display)
@@ -175,7 +169,7 @@ def evaluate_model(
     from sparsegpt.models import load_model
     from sparsegpt.run import default_data
 
-    _silence_libraries()
+    silence_libraries()
     loaded = load_model(model, dtype=dtype, device=device)
     length = loaded.sequence_length(seqlen)
     if kernels is not None:
@@ -189,7 +183,7 @@ def evaluate_model(
     if as_json:
         print(json.dumps([asdict(score) for score in scores]))
         return
-    console = _console()
+    console = open_console()
     for score in scores:
         console.print(
             f"{score.data}: perplexity {score.perplexity:.4f}, {score.bits_per_byte:.4f} bits per byte "
@@ -251,176 +245,13 @@ def inspect(
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
-        print_findings(_console(), findings)
+        print_findings(open_console(), findings)
     broken = [finding for finding in findings if not finding.ok]
     if broken:
         raise SparseGPTError(
             f"{folder}: {len(broken)} of {len(findings)} weights break their pattern, "
             f"first {broken[0].name} ({broken[0].problem})"
         )
-
-
-bench = typer.Typer(help="Measurements, each side by side in one run.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.command(name="solver")
-def bench_solver_command(
-    device: Device = "auto",
-    sizes: Annotated[
-        str, typer.Option(help="Layers as ROWSxCOLUMNS, comma-separated.")
-    ] = "768x768,2048x2048,4096x4096,8192x2048",
-    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,0.5",
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of which the fastest counts.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-) -> None:
-    """The textbook column loop against this engine's solvers: time, ratio, loss."""
-    from sparsegpt.console import solver_table
-    from sparsegpt.eval.bench_solver import bench_solver
-    from sparsegpt.models import pick_device
-
-    rows = list(bench_solver(pick_device(device), _shapes(sizes), tuple(patterns.split(",")), repeats))
-    _print_rows(rows, solver_table(rows), as_json=as_json)
-
-
-@bench.command(name="pipeline")
-def bench_pipeline_command(
-    model: Model = "demo",
-    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-) -> None:
-    """One Hessian and one pass per shared input against one of each per linear: seconds and peak memory."""
-    from sparsegpt.console import pipeline_table
-    from sparsegpt.eval.bench_pipeline import bench_pipeline
-    from sparsegpt.run import default_data
-
-    rows = bench_pipeline(model, calib or default_data(model, "calibration"), samples, seqlen, device)
-    _print_rows(rows, pipeline_table(rows), as_json=as_json)
-
-
-@bench.command(name="quality")
-def bench_quality_command(
-    model: Model = "demo",
-    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
-    evaluate: Annotated[str | None, typer.Option("--eval", help="Evaluation text.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration windows.")] = 0,
-    eval_windows: EvalWindows = None,
-    methods: Annotated[str | None, typer.Option(help="Rows of the ladder, comma-separated; default all.")] = None,
-    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,4:8,0.5,0.6,0.7",
-    device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="Figure to write, as .png and .svg.")] = Path("quality.png"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-) -> None:
-    """Perplexity of every method at every sparsity, as a table and a figure."""
-    from sparsegpt.console import quality_table
-    from sparsegpt.eval.bench_quality import LADDER, QualityBench, draw
-    from sparsegpt.run import default_data
-
-    _silence_libraries()
-    chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
-    if unknown := [name for name in chosen if name not in LADDER]:
-        raise SparseGPTError(f"--methods {unknown[0]!r} is not known: choose from {', '.join(LADDER)}")
-    job = QualityBench(
-        model,
-        calib or default_data(model, "calibration"),
-        evaluate or default_data(model, "evaluation"),
-        samples,
-        seqlen,
-        seed,
-        device,
-        eval_windows,
-    )
-    rows = []
-    for row in job.run(chosen, tuple(patterns.split(","))):
-        rows.append(row)
-        print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
-    _print_rows(rows, quality_table(rows), as_json=as_json)
-    print(f"drawn: {', '.join(str(path) for path in draw(rows, f'{model}: {job.evaluation}', out))}", file=sys.stderr)
-
-
-@bench.command(name="kernels")
-def bench_kernels_command(
-    device: Device = "auto",
-    shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = "14336x4096,4096x14336",
-    tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,16,64",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 15,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-) -> None:
-    """Every 2:4 kernel against the library's dense product: time, bandwidth, speed-up and its ceiling."""
-    from sparsegpt.console import kernels_table
-    from sparsegpt.kernels.bench import bench_kernels
-    from sparsegpt.models import pick_device
-
-    found = bench_kernels(
-        device=str(pick_device(device)),
-        shapes=_shapes(shapes),
-        tokens=tuple(int(count) for count in tokens.split(",")),
-        rounds=rounds,
-    )
-    _print_rows(found.rows, kernels_table(found), as_json=as_json)
-
-
-@bench.command(name="decode")
-def bench_decode_command(
-    dense: Annotated[Path, typer.Argument(help="The pruned model folder.")],
-    packed: Annotated[Path, typer.Argument(help="Its packed form.")],
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    kernels: Annotated[str, typer.Option(help=KERNEL_NAMES)] = "auto",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in a round.")] = 48,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-) -> None:
-    """A whole model generating, batch size 1, packed beside dense: tokens per second and memory."""
-    from sparsegpt.console import decode_table
-    from sparsegpt.kernels.bench import bench_decode
-    from sparsegpt.models import DTYPES, pick_device
-
-    _silence_libraries()
-    if dtype not in DTYPES:
-        raise SparseGPTError(f"dtype {dtype!r} is not known: expected {', '.join(DTYPES)}")
-    place = str(pick_device(device))
-    rows = bench_decode(dense, packed, device=place, dtype=DTYPES[dtype], kernels=kernels, new_tokens=new_tokens)
-    _print_rows(rows, decode_table(rows), as_json=as_json)
-
-
-@bench.command(name="gpu")
-def bench_gpu_command(
-    device: Device = "cuda",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and the log.")] = Path("bench-gpu"),
-    small: Annotated[bool, typer.Option("--small", help="Tiny shapes: a rehearsal.")] = False,
-) -> None:
-    """Everything about a GPU in one go: correctness, a whole prune, solver, kernels; under nine minutes."""
-    from sparsegpt.eval.bench_gpu import GpuBench
-    from sparsegpt.models import pick_device
-
-    _silence_libraries()
-    results = GpuBench(pick_device(device), out, small).run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
-    print(json.dumps(results, indent=2))
-    if isinstance(results["correctness"], dict) and results["correctness"]["exit_code"]:
-        raise SparseGPTError(
-            f"the GPU tests failed: {results['correctness']['summary']}; see {out / 'correctness.log'}"
-        )
-
-
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    try:
-        return tuple((int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in text.split(",")))
-    except ValueError as error:
-        raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096") from error
-
-
-def _print_rows(rows: Sequence[Any], table: Table, *, as_json: bool) -> None:
-    """Measurements for a program, one JSON object a line, or for a person."""
-    if as_json:
-        for row in rows:
-            print(json.dumps(asdict(row)))
-    else:
-        _console().print(table)
 
 
 def _data_names(text: str) -> tuple[str, ...]:
@@ -430,19 +261,3 @@ def _data_names(text: str) -> tuple[str, ...]:
 def _folder_name(model: str) -> str:
     """The last part of a Hub id or path, safe as a folder's name."""
     return re.sub(r"[^\w.\-]", "-", Path(model.rstrip("/")).name) or "model"
-
-
-def _console() -> Console:
-    """Colours and bars on a terminal; plain, unwrapped lines anywhere else."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160, no_color=True)
-
-
-def _silence_libraries() -> None:
-    """Progress bars and advice of the libraries below would break the display; their errors still come through."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()

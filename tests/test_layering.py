@@ -38,6 +38,8 @@ FLOORS = {
     "run": 5,
     "console": 5,
     "cli": 6,
+    "cli_bench": 6,
+    "cli_options": 6,
     "__main__": 6,
 }
 # Files of one floor may use one another (head uses capture, console shows what run tells) as long as no circle arises.

@@ -1,0 +1,175 @@
+"""`python -m sparsegpt bench ...`: measurements, each side by side in one run."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparsegpt.cli_options import KERNEL_NAMES, Device, EvalWindows, Model, open_console, silence_libraries
+from sparsegpt.errors import SparseGPTError
+
+bench = typer.Typer(help="Measurements, each side by side in one run.", no_args_is_help=True)
+
+
+@bench.command(name="solver")
+def bench_solver_command(
+    device: Device = "auto",
+    sizes: Annotated[
+        str, typer.Option(help="Layers as ROWSxCOLUMNS, comma-separated.")
+    ] = "768x768,2048x2048,4096x4096,8192x2048",
+    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,0.5",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of which the fastest counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """The textbook column loop against this engine's solvers: time, ratio, loss."""
+    from sparsegpt.console import solver_table
+    from sparsegpt.eval.bench_solver import bench_solver
+    from sparsegpt.models import pick_device
+
+    rows = list(bench_solver(pick_device(device), _shapes(sizes), tuple(patterns.split(",")), repeats))
+    _print_rows(rows, solver_table(rows), as_json=as_json)
+
+
+@bench.command(name="pipeline")
+def bench_pipeline_command(
+    model: Model = "demo",
+    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """One Hessian and one pass per shared input against one of each per linear: seconds and peak memory."""
+    from sparsegpt.console import pipeline_table
+    from sparsegpt.eval.bench_pipeline import bench_pipeline
+    from sparsegpt.run import default_data
+
+    rows = bench_pipeline(model, calib or default_data(model, "calibration"), samples, seqlen, device)
+    _print_rows(rows, pipeline_table(rows), as_json=as_json)
+
+
+@bench.command(name="quality")
+def bench_quality_command(
+    model: Model = "demo",
+    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
+    evaluate: Annotated[str | None, typer.Option("--eval", help="Evaluation text.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration windows.")] = 0,
+    eval_windows: EvalWindows = None,
+    methods: Annotated[str | None, typer.Option(help="Rows of the ladder, comma-separated; default all.")] = None,
+    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,4:8,0.5,0.6,0.7",
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Figure to write, as .png and .svg.")] = Path("quality.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Perplexity of every method at every sparsity, as a table and a figure."""
+    from sparsegpt.console import quality_table
+    from sparsegpt.eval.bench_quality import LADDER, QualityBench, draw
+    from sparsegpt.run import default_data
+
+    silence_libraries()
+    chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
+    if unknown := [name for name in chosen if name not in LADDER]:
+        raise SparseGPTError(f"--methods {unknown[0]!r} is not known: choose from {', '.join(LADDER)}")
+    job = QualityBench(
+        model,
+        calib or default_data(model, "calibration"),
+        evaluate or default_data(model, "evaluation"),
+        samples,
+        seqlen,
+        seed,
+        device,
+        eval_windows,
+    )
+    rows = []
+    for row in job.run(chosen, tuple(patterns.split(","))):
+        rows.append(row)
+        print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
+    _print_rows(rows, quality_table(rows), as_json=as_json)
+    print(f"drawn: {', '.join(str(path) for path in draw(rows, f'{model}: {job.evaluation}', out))}", file=sys.stderr)
+
+
+@bench.command(name="kernels")
+def bench_kernels_command(
+    device: Device = "auto",
+    shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = "14336x4096,4096x14336",
+    tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,16,64",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 15,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Every 2:4 kernel against the library's dense product: time, bandwidth, speed-up and its ceiling."""
+    from sparsegpt.console import kernels_table
+    from sparsegpt.kernels.bench import bench_kernels
+    from sparsegpt.models import pick_device
+
+    found = bench_kernels(
+        device=str(pick_device(device)),
+        shapes=_shapes(shapes),
+        tokens=tuple(int(count) for count in tokens.split(",")),
+        rounds=rounds,
+    )
+    _print_rows(found.rows, kernels_table(found), as_json=as_json)
+
+
+@bench.command(name="decode")
+def bench_decode_command(
+    dense: Annotated[Path, typer.Argument(help="The pruned model folder.")],
+    packed: Annotated[Path, typer.Argument(help="Its packed form.")],
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    kernels: Annotated[str, typer.Option(help=KERNEL_NAMES)] = "auto",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in a round.")] = 48,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """A whole model generating, batch size 1, packed beside dense: tokens per second and memory."""
+    from sparsegpt.console import decode_table
+    from sparsegpt.kernels.bench import bench_decode
+    from sparsegpt.models import DTYPES, pick_device
+
+    silence_libraries()
+    if dtype not in DTYPES:
+        raise SparseGPTError(f"dtype {dtype!r} is not known: expected {', '.join(DTYPES)}")
+    place = str(pick_device(device))
+    rows = bench_decode(dense, packed, device=place, dtype=DTYPES[dtype], kernels=kernels, new_tokens=new_tokens)
+    _print_rows(rows, decode_table(rows), as_json=as_json)
+
+
+@bench.command(name="gpu")
+def bench_gpu_command(
+    device: Device = "cuda",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the log.")] = Path("bench-gpu"),
+    small: Annotated[bool, typer.Option("--small", help="Tiny shapes: a rehearsal.")] = False,
+) -> None:
+    """Everything about a GPU in one go: correctness, a whole prune, solver, kernels; under nine minutes."""
+    from sparsegpt.eval.bench_gpu import GpuBench
+    from sparsegpt.models import pick_device
+
+    silence_libraries()
+    results = GpuBench(pick_device(device), out, small).run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
+    print(json.dumps(results, indent=2))
+    if isinstance(results["correctness"], dict) and results["correctness"]["exit_code"]:
+        raise SparseGPTError(
+            f"the GPU tests failed: {results['correctness']['summary']}; see {out / 'correctness.log'}"
+        )
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple((int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in text.split(",")))
+    except ValueError as error:
+        raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096") from error
+
+
+def _print_rows(rows: Sequence[Any], table: Table, *, as_json: bool) -> None:
+    """Measurements for a program, one JSON object a line, or for a person."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(asdict(row)))
+    else:
+        open_console().print(table)

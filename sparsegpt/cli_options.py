@@ -1,0 +1,41 @@
+"""What the commands share: option types, the console, quiet libraries."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+Model = Annotated[str, typer.Option(help="Hub id, folder, short name such as opt-1.3b, or the embedded demo.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, float16 or bfloat16; auto is float32 on a CPU, else the file's.")
+]
+Length = Annotated[
+    int | None, typer.Option("--seqlen", min=2, help="Tokens a window; default min(2048, the model's limit).")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows scored in one forward pass.")]
+EvalWindows = Annotated[
+    int | None, typer.Option(min=1, help="Score at most so many windows of each text; default the published number.")
+]
+BosChoice = Annotated[
+    str, typer.Option(help="Beginning-of-sequence token before each scored window: auto, always, never.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new is whole.")]
+KERNEL_NAMES = "auto, dense, cpu, portable, mma_sp, cutlass or cusparselt"
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
+
+
+def open_console() -> Console:
+    """Colours and bars on a terminal; plain, unwrapped lines anywhere else."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160, no_color=True)
+
+
+def silence_libraries() -> None:
+    """Progress bars and advice of the libraries below would break the display; their errors still come through."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

@@ -17,12 +17,12 @@ from sparsegpt.capture import BlockCall
 
 HELD_OUT = 0.1
 # Windows are gathered into batches of about this many tokens: more steps an epoch beat larger batches here.
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Held-out mean squared error before and after, and after how many epochs the best weights were met (0: never)."""
+    """Held-out loss before and after, and after how many epochs the best weights were met (0: never)."""
 
     before: float
     after: float
@@ -66,7 +66,7 @@ def reconstruct_block(
         hidden, target = (tensor.to(device, torch.float32) for tensor in batch)
         with _autocast(device):
             output = call_for(len(hidden)).run(block, hidden)
-        return nn.functional.mse_loss(output.float(), target)
+        return relative_loss(output.float(), target)
 
     before = best = _mean_loss(loss_of, held_out)
     best_state, best_epoch, diverged = _copy(trained), 0, False
@@ -94,6 +94,16 @@ def reconstruct_block(
         for name, parameter in block.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
     return Reconstruction(before, best, best_epoch, diverged)
+
+
+def relative_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of ||output - target||^2 / ||target||^2, for [batch, sequence, features].
+
+    Relative, because a few tokens of most models carry activations hundreds of times larger than all others: their
+    plain squared error would be all that the training sees.
+    """
+    error = (output - target).square().sum(-1)
+    return (error / target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)).mean()
 
 
 def _batches(inputs: list[Tensor], targets: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

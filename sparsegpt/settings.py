@@ -39,7 +39,7 @@ class PruneSettings:
     residual_correction: float = 0.0
     allocation: str = "uniform"
     reconstruct: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
 
     def __post_init__(self) -> None:
         method = parse_method(self.method)

@@ -34,9 +34,10 @@ def job():
 
 @torch.no_grad()
 def loss_of(block, inputs, targets, call_for) -> float:
-    """Mean squared error over the given micro-batches, in float64."""
+    """Mean over tokens of ||output - target||^2 / ||target||^2 on the given micro-batches, in float64."""
     pairs = zip(inputs, targets, strict=True)
-    errors = [(call_for(len(x)).run(block, x).double() - y.double()).square() for x, y in pairs]
+    outputs = [(call_for(len(x)).run(block, x).double(), y.double()) for x, y in pairs]
+    errors = [(output - y).square().sum(-1) / y.square().sum(-1) for output, y in outputs]
     return float(torch.cat(errors).mean())
 
 

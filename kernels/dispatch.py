@@ -58,7 +58,7 @@ class Choice:
 class Measured:
     """One result: on this device and dtype, for weights of at most `weights` elements, `route` wins to `tokens` tokens.
 
-    `path` is the CPU path it was measured on (cpu.LEVELS) or the GPU's name; `ratio` is dense time / sparse time for
+    `path` is the CPU path it was measured on (cpu.LEVELS) or "cuda"; `ratio` is dense time / sparse time for
     one token. The first row that fits decides.
     """
 

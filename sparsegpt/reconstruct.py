@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsegpt.capture import BlockCall
 
 HELD_OUT = 0.1
-# Windows are gathered into batches of about this many tokens: more steps an epoch beat larger batches here.
+# Windows are gathered into batches of about this many tokens: small, so that few windows still make many steps.
 TOKENS_PER_BATCH = 1024
 
 

@@ -1,0 +1,79 @@
+"""Linears that share one input: one Hessian, one factor, and the solution of each of them."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparsegpt.hessian import DampedHessian, HessianAccumulator
+from sparsegpt.reports import LayerReport, PruneReport
+from sparsegpt.settings import PruneSettings
+from sparsegpt.solvers import METHODS, prune_layer
+from sparsegpt.solvers.correction import DriftAccumulator, corrected_target
+from sparsegpt.sparsity import Sparsity
+
+
+@dataclass
+class GroupSolver:
+    """Prunes groups of linears in place and writes what it did into the report."""
+
+    settings: PruneSettings
+    report: PruneReport
+    on_layer: Callable[[LayerReport], None]
+
+    def prune(
+        self, linears: dict[str, tuple[nn.Linear, Sparsity]], gram: HessianAccumulator, drift: DriftAccumulator
+    ) -> list[LayerReport]:
+        """Prune all linears of one shared input: they share its Hessian and everything derived from it."""
+        settings = self.settings
+        name = next(iter(linears))
+        hessian = DampedHessian(gram.hessian, self._damping(name, gram), name=name)
+        reports = []
+        for name, (linear, pattern) in linears.items():
+            started = time.perf_counter()
+            target = None
+            if settings.corrects:
+                shares = settings.error_correction, settings.residual_correction
+                target = corrected_target(linear.weight, hessian, drift, *shares)
+            method = METHODS[settings.method]
+            pruned = prune_layer(linear.weight, hessian, pattern, method, settings.block_size, target=target)
+            linear.weight.copy_(pruned.weight)
+            report = LayerReport(
+                name=name,
+                shape=(linear.out_features, linear.in_features),
+                sparsity=str(pattern),
+                zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
+                relative_error=pruned.relative_error,
+                damping=pruned.damping,
+                tokens=gram.tokens,
+                seconds=time.perf_counter() - started,
+            )
+            reports.append(report)
+            self.on_layer(report)
+        self.report.layers += reports
+        return reports
+
+    def _damping(self, name: str, gram: HessianAccumulator) -> float:
+        """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""
+        width = len(gram.hessian)
+        damping = self.settings.damping_for(width, gram.tokens)
+        if gram.tokens >= width:
+            return damping
+        raised = damping * width / gram.tokens
+        self.report.warnings.append(
+            f"{name}: only {gram.tokens} calibration tokens for {width} input features; damping raised from "
+            f"{damping:g} to {raised:g}; give more --samples or a longer --seqlen"
+        )
+        return raised
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the wall seconds of a part of the work; a GPU is waited for."""
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.report.seconds[part] += time.perf_counter() - started

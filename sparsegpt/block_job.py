@@ -1,12 +1,12 @@
 """One decoder block on its way from dense to pruned: what reads which input, in which order, under which statistics."""
 
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsegpt.blocks import Family, prunable_linears
-from sparsegpt.capture import ModelInputs, remember_outputs, run_watched, shared_inputs
+from sparsegpt.capture import remember_outputs, run_watched, shared_inputs
 from sparsegpt.groups import GroupSolver
 from sparsegpt.hessian import HessianAccumulator
 from sparsegpt.reconstruct import reconstruct_block
@@ -14,24 +14,12 @@ from sparsegpt.reports import LayerReport
 from sparsegpt.settings import Order
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.sparsity import Sparsity
+from sparsegpt.streams import Streams
 
 # Linears of one block that read the same tensor, by their names inside the block.
 Group = tuple[str, ...]
 # For each micro-batch, the dense model's tensor at each watched submodule.
 DenseInputs = list[dict[str, Tensor]]
-
-
-@dataclass
-class Streams:
-    """The hidden states between two blocks, in micro-batches [batch, sequence, features].
-
-    inputs: how the model calls its blocks. pruned: what the pruned model computes; dense: what the dense model does,
-    None when nobody compares the two.
-    """
-
-    inputs: ModelInputs
-    pruned: list[Tensor]
-    dense: list[Tensor] | None
 
 
 class BlockJob:
@@ -50,11 +38,15 @@ class BlockJob:
         self.block, self.index, self.patterns = block, index, patterns
         self.settings = solver.settings
         self.prefix = f"{family.blocks}.{index}."
-        self.device = next(block.parameters()).device
         self.linears = {name: linear for name, linear in prunable_linears(block).items() if name in patterns}
         self.pruned_names: set[str] = set()
         # For each micro-batch of the pruned stream, the outputs of submodules that will not change any more.
         self.memos: list[dict[str, Any]] = [{} for _ in streams.pruned]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block is now."""
+        return next(self.block.parameters()).device
 
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""
@@ -89,6 +81,8 @@ class BlockJob:
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
             )
+            for parameter in self.block.parameters():
+                parameter.data.copy_(self.solver.as_stored(parameter.data))
         self.memos = [{} for _ in self.memos]
         if result.diverged:
             self.solver.report.warnings.append(
@@ -119,7 +113,12 @@ class BlockJob:
             return self.run(self.streams.pruned[step])[1]
 
     def _finished(self) -> list[str]:
-        """Direct submodules all of whose linears are pruned; a bare linear's output is wide and not worth keeping."""
+        """Direct submodules all of whose linears are pruned; a bare linear's output is wide and not worth keeping.
+
+        None where activations live in files: computing again is cheaper than another file.
+        """
+        if self.streams.store.scratch is not None:
+            return []
         done = []
         for child, module in self.block.named_children():
             inside = {name for name in self.linears if name.startswith(f"{child}.")}
@@ -134,17 +133,23 @@ class BlockJob:
             return []
         return shared_inputs(self.block, self.linears, call, hidden.to(self.device), self.prefix)
 
+    def move_dense(self, watched: frozenset[str] = frozenset()) -> DenseInputs:
+        """Move the dense stream through the block, which must be dense still; keep the inputs of what is watched."""
+        assert self.streams.dense is not None
+        kept = []
+        for step, hidden in enumerate(self.streams.dense):
+            seen, output = self.run(hidden, watched)
+            keep = self.streams.store.keep
+            kept.append({name: keep(f"dense {name}", step, t.to(hidden.device)) for name, t in seen.items()})
+            self.streams.move_dense(step, output)
+        return kept
+
     def _dense_pass(self, stages: list[list[Group]]) -> DenseInputs:
-        """Move the dense stream through the still dense block; keep what the corrections will compare."""
+        """Move the dense stream behind the block; keep what the corrections will compare."""
         if self.streams.dense is None:
             return []
         compared = [group for stage in stages for group in stage] if self.settings.corrects else []
-        watched = frozenset(name for group in compared for name in self._watched(group))
-        kept = []
-        for step, hidden in enumerate(self.streams.dense):
-            seen, self.streams.dense[step] = self.run(hidden, watched)
-            kept.append({name: tensor.to(hidden.device) for name, tensor in seen.items()})
-        return kept
+        return self.move_dense(frozenset(name for group in compared for name in self._watched(group)))
 
     def _watched(self, group: Group) -> list[str]:
         """Where to look for a group: its own input and, for a projection, the residual stream it is added to."""

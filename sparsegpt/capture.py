@@ -35,16 +35,25 @@ class BlockCall:
 class ModelInputs:
     """What enters the first block, and how the model calls each block.
 
-    hidden: micro-batches [batch, sequence, features], on the embedding's device.
+    hidden: micro-batches [batch, sequence, features], on the embedding's device. keep(role, step, tensor): may move
+    each of them to a place of its own.
 
     No block runs for this: stand-ins hand the hidden states on, so that rotary tables, masks and per-layer arguments
     (sliding windows, several rotary bases) are the model's own.
     """
 
-    def __init__(self, model: "PreTrainedModel", blocks: nn.ModuleList, windows: Tensor, micro_batch: int) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        blocks: nn.ModuleList,
+        windows: Tensor,
+        micro_batch: int,
+        keep: Callable[[str, int, Tensor], Tensor] = lambda role, step, tensor: tensor,
+    ) -> None:
         self._model, self._blocks, self._windows = model, blocks, windows
         self._calls: dict[int, list[BlockCall]] = {}
-        self.hidden = [self._record(batch) for batch in windows.split(micro_batch)]
+        batches = enumerate(windows.split(micro_batch))
+        self.hidden = [keep("pruned", step, self._record(batch)) for step, batch in batches]
 
     def call(self, batch_size: int, block_index: int) -> BlockCall:
         """The arguments of one block for a batch of this many windows; masks may depend on the number."""
@@ -61,7 +70,7 @@ class ModelInputs:
             name = type(self._model).__name__
             raise SparseGPTError(f"the first block of {name} was never called: its row in FAMILIES is wrong")
         self._calls.setdefault(len(batch), [recorder.call for recorder in recorders])
-        return recorders[0].hidden
+        return recorders[0].hidden.to(device)
 
 
 class _Recorder(nn.Module):

@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sparsegpt.folders import write_atomically
+
 REPORT_NAME = "report.json"
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as readable JSON; numbers that JSON does not know (inf, nan) become strings."""
-    path.write_text(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -69,8 +69,18 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default ./pruned/<model>-<sparsity>.")] = None,
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of this folder.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    activations: Annotated[str, typer.Option(help="Where activations live between blocks: memory or disk.")] = "memory",
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for large temporary files; default beside --out.")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Calibration windows of one forward pass.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Only if you trust it.")
+    ] = False,
     damping: Annotated[
         float | None, typer.Option(help="Share of the mean diagonal added to the Hessian; default by sample size.")
     ] = None,
@@ -104,6 +114,7 @@ def run(
     from sparsegpt.run import RunOptions, default_data
     from sparsegpt.run import run as run_job
     from sparsegpt.settings import resolve_settings
+    from sparsegpt.work import unfinished_blocks
 
     settings = resolve_settings(
         sparsity,
@@ -136,6 +147,12 @@ def run(
         skip=skip,
         include_head=include == "lm_head",
         overwrite=overwrite,
+        resume=resume,
+        activations=activations,
+        scratch=scratch,
+        micro_batch=micro_batch,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
         kernels=kernels,
     )
     console = open_console()
@@ -144,7 +161,9 @@ def run(
         with RunDisplay(console, quiet=quiet) as display:
             report = run_job(options, settings, display)
     except KeyboardInterrupt:
-        print(f"sparsegpt: interrupted; nothing was written to {options.out}", file=sys.stderr)
+        blocks = unfinished_blocks(options.out)
+        left = f"{blocks} finished blocks are kept, go on with --resume" if blocks else "nothing was written"
+        print(f"sparsegpt: interrupted {options.out}; {left}", file=sys.stderr)
         raise
     if not quiet:
         print_report(console, report)

@@ -6,6 +6,7 @@ the old folder or the new one, never half of either.
 """
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -45,10 +46,10 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         for path in [*draft.rglob("*"), draft]:
-            _flush(path)
+            flush(path)
         _swap(draft, target)
     except Exception as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             if isinstance(error, OSError):
                 raise SparseGPTError(f"{target} was not written, what was there is untouched: {error}") from error
             raise
@@ -60,7 +61,31 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _is_full_disk(error: Exception) -> bool:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file; a kill or a power cut leaves the old content or the new, never half of either."""
+    draft = path.with_name(f".{path.name}.writing")
+    draft.write_text(text, encoding="utf-8")
+    flush(draft)
+    draft.replace(path)
+    flush(path.parent)
+
+
+def recover(target: Path) -> None:
+    """Clear away what a killed writer left beside the target; a folder that it had moved aside comes back.
+
+    Only for one who knows that no other process is writing this target.
+    """
+    target = target.absolute()
+    for retired in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.old")):
+        if not target.exists():
+            retired.rename(target)
+        else:
+            shutil.rmtree(retired, ignore_errors=True)
+    for draft in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def is_full_disk(error: Exception) -> bool:
     """No space or no quota left; safetensors says so in words, with an exception of its own."""
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
@@ -79,11 +104,11 @@ def _swap(draft: Path, target: Path) -> None:
         if retired.exists():
             retired.rename(target)
         raise
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsegpt.hessian import DampedHessian, HessianAccumulator
 from sparsegpt.reports import LayerReport, PruneReport
@@ -18,11 +18,16 @@ from sparsegpt.sparsity import Sparsity
 
 @dataclass
 class GroupSolver:
-    """Prunes groups of linears in place and writes what it did into the report."""
+    """Prunes groups of linears in place and writes what it did into the report.
+
+    as_stored: a weight in the dtype of the saved file, to which it is rounded at once: all that follows, inside the
+    block and behind it, then sees the weights that are saved.
+    """
 
     settings: PruneSettings
     report: PruneReport
     on_layer: Callable[[LayerReport], None]
+    as_stored: Callable[[Tensor], Tensor]
 
     def prune(
         self, linears: dict[str, tuple[nn.Linear, Sparsity]], gram: HessianAccumulator, drift: DriftAccumulator
@@ -40,7 +45,7 @@ class GroupSolver:
                 target = corrected_target(linear.weight, hessian, drift, *shares)
             method = METHODS[settings.method]
             pruned = prune_layer(linear.weight, hessian, pattern, method, settings.block_size, target=target)
-            linear.weight.copy_(pruned.weight)
+            linear.weight.copy_(self.as_stored(pruned.weight))
             report = LayerReport(
                 name=name,
                 shape=(linear.out_features, linear.in_features),

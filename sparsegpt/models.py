@@ -4,15 +4,19 @@ The arithmetic on a CPU is float32 even when the file holds halves (they are slo
 model goes back to the dtype of the file that it came from.
 """
 
-import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.calib_data import demo_folder
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.mapped import chunks, mapped_parameters
+from sparsegpt.model_folder import check_folder, first_line
+from sparsegpt.residence import Residence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,17 +36,21 @@ SHORT_NAMES = {
 }
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass
 class LoadedModel:
-    """A causal language model ready to prune. stored_dtype: what its weights are saved as."""
+    """A causal language model ready to prune.
+
+    stored_dtype: what its weights are saved as. residence: of a streamed model, whose weights stay in files; None when
+    all of it is in memory.
+    """
 
     name: str
     model: "PreTrainedModel"
     tokenizer: Any
     stored_dtype: torch.dtype
+    residence: Residence | None = None
 
     @property
     def default_sequence_length(self) -> int:
@@ -57,29 +65,23 @@ class LoadedModel:
             raise SparseGPTError(f"model {self.name!r} has {limit} positions: --seqlen {asked} is too long")
         return asked if asked is not None else self.default_sequence_length
 
-    def round_to_stored(self) -> None:
-        """Round every weight to what the file will hold, so that a score belongs to the saved model."""
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.copy_(parameter.to(self.stored_dtype))
 
-    def save(self, folder: Path) -> None:
-        """Write weights in stored_dtype, config, generation config and tokenizer in Hugging Face form."""
-        computing = self.model.dtype
-        # Rotary tables are buffers that are never saved: they must not come back rounded.
-        tables = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self.model.to(self.stored_dtype).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.model.to(computing)
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(tables[name])
-
-
-def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    stream_through: Path | None = None,
+) -> LoadedModel:
     """Load a model by short name ("opt-1.3b"), Hub id, folder, or "demo".
 
     dtype: "auto", "float32", "float16" or "bfloat16"; auto is the file's own on a GPU and float32 on a CPU.
-    device: "auto", "cpu", "cuda", "cuda:1". Raises SparseGPTError for anything that does not load whole.
+    device: "auto", "cpu", "cuda", "cuda:1". revision: branch, tag or commit of a Hub model. trust_remote_code: run
+    code that comes with the model. stream_through: leave the weights in their files, and bring each block to the
+    device only while it computes; this folder takes what must be converted on the way.
+    Raises SparseGPTError for anything that does not load whole.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -88,23 +90,39 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Loade
     source = str(demo_folder()) if name == DEMO else SHORT_NAMES.get(name.lower(), name)
     place = pick_device(device)
     if Path(source).is_dir():
-        _check_folder(Path(source))
+        check_folder(Path(source))
+        if revision is not None:
+            raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise SparseGPTError(f"model folder {source} does not exist: give a folder, a Hub id or one of the short names")
+    hub: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source)
-        stored = getattr(config, "dtype", None) or torch.float32
+        config = AutoConfig.from_pretrained(source, **hub)
+        stored = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
         computing = DTYPES.get(dtype) or (stored if place.type == "cuda" else torch.float32)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=computing, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        with mapped_parameters(stream_through) if stream_through else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=stored if stream_through else computing, output_loading_info=True, **hub
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except SparseGPTError:
         raise
     except Exception as error:  # transformers, safetensors and the Hub client raise a dozen unrelated types here
-        raise SparseGPTError(f"model {name!r} could not be loaded: {_first_line(error)}{_advice(source)}") from error
+        raise SparseGPTError(f"model {name!r} could not be loaded: {first_line(error)}{_advice(source)}") from error
     _check_loaded(name, model, tokenizer, info)
-    return LoadedModel(name, model.to(place), tokenizer, DTYPES.get(dtype) or stored)
+    if stream_through is None:
+        return LoadedModel(name, model.to(place), tokenizer, stored)
+    residence = Residence(place, computing, stored, reversible=True)
+    residence.attach(model, decoder_blocks(model, family_of(model)), keep=_has_room(model, place))
+    return LoadedModel(name, model, tokenizer, stored, residence)
+
+
+def _has_room(model: "PreTrainedModel", device: torch.device) -> bool:
+    """Whether a GPU takes the whole model in half of its free memory, so that nothing need be brought twice."""
+    if device.type != "cuda":
+        return False
+    needed: int = sum(parameter.nbytes for parameter in model.parameters())
+    return needed < int(torch.cuda.mem_get_info(device)[0]) / 2
 
 
 def pick_device(device: str) -> torch.device:
@@ -122,31 +140,6 @@ def pick_device(device: str) -> torch.device:
     return place
 
 
-def _check_folder(folder: Path) -> None:
-    """A local folder must have a configuration and weights, and its safetensors files must be whole."""
-    if not (folder / "config.json").is_file():
-        raise SparseGPTError(f"model folder {folder} has no config.json: expected a Hugging Face model folder")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SparseGPTError(f"{folder / 'config.json'} is not valid JSON: {_first_line(error)}") from error
-    if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
-        raise SparseGPTError(f"model folder {folder} has no weights: expected {' or '.join(WEIGHT_FILES)}")
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_whole(path)
-
-
-def _check_whole(path: Path) -> None:
-    """A safetensors file opens only if its header parses and its length is what the header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise SparseGPTError(f"{path} is truncated or damaged ({_first_line(error)}): fetch the file again") from error
-
-
 def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dict[str, Any]) -> None:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -155,7 +148,7 @@ def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dic
             "its weights do not belong to its config"
         )
     for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all(torch.isfinite(part).all() for part in chunks(parameter)):
             raise SparseGPTError(f"model {name!r}: {key} contains NaN or infinite values; the checkpoint is damaged")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -169,7 +162,3 @@ def _advice(source: str) -> str:
     if Path(source).is_dir():
         return ""
     return f"; {source} is no local folder: without network give a folder, or --model demo"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -9,13 +9,14 @@ stream once, before anything in it is pruned; its inputs inside the block are ke
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsegpt.allocation import allocate
-from sparsegpt.block_job import BlockJob, Streams
+from sparsegpt.block_job import BlockJob
 from sparsegpt.blocks import Family, decoder_blocks, family_of, prunable_linears
 from sparsegpt.capture import ModelInputs
 from sparsegpt.errors import SparseGPTError
@@ -23,9 +24,11 @@ from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import HessianAccumulator
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
+from sparsegpt.residence import Residence
 from sparsegpt.settings import PruneSettings, resolve_settings
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.sparsity import Sparsity
+from sparsegpt.streams import ActivationStore, Streams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +56,20 @@ def prune_model(
     return prune_blocks(model, windows, resolve_settings(sparsity, preset, **settings), **options)
 
 
+class Progress:
+    """Where finished blocks go, and which were finished before; this one keeps nothing beyond the model itself."""
+
+    finished = 0
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        """The stored tensors of a finished block, by their names inside it."""
+        raise LookupError(index)
+
+    def keep(self, index: int, tensors: dict[str, Tensor], report: PruneReport) -> dict[str, Tensor]:
+        """Keep the stored tensors of a block that is finished now; the model goes on with those returned."""
+        return tensors
+
+
 @torch.no_grad()
 def prune_blocks(
     model: "PreTrainedModel",
@@ -63,6 +80,10 @@ def prune_blocks(
     micro_batch: int | None = None,
     select: Callable[[str], bool] = lambda name: True,
     include_head: bool = False,
+    scratch: Path | None = None,
+    residence: Residence | None = None,
+    progress: Progress | None = None,
+    report: PruneReport | None = None,
     on_layer: Callable[[LayerReport], None] = lambda report: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> PruneReport:
@@ -70,7 +91,10 @@ def prune_blocks(
 
     device: where one block computes at a time, by default where the blocks are; the activations between blocks stay
     on the embedding's device. micro_batch: windows of one forward pass. select(name): whether to prune the linear of
-    this full name. include_head: prune lm_head too. on_layer, on_block: called with each report.
+    this full name. include_head: prune lm_head too. scratch: folder for files that hold the activations. residence:
+    where the model's weights are and where they compute; by default, in place. progress: keeps finished blocks and
+    knows those finished before, which are not pruned again; `report` then holds what was reported of them.
+    on_layer, on_block: called with each new report.
     """
     if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
         raise SparseGPTError(f"expected calibration windows [samples, sequence_length], found {list(windows.shape)}")
@@ -82,25 +106,29 @@ def prune_blocks(
     linears = [_selected(block, f"{family.blocks}.{index}.", select) for index, block in enumerate(blocks)]
     _check_layers(linears, head, settings.sparsity, family)
     batch = micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1])
+    residence = residence or Residence(torch.device(device) if device else None, model.dtype, model.dtype)
+    progress, report = progress or Progress(), report or PruneReport(settings)
+    solver = GroupSolver(settings, report, on_layer, residence.as_stored)
     was_training = model.training
     model.eval()
     try:
-        inputs = ModelInputs(model, blocks, windows, batch)
-        # The streams part at the first pruned linear; until then they are the same tensors.
-        dense = list(inputs.hidden) if settings.needs_dense_stream else None
-        solver = GroupSolver(settings, PruneReport(settings), on_layer)
-        streams = Streams(inputs, inputs.hidden, dense)
-        driver = _Driver(solver, streams, family, torch.device(device) if device else None)
         with solver.timed("capture"):
+            store = ActivationStore(scratch)
+            inputs = ModelInputs(model, blocks, windows, batch, store.keep)
             patterns = allocate(settings.sparsity, settings.allocation, blocks, linears, inputs)
+            streams = Streams.begin(inputs, store, with_dense=settings.needs_dense_stream)
+        driver = _Driver(solver, streams, family, residence, progress)
         for index, block in enumerate(blocks):
-            outputs_wanted = include_head or index + 1 < len(blocks)
-            on_block(driver.prune_block(block, index, len(blocks), patterns[index], outputs_wanted=outputs_wanted))
+            last = index + 1 == len(blocks) and not include_head
+            if index < progress.finished:
+                driver.pass_finished(block, index, last=last)
+            else:
+                on_block(driver.prune_block(block, index, len(blocks), patterns[index], last=last))
         if head is not None:
             driver.prune_head(model, blocks, head, windows.split(batch))
     finally:
         model.train(was_training)
-    return solver.report
+    return report
 
 
 def _selected(block: nn.Module, prefix: str, select: Callable[[str], bool]) -> dict[str, nn.Linear]:
@@ -132,26 +160,47 @@ class _Driver:
     solver: GroupSolver
     streams: Streams
     family: Family
-    device: torch.device | None
+    residence: Residence
+    progress: Progress
 
     def prune_block(
-        self, block: nn.Module, index: int, blocks: int, patterns: dict[str, Sparsity], *, outputs_wanted: bool
+        self, block: nn.Module, index: int, blocks: int, patterns: dict[str, Sparsity], *, last: bool
     ) -> BlockReport:
-        """Prune the block in place and move the streams behind it, unless nobody reads them there."""
+        """Prune the block and move the streams behind it; behind the last one nobody reads them."""
         started = time.perf_counter()
-        home = next(block.parameters()).device
-        block.to(self.device or home)
-        job = BlockJob(self.solver, self.streams, self.family, block, index, patterns)
-        layers = job.prune_linears()
-        share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
-        if outputs_wanted:
-            with self.solver.timed("capture"):
-                for step in range(len(self.streams.pruned)):
-                    self.streams.pruned[step] = job.output(step)
-        block.to(home)
-        error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
-        self.solver.report.blocks.append(BlockReport(index, blocks, error, time.perf_counter() - started, share))
-        return self.solver.report.blocks[-1]
+        report = self.solver.report
+        with self.residence.visit(block):
+            job = BlockJob(self.solver, self.streams, self.family, block, index, patterns)
+            layers = job.prune_linears()
+            share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
+            if not last:
+                self._move_pruned(job)
+            error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
+            seconds = time.perf_counter() - started
+            report.blocks.append(BlockReport(index, blocks, len(layers), error, seconds, share))
+            tensors = {name: self.residence.as_stored(tensor) for name, tensor in block.state_dict().items()}
+            self._settle(block, self.progress.keep(index, tensors, report))
+        return report.blocks[-1]
+
+    def pass_finished(self, block: nn.Module, index: int, *, last: bool) -> None:
+        """Put a block that was finished before in its place, and move both streams as its pruning moved them."""
+        job = BlockJob(self.solver, self.streams, self.family, block, index, {})
+        if not last and self.streams.dense is not None:
+            with self.residence.visit(block):
+                job.move_dense()
+        self._settle(block, self.progress.load(index))
+        if not last:
+            with self.residence.visit(block):
+                self._move_pruned(job)
+
+    def _move_pruned(self, job: BlockJob) -> None:
+        with self.solver.timed("capture"):
+            for step in range(len(self.streams.pruned)):
+                self.streams.move_pruned(step, job.output(step))
+
+    def _settle(self, block: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in block.named_parameters():
+            self.residence.settle(parameter, tensors[name])
 
     def prune_head(
         self, model: "PreTrainedModel", blocks: nn.ModuleList, head: nn.Linear, batches: tuple[Tensor, ...]

@@ -30,13 +30,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One finished block: its place, the mean relative error of its layers, wall seconds.
+    """One finished block: its place, how many linears were pruned, their mean relative error, wall seconds.
 
     reconstruction: held-out loss after block-wise training as a share of the loss before; None without training.
     """
 
     index: int
     blocks: int
+    linears: int
     relative_error: float
     seconds: float
     reconstruction: float | None = None

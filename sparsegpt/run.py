@@ -3,11 +3,12 @@
 Prints nothing. What happens meanwhile is told to a `Listener`; everything measured is in the report.
 """
 
+import hashlib
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ from sparsegpt.calib_data import Calibration, draw_windows, load_text
 from sparsegpt.checkpoint import REPORT_NAME, write_json
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
-from sparsegpt.folders import check_target, new_folder
+from sparsegpt.export import write_model
+from sparsegpt.folders import new_folder
 from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
+from sparsegpt.kernels.tensor_files import read_json
 from sparsegpt.models import DEMO, LoadedModel, load_model
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
 from sparsegpt.settings import PruneSettings
 from sparsegpt.sparsity import NM
+from sparsegpt.work import WorkFolder, fingerprint
 
+ACTIVATIONS = ("memory", "disk")
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 
 
@@ -53,8 +58,10 @@ class RunOptions:
     """What to run on and where to put it; how to prune is in PruneSettings.
 
     sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty; eval_windows: score
-    at most so many windows of each. kernels: with a name, the pruned 2:4 linears are packed in memory and scored once
-    more through these kernels.
+    at most so many windows of each. resume: go on with the unfinished run of this folder. activations: "memory" or
+    "disk"; scratch: the folder for them and for weights that must be converted, by default beside `out`. micro_batch:
+    calibration windows of one forward pass. kernels: with a name, the pruned 2:4 linears are packed in memory and
+    scored once more through these kernels.
     """
 
     model: str
@@ -73,6 +80,12 @@ class RunOptions:
     skip: str | None = None
     include_head: bool = False
     overwrite: bool = False
+    resume: bool = False
+    activations: str = "memory"
+    scratch: Path | None = None
+    micro_batch: int | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
     kernels: str | None = None
 
 
@@ -86,27 +99,32 @@ def default_data(model: str, role: str) -> str:
 def run(options: RunOptions, settings: PruneSettings, listener: Listener | None = None) -> dict[str, Any]:
     """Prune a model as told, write the folder `options.out`, return the report that was written with it.
 
-    Raises SparseGPTError for anything refused; nothing is written then, and an old result stays as it was.
+    Raises SparseGPTError for anything refused. An old result stays as it was until the new one is whole; finished
+    blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
     """
-    job = _Job(options, settings, listener or Listener())
-    started = time.perf_counter()
-    check_target(options.out, overwrite=options.overwrite)
     if options.kernels is not None and settings.sparsity != NM(2, 4):
         raise SparseGPTError(f"--kernels runs 2:4 weights only, not {settings.sparsity}: leave it out")
     if options.kernels not in (None, *KERNELS):
         raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
-    job.load()
-    job.score("dense")
-    job.prune()
-    job.score("pruned")
-    job.listener.stage(f"saving {options.out}")
-    with new_folder(options.out, overwrite=options.overwrite) as draft:
-        job.loaded.save(draft)
-        if options.kernels is not None:
-            job.score_through_kernels(options.kernels)
-        job.seconds["total"] = time.perf_counter() - started
-        report = job.report()
-        write_json(draft / REPORT_NAME, report)
+    if options.activations not in ACTIVATIONS:
+        raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
+    with WorkFolder(options.out, resume=options.resume, overwrite=options.overwrite) as work:
+        job = _Job(options, settings, work, listener or Listener())
+        job.load()
+        if not job.begin():
+            report: dict[str, Any] = read_json(options.out / REPORT_NAME)
+            return report
+        job.score("dense")
+        job.prune()
+        job.score("pruned")
+        job.listener.stage(f"saving {options.out}")
+        with new_folder(options.out, overwrite=options.overwrite) as draft:
+            write_model(job.loaded, draft)
+            if options.kernels is not None:
+                job.score_through_kernels(options.kernels, draft)
+            report = job.report()
+            write_json(draft / REPORT_NAME, report)
+        work.discard()
     return report
 
 
@@ -115,11 +133,13 @@ class _Job:
 
     loaded: LoadedModel
     calibration: Calibration
-    pruned: PruneReport
 
-    def __init__(self, options: RunOptions, settings: PruneSettings, listener: Listener) -> None:
-        self.options, self.settings, self.listener = options, settings, listener
+    def __init__(self, options: RunOptions, settings: PruneSettings, work: WorkFolder, listener: Listener) -> None:
+        self.options, self.settings, self.work, self.listener = options, settings, work, listener
         self.select = name_filter(options.only, options.skip)
+        self.scratch = options.scratch or work.folder
+        self.started = time.perf_counter()
+        self.pruned = PruneReport(settings)
         self.seconds: dict[str, float] = {}
         self.scores: dict[str, dict[str, TextScore]] = {data: {} for data in options.evaluate}
         self.warnings: list[str] = []
@@ -141,49 +161,109 @@ class _Job:
         options = self.options
         self.listener.stage(f"loading {options.model}")
         with self.measure("load"):
-            self.loaded = load_model(options.model, dtype=options.dtype, device=options.device)
+            self.loaded = load_model(
+                options.model,
+                dtype=options.dtype,
+                device=options.device,
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+                stream_through=self.scratch,
+            )
             self.length = self.loaded.sequence_length(options.sequence_length)
             text = load_text(options.calibration, "calibration")
             self.calibration = draw_windows(text, self.loaded.tokenizer, options.samples, self.length, options.seed)
 
+    def begin(self) -> bool:
+        """Take up what an unfinished run has done; False when there is nothing left to do."""
+        if self.work.begin(self.identity(), self.pruned):
+            self.listener.stage(f"{self.options.out} is finished already")
+            return False
+        if self.options.resume:
+            blocks = self.work.finished
+            self.listener.stage(f"going on behind block {blocks}" if blocks else "nothing to resume: starting anew")
+        self.seconds = self.work.state.get("run_seconds", self.seconds)
+        if self.work.state.get("evaluation") == self._evaluation():
+            for data, by_model in self.work.state.get("scores", {}).items():
+                self.scores[data] = {which: TextScore(**row) for which, row in by_model.items()}
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the pruned weights; a run goes on only with the same."""
+        options, residence = self.options, self.loaded.residence
+        assert residence is not None
+        return {
+            "model": fingerprint(self.loaded.model),
+            "calibration windows": hashlib.sha256(self.calibration.windows.numpy().tobytes()).hexdigest(),
+            "settings": asdict(self.settings) | {"sparsity": str(self.settings.sparsity)},
+            "--only": options.only,
+            "--skip": options.skip,
+            "--include": options.include_head,
+            "--micro-batch": options.micro_batch,
+            "device": str(residence.device).split(":")[0],
+            "dtype": [str(residence.dtype), str(residence.stored)],
+        }
+
+    def _evaluation(self) -> dict[str, Any]:
+        """What a score depends on besides the model."""
+        options = self.options
+        return {
+            "texts": list(options.evaluate),
+            "length": self.length,
+            "windows": options.eval_windows,
+            "bos": options.bos,
+        }
+
     def score(self, which: str) -> None:
         """Score the model as it now is on every evaluation text; an absurd dense score is an alarm."""
         for data in self.options.evaluate:
-            self.listener.stage(f"scoring the {which} model on {data}")
-            with self.measure("eval"):
-                found = score_text(
-                    self.loaded.model,
-                    self.loaded.tokenizer,
-                    data,
-                    self.length,
-                    batch_size=self.options.batch_size,
-                    bos=self.options.bos,
-                    max_windows=self.options.eval_windows,
-                )
-            self.scores[data][which] = found
+            found = self.scores[data].get(which)
+            if found is None:
+                self.listener.stage(f"scoring the {which} model on {data}")
+                found = self.scores[data][which] = self._score(data)
             self.listener.scored(which, found)
             if which == "dense" and found.alarm:
                 self.warn(found.alarm)
+        if which == "dense":
+            scores = {data: {key: asdict(row) for key, row in rows.items()} for data, rows in self.scores.items()}
+            self.work.save_state(evaluation=self._evaluation(), scores=scores, run_seconds=self.seconds)
+
+    def _score(self, data: str) -> TextScore:
+        with self.measure("eval"):
+            return score_text(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                data,
+                self.length,
+                batch_size=self.options.batch_size,
+                bos=self.options.bos,
+                max_windows=self.options.eval_windows,
+            )
 
     def prune(self) -> None:
-        """Prune, and round the weights to what the file will hold, so that the scores belong to the saved model."""
+        """Prune block by block; finished blocks go to the work folder."""
         self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method}")
-        self.pruned = prune_blocks(
+        prune_blocks(
             self.loaded.model,
             self.calibration.windows,
             self.settings,
+            micro_batch=self.options.micro_batch,
             select=self.select,
             include_head=self.options.include_head,
+            scratch=self.scratch if self.options.activations == "disk" else None,
+            residence=self.loaded.residence,
+            progress=self.work,
+            report=self.pruned,
             on_layer=self.listener.layer,
             on_block=self.listener.block,
         )
-        self.loaded.round_to_stored()
         for warning in self.pruned.warnings:
             self.warn(warning)
 
-    def score_through_kernels(self, kernels: str) -> None:
-        """Pack the pruned linears in memory and score once more; the model is on disk by now and stays so."""
+    def score_through_kernels(self, kernels: str, folder: Path) -> None:
+        """Load the saved model whole, pack its pruned linears in memory and score once more."""
+        options = self.options
         try:
+            self.loaded = load_model(str(folder), dtype=options.dtype, device=options.device)
             pack_linears(self.loaded.model, kernels=kernels)
             set_kernels(self.loaded.model, kernels)
             self.listener.stage(explain(self.loaded.model))
@@ -194,14 +274,15 @@ class _Job:
     def report(self) -> dict[str, Any]:
         """The contents of report.json."""
         return {
-            "model": self.loaded.name,
+            "model": self.options.model,
             **self.pruned.as_dict(),
             "seed": self.options.seed,
             "calibration": self.calibration.describe(),
             "perplexity": self._by_text("perplexity"),
             "bits_per_byte": self._by_text("bits_per_byte"),
             "tokens_per_second": self._by_text("tokens_per_second"),
-            "seconds": {**self.seconds, **self.pruned.seconds},
+            "seconds": {**self.seconds, **self.pruned.seconds, "total": time.perf_counter() - self.started},
+            "identity": self.work.state["identity"],
             **peak_memory(),
             "stored_dtype": str(self.loaded.stored_dtype).removeprefix("torch."),
             "warnings": self.warnings,

@@ -153,8 +153,8 @@ def test_other_failures_of_the_system_are_not_called_a_full_disk(old):
 
 def test_every_file_is_flushed_before_the_folder_takes_its_place(tmp_path, monkeypatch):
     flushed = []
-    real = folders._flush
-    monkeypatch.setattr(folders, "_flush", lambda path: (flushed.append(path.name), real(path)))
+    real = folders.flush
+    monkeypatch.setattr(folders, "flush", lambda path: (flushed.append(path.name), real(path)))
     target = tmp_path / "result"
     write_new(target)
     assert set(flushed[:-1]) == {"weights", "sub", "file", f".result.{os.getpid()}.writing"}

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from sparsegpt import blocks, cli
+from sparsegpt.kernels import tensor_files
 from sparsegpt.settings import PRESETS
 
 from .support import (
@@ -404,7 +405,7 @@ def test_activations_that_overflow_name_the_layer(prune, tmp_path):
     tensors["model.layers.1.post_attention_layernorm.weight"][4] = 1e38
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     prune(model=folder).refused("model.layers.1.mlp.", "NaN or infinite activations")
-    assert listing(tmp_path) == {"hot"}
+    assert listing(tmp_path) == {"hot", ".out.unfinished"}  # block 0 was finished, and is kept
 
 
 def test_an_existing_result_is_refused_without_overwrite(prune, tmp_path):
@@ -489,17 +490,20 @@ def test_inspect_and_eval_refuse_what_they_cannot_read(run_cli, tmp_path):
 def test_a_full_disk_leaves_the_old_result(prune, tmp_path, monkeypatch):
     assert prune(sparsity="4:8").code == 0
     before = (tmp_path / "out" / "report.json").read_bytes()
-    real = safetensors.torch.save_file
+    real = tensor_files.ShardedWriter.add
 
-    def save_file(tensors, filename, *arguments, **options):
-        real(tensors, filename, *arguments, **options)
-        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+    def add(self, *named):
+        real(self, *named)
+        if "embed_tokens" in named[0][0]:  # of the result; the finished blocks are written by then
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    import transformers.modeling_utils
-
-    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", save_file)
-    prune("--overwrite").refused("no space left", str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files.ShardedWriter, "add", add)
+        prune("--overwrite").refused("no space left", str(tmp_path / "out"))
     assert (tmp_path / "out" / "report.json").read_bytes() == before
+    assert listing(tmp_path) == {"out", ".out.unfinished"}
+    assert prune("--overwrite", "--resume").code == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["sparsity"] == "2:4"
     assert listing(tmp_path) == {"out"}
 
 
@@ -546,6 +550,6 @@ def test_ctrl_c_during_pruning_exits_with_130_and_leaves_the_old_result(llama_fo
     assert process.returncode == 130
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if line.strip()]) == 1
-    assert re.search("interrupted.*nothing was written", err)
+    assert re.search("interrupted .*; nothing was written", err)
     assert (out / "old").read_text() == "old"
     assert listing(tmp_path) == {"out"}

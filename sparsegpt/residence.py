@@ -1,0 +1,129 @@
+"""Weights at home and weights at work.
+
+A model's parameters stay where they were loaded, usually as pages of the checkpoint's files. A module that computes
+gets private copies on the computing device in the computing dtype, and gives them up when it is done. So a model of
+any size runs with the memory of its largest block.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Residence:
+    """Where a model computes.
+
+    device, dtype: of the copies; None for the device where each parameter is. stored: the dtype of the parameters at
+    home that are computed in `dtype`; others (norms that a checkpoint keeps in float32) keep their own. reversible:
+    remember the tensors that settled ones replace, which costs nothing where they are mapped from files.
+    """
+
+    device: torch.device | None
+    dtype: torch.dtype
+    stored: torch.dtype
+    reversible: bool = False
+    # The tensors at home of every parameter that is at work now; those that a settled one had before; nested visits.
+    _home: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    _originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    _visits: list[list[nn.Parameter]] = field(default_factory=list)
+
+    @contextmanager
+    def visit(self, module: nn.Module) -> Iterator[None]:
+        """Private copies of the module's parameters for this long; whatever is done to them is gone afterwards.
+
+        May be nested: the outermost visit counts.
+        """
+        brought = self._bring(module)
+        try:
+            yield
+        finally:
+            self._send_home(brought)
+
+    def settle(self, parameter: nn.Parameter, tensor: Tensor) -> None:
+        """Give a parameter a new tensor at home; what is at work now stays as it is until the visit ends."""
+        home = self._home.get(parameter, parameter.data)
+        if self.reversible:
+            self._originals.setdefault(parameter, home)
+        if parameter in self._home:
+            self._home[parameter] = tensor.to(home.device)
+        else:
+            parameter.data = tensor.to(home.device)
+
+    def unsettle(self) -> None:
+        """Put back everything that was ever settled: the dense model again."""
+        self._send_home(list(self._home))
+        for parameter, tensor in self._originals.items():
+            parameter.data = tensor
+        self._originals.clear()
+        self._visits.clear()
+
+    def as_stored(self, tensor: Tensor) -> Tensor:
+        """A working tensor in the dtype in which it is stored."""
+        return tensor.to(self.stored) if tensor.dtype == self.dtype else tensor
+
+    def attach(self, model: "PreTrainedModel", blocks: nn.ModuleList, *, keep: bool = False) -> None:
+        """From now on every block, and every module outside of them, is at work while its forward runs.
+
+        The input embedding brings the rows of the tokens that it is asked for, not its table. keep: what came to work
+        once stays there, for a device with room for the whole model.
+        """
+        inside = {id(module) for block in blocks for module in block.modules()}
+        outside = [
+            module
+            for module in model.modules()
+            if id(module) not in inside and any(parameter is not None for parameter in module._parameters.values())
+        ]
+        embedding = model.get_input_embeddings()
+        for module in [*blocks, *outside]:
+            if module is embedding and not keep:
+                module.register_forward_pre_hook(self._arrive_by_rows, with_kwargs=True)
+            else:
+                module.register_forward_pre_hook(self._arrive)
+            if not keep:
+                module.register_forward_hook(self._leave, always_call=True)
+        for module in model.modules():  # small, and some are in no checkpoint: they move for good
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+
+    def _arrive(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._visits.append(self._bring(module))
+
+    def _arrive_by_rows(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Only the rows of the tokens asked for, which are renumbered to match."""
+        (name, tokens), *_ = [*kwargs.items()] or [("", args[0])]
+        table = module.weight
+        assert isinstance(table, nn.Parameter)
+        self._visits.append([table])
+        self._home[table] = table.data
+        module.__dict__["padding_idx"] = None  # matters to gradients alone, and would point outside of the few rows
+        wanted, places = tokens.to(table.device).unique(return_inverse=True)
+        dtype = self.dtype if table.dtype == self.stored else table.dtype
+        table.data = table.data[wanted].to(self.device, dtype)
+        places = places.to(self.device)
+        return (args, {**kwargs, name: places}) if name else ((places, *args[1:]), kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._send_home(self._visits.pop())
+
+    def _bring(self, module: nn.Module) -> list[nn.Parameter]:
+        brought = [parameter for parameter in module.parameters() if parameter not in self._home]
+        for parameter in brought:
+            self._home[parameter] = parameter.data
+            dtype = self.dtype if parameter.dtype == self.stored else parameter.dtype
+            parameter.data = parameter.data.to(self.device or parameter.device, dtype, copy=True)
+        return brought
+
+    def _send_home(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = self._home.pop(parameter)

@@ -35,7 +35,7 @@ class GroupSolver:
         """Prune all linears of one shared input: they share its Hessian and everything derived from it."""
         settings = self.settings
         name = next(iter(linears))
-        hessian = DampedHessian(gram.hessian, self._damping(name, gram), name=name)
+        hessian = DampedHessian(gram.take(), self._damping(name, gram), name=name)
         reports = []
         for name, (linear, pattern) in linears.items():
             started = time.perf_counter()
@@ -63,7 +63,7 @@ class GroupSolver:
 
     def _damping(self, name: str, gram: HessianAccumulator) -> float:
         """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""
-        width = len(gram.hessian)
+        width = gram.width
         damping = self.settings.damping_for(width, gram.tokens)
         if gram.tokens >= width:
             return damping

@@ -30,7 +30,7 @@ class HessianAccumulator:
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self.tokens = 0
+        self.width, self.tokens = in_features, 0
 
     def add(self, inputs: Tensor) -> None:
         """Add the Gram matrix of inputs [..., C]; any float dtype, moved to the accumulator's device."""
@@ -45,9 +45,18 @@ class HessianAccumulator:
 
     @property
     def hessian(self) -> Tensor:
-        """The sum so far, [C, C] float32, symmetric to the bit."""
-        upper = self._gram.triu()
-        return upper + upper.triu(1).T
+        """The sum so far, [C, C] float32, symmetric to the bit; a copy, so that more may be added."""
+        return self.take().clone()
+
+    def take(self) -> Tensor:
+        """The sum as `hessian` gives it, in the accumulator's own memory: for whoever adds nothing any more."""
+        width = self._gram.shape[0]
+        for start in range(0, width, GRAM_BLOCK):
+            end = min(start + GRAM_BLOCK, width)
+            self._gram[start:end, :start] = self._gram[:start, start:end].T
+            corner = self._gram[start:end, start:end].triu()
+            self._gram[start:end, start:end] = corner + corner.triu(1).T
+        return self._gram
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
@@ -135,25 +144,44 @@ class DampedHessian:
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Upper U with U^T U = matrix^-1 for a symmetric matrix [C, C]; None where it is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    """Upper U with U^T U = matrix^-1 for a symmetric matrix [C, C]; None where it is not positive definite.
+
+    The matrix's own memory is used up: a wide layer's Hessian may be larger than its block's weights. With J the
+    reversal of an axis, J A J = L L^T gives U = J L^-1 J.
+    """
+    lower = _reverse(matrix.contiguous())
+    # LAPACK counts by columns: what it calls the upper factor of the transposed view is the lower one here.
+    info = torch.empty((), dtype=torch.int32, device=lower.device)
+    _, failed = torch.linalg.cholesky_ex(lower.T, upper=True, out=(lower.T, info))
     if failed:
         return None
-    factor = triangular_inverse(lower).flip(0, 1).contiguous()
-    return factor if torch.isfinite(factor).all() else None
+    invert_lower(lower)
+    factor = _reverse(lower)
+    return factor if all(torch.isfinite(rows).all() for rows in factor.split(GRAM_BLOCK)) else None
 
 
-def triangular_inverse(lower: Tensor, base: int = 128) -> Tensor:
-    """Inverse of a lower triangular matrix [C, C] by halves: a third of the work of a general triangular solve."""
+def _reverse(matrix: Tensor) -> Tensor:
+    """Reverse both axes of a contiguous matrix in place."""
+    flat = matrix.view(-1)
+    half = len(flat) // 2
+    for start in range(0, half, GRAM_BLOCK**2):
+        end = min(start + GRAM_BLOCK**2, half)
+        front = flat[start:end].clone()
+        flat[start:end] = flat[len(flat) - end : len(flat) - start].flip(0)
+        flat[len(flat) - end : len(flat) - start] = front.flip(0)
+    return matrix
+
+
+def invert_lower(lower: Tensor, base: int = 128) -> None:
+    """Invert a lower triangular matrix [C, C] in place, by halves: a third of the work of a general solve."""
     size = lower.shape[0]
     if size <= base:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-        return inverse
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
     half = size // 2
-    top = triangular_inverse(lower[:half, :half], base)
-    bottom = triangular_inverse(lower[half:, half:], base)
-    result = torch.zeros_like(lower)
-    result[:half, :half], result[half:, half:] = top, bottom
-    result[half:, :half] = -bottom @ (lower[half:, :half] @ top)
-    return result
+    top, bottom, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    invert_lower(top, base)
+    product = corner @ top
+    invert_lower(bottom, base)
+    corner.addmm_(bottom, product, beta=0, alpha=-1)

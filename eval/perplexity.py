@@ -78,7 +78,9 @@ def score(
             if bos is not None:
                 inputs = torch.cat([inputs.new_full((len(inputs), 1), bos), inputs], dim=1)
             logits = model(input_ids=inputs, use_cache=False).logits[:, -sequence_length:-1]
-            total += _cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device))
+            targets = batch[:, 1:].to(logits.device)
+            # A window at a time: together they would be copied, and logits are the largest tensor of a small model.
+            total += sum(_cross_entropy(*window) for window in zip(logits, targets, strict=True))
             count += batch.shape[0] * (sequence_length - 1)
     finally:
         model.train(was_training)

@@ -104,14 +104,16 @@ def run(
     batch_size: BatchSize = None,
     eval_windows: EvalWindows = None,
     bos: BosChoice = "auto",
+    plan: Annotated[bool, typer.Option("--plan", help="Print what the run would need, and stop.")] = False,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="With --plan: for a GPU with so many GB.")] = None,
     kernels: Annotated[
         str | None, typer.Option(help=f"2:4 only: score once more through packed kernels; {KERNEL_NAMES}.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model, score it before and after, and save it with a report."""
-    from sparsegpt.console import RunDisplay, print_report
-    from sparsegpt.run import RunOptions, default_data
+    from sparsegpt.console import RunDisplay, print_plan, print_report
+    from sparsegpt.run import RunOptions, default_data, plan_run
     from sparsegpt.run import run as run_job
     from sparsegpt.settings import resolve_settings
     from sparsegpt.work import unfinished_blocks
@@ -151,12 +153,18 @@ def run(
         activations=activations,
         scratch=scratch,
         micro_batch=micro_batch,
+        gpu_memory=gpu_memory,
         revision=revision,
         trust_remote_code=trust_remote_code,
         kernels=kernels,
     )
     console = open_console()
     silence_libraries()
+    if gpu_memory is not None and not plan:
+        raise SparseGPTError("--gpu-memory is for planning: add --plan, or leave it out")
+    if plan:
+        print_plan(console, options.model, plan_run(options, settings))
+        return
     try:
         with RunDisplay(console, quiet=quiet) as display:
             report = run_job(options, settings, display)

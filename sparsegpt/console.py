@@ -13,6 +13,7 @@ from sparsegpt.eval.bench_solver import SolverRow
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
 from sparsegpt.kernels.bench import DecodeRow, KernelBench
+from sparsegpt.plan import Plan, gib
 from sparsegpt.reports import BlockReport, LayerReport
 from sparsegpt.run import Listener
 
@@ -73,6 +74,18 @@ class RunDisplay(Listener):
     def warn(self, text: str) -> None:
         """Loud, even with --quiet."""
         self.console.print(f"WARNING: {text}", style="bold red")
+
+
+def print_plan(console: Console, model: str, planned: Plan) -> None:
+    """The table of `run --plan`."""
+    table = Table("", "part", "at its peak", title=f"{model}: {planned.micro_batch} windows in one forward pass")
+    for kind, name in (("memory", "memory"), ("gpu", "GPU memory"), ("disk", "disk")):
+        parts: dict[str, int] = getattr(planned, kind)
+        for part, count in parts.items():
+            table.add_row("", part, gib(count))
+        if parts:
+            table.add_row(name, "in all", gib(planned.total(kind)), end_section=True)
+    console.print(table)
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from sparsegpt.model_folder import check_folder, first_line
 from sparsegpt.residence import Residence
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DEMO = "demo"
 MAX_DEFAULT_SEQUENCE = 2048
@@ -55,15 +55,11 @@ class LoadedModel:
     @property
     def default_sequence_length(self) -> int:
         """min(2048, the model's own limit)."""
-        config = self.model.config.get_text_config()
-        return min(MAX_DEFAULT_SEQUENCE, getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_SEQUENCE)
+        return self.sequence_length(None)
 
     def sequence_length(self, asked: int | None) -> int:
         """The length asked for, or the default; SparseGPTError when the model has no positions for it."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if asked is not None and limit is not None and asked > limit:
-            raise SparseGPTError(f"model {self.name!r} has {limit} positions: --seqlen {asked} is too long")
-        return asked if asked is not None else self.default_sequence_length
+        return sequence_length(self.name, self.model.config, asked)
 
 
 def load_model(
@@ -83,23 +79,13 @@ def load_model(
     device only while it computes; this folder takes what must be converted on the way.
     Raises SparseGPTError for anything that does not load whole.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise SparseGPTError(f"dtype {dtype!r} is not known: expected auto, {', '.join(DTYPES)}")
-    source = str(demo_folder()) if name == DEMO else SHORT_NAMES.get(name.lower(), name)
     place = pick_device(device)
-    if Path(source).is_dir():
-        check_folder(Path(source))
-        if revision is not None:
-            raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise SparseGPTError(f"model folder {source} does not exist: give a folder, a Hub id or one of the short names")
-    hub: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    stored, computing = dtypes_for(config, dtype, place)
+    source, hub = _source(name), {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, **hub)
-        stored = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
-        computing = DTYPES.get(dtype) or (stored if place.type == "cuda" else torch.float32)
         with mapped_parameters(stream_through) if stream_through else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=stored if stream_through else computing, output_loading_info=True, **hub
@@ -107,14 +93,59 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except SparseGPTError:
         raise
-    except Exception as error:  # transformers, safetensors and the Hub client raise a dozen unrelated types here
-        raise SparseGPTError(f"model {name!r} could not be loaded: {first_line(error)}{_advice(source)}") from error
+    except Exception as error:
+        raise _not_loaded(name, error) from error
     _check_loaded(name, model, tokenizer, info)
     if stream_through is None:
         return LoadedModel(name, model.to(place), tokenizer, stored)
     residence = Residence(place, computing, stored, reversible=True)
     residence.attach(model, decoder_blocks(model, family_of(model)), keep=_has_room(model, place))
     return LoadedModel(name, model, tokenizer, stored, residence)
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The configuration of a model named as for `load_model`, whose folder is looked over before anything is read."""
+    from transformers import AutoConfig
+
+    source = _source(name)
+    if Path(source).is_dir():
+        check_folder(Path(source))
+        if revision is not None:
+            raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise SparseGPTError(f"model folder {source} does not exist: give a folder, a Hub id or one of the short names")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise _not_loaded(name, error) from error
+    return config
+
+
+def dtypes_for(config: "PretrainedConfig", dtype: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """(stored, computing): an explicit dtype is both; else the file's own, and float32 to compute in on a CPU."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise SparseGPTError(f"dtype {dtype!r} is not known: expected auto, {', '.join(DTYPES)}")
+    stored = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+    return stored, DTYPES.get(dtype) or (stored if device.type == "cuda" else torch.float32)
+
+
+def sequence_length(name: str, config: "PretrainedConfig", asked: int | None) -> int:
+    """The length asked for, else min(2048, the model's limit); SparseGPTError when there are no positions for it."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is not None and limit is not None and asked > limit:
+        raise SparseGPTError(f"model {name!r} has {limit} positions: --seqlen {asked} is too long")
+    return asked if asked is not None else min(MAX_DEFAULT_SEQUENCE, limit or MAX_DEFAULT_SEQUENCE)
+
+
+def _source(name: str) -> str:
+    return str(demo_folder()) if name == DEMO else SHORT_NAMES.get(name.lower(), name)
+
+
+def _not_loaded(name: str, error: Exception) -> SparseGPTError:
+    """One line for whatever transformers, safetensors and the Hub client raise: a dozen unrelated types."""
+    return SparseGPTError(f"model {name!r} could not be loaded: {first_line(error)}{_advice(_source(name))}")
 
 
 def _has_room(model: "PreTrainedModel", device: torch.device) -> bool:

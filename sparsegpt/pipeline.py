@@ -23,6 +23,7 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import HessianAccumulator
+from sparsegpt.private_memory import give_back
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
 from sparsegpt.residence import Residence
 from sparsegpt.settings import PruneSettings, resolve_settings
@@ -180,6 +181,7 @@ class _Driver:
             report.blocks.append(BlockReport(index, blocks, len(layers), error, seconds, share))
             tensors = {name: self.residence.as_stored(tensor) for name, tensor in block.state_dict().items()}
             self._settle(block, self.progress.keep(index, tensors, report))
+        give_back()
         return report.blocks[-1]
 
     def pass_finished(self, block: nn.Module, index: int, *, last: bool) -> None:

@@ -73,7 +73,7 @@ class PruneReport:
 
 
 def peak_memory() -> dict[str, int]:
-    """What this process held at most: resident bytes, and bytes on the first GPU where there is one."""
+    """What this process held at most: resident bytes (pages of files among them), and bytes on the first GPU."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsegpt.blocks import name_filter
 from sparsegpt.calib_data import Calibration, draw_windows, load_text
 from sparsegpt.checkpoint import REPORT_NAME, write_json
@@ -23,8 +25,10 @@ from sparsegpt.folders import new_folder
 from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
 from sparsegpt.kernels.tensor_files import read_json
-from sparsegpt.models import DEMO, LoadedModel, load_model
+from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_model, pick_device, sequence_length
 from sparsegpt.pipeline import prune_blocks
+from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, shape_of
+from sparsegpt.private_memory import PeakWatch
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
 from sparsegpt.settings import PruneSettings
 from sparsegpt.sparsity import NM
@@ -60,8 +64,8 @@ class RunOptions:
     sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty; eval_windows: score
     at most so many windows of each. resume: go on with the unfinished run of this folder. activations: "memory" or
     "disk"; scratch: the folder for them and for weights that must be converted, by default beside `out`. micro_batch:
-    calibration windows of one forward pass. kernels: with a name, the pruned 2:4 linears are packed in memory and
-    scored once more through these kernels.
+    calibration windows of one forward pass. gpu_memory: plan for a GPU with so many GB instead of `device`. kernels:
+    with a name, the pruned 2:4 linears are packed in memory and scored once more through these kernels.
     """
 
     model: str
@@ -84,6 +88,7 @@ class RunOptions:
     activations: str = "memory"
     scratch: Path | None = None
     micro_batch: int | None = None
+    gpu_memory: float | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     kernels: str | None = None
@@ -108,8 +113,13 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
     if options.activations not in ACTIVATIONS:
         raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
-    with WorkFolder(options.out, resume=options.resume, overwrite=options.overwrite) as work:
-        job = _Job(options, settings, work, listener or Listener())
+    planned = plan_run(options, settings)
+    check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
+    with (
+        WorkFolder(options.out, resume=options.resume, overwrite=options.overwrite) as work,
+        PeakWatch() as memory,
+    ):
+        job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
         job.load()
         if not job.begin():
             report: dict[str, Any] = read_json(options.out / REPORT_NAME)
@@ -122,10 +132,39 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
             write_model(job.loaded, draft)
             if options.kernels is not None:
                 job.score_through_kernels(options.kernels, draft)
-            report = job.report()
+            report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
             write_json(draft / REPORT_NAME, report)
         work.discard()
     return report
+
+
+def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
+    """What the run will need, from the model's configuration alone; nothing is loaded."""
+    if options.model in PUBLISHED:
+        config = published_config(options.model)
+    else:
+        config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    gpu_memory = free_gpu_memory(options)
+    place = torch.device("cpu" if gpu_memory is None else "cuda")
+    stored, computing = dtypes_for(config, options.dtype, place)
+    work = Workload(
+        samples=options.samples,
+        sequence_length=sequence_length(options.model, config, options.sequence_length),
+        computing=computing,
+        gpu_memory=gpu_memory,
+        activations=options.activations,
+        micro_batch=options.micro_batch,
+        scored=bool(options.evaluate),
+    )
+    return plan(shape_of(config, stored), settings, work)
+
+
+def free_gpu_memory(options: RunOptions) -> int | None:
+    """Bytes free on the GPU that will compute; None when the CPU does."""
+    if options.gpu_memory is not None:
+        return int(options.gpu_memory * 1e9)
+    device = pick_device(options.device)
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 class _Job:
@@ -134,8 +173,11 @@ class _Job:
     loaded: LoadedModel
     calibration: Calibration
 
-    def __init__(self, options: RunOptions, settings: PruneSettings, work: WorkFolder, listener: Listener) -> None:
+    def __init__(
+        self, options: RunOptions, settings: PruneSettings, work: WorkFolder, micro_batch: int, listener: Listener
+    ) -> None:
         self.options, self.settings, self.work, self.listener = options, settings, work, listener
+        self.micro_batch = micro_batch
         self.select = name_filter(options.only, options.skip)
         self.scratch = options.scratch or work.folder
         self.started = time.perf_counter()
@@ -198,7 +240,7 @@ class _Job:
             "--only": options.only,
             "--skip": options.skip,
             "--include": options.include_head,
-            "--micro-batch": options.micro_batch,
+            "--micro-batch": self.micro_batch,
             "device": str(residence.device).split(":")[0],
             "dtype": [str(residence.dtype), str(residence.stored)],
         }
@@ -242,11 +284,35 @@ class _Job:
     def prune(self) -> None:
         """Prune block by block; finished blocks go to the work folder."""
         self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method}")
+        while True:
+            try:
+                self._prune_blocks()
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve_micro_batch(error)
+        for warning in self.pruned.warnings:
+            self.warn(warning)
+
+    def _halve_micro_batch(self, error: torch.OutOfMemoryError) -> None:
+        """Go on behind the last finished block with smaller steps."""
+        residence = self.loaded.residence
+        assert residence is not None
+        if self.micro_batch == 1:
+            raise SparseGPTError(
+                "the GPU ran out of memory with one window in a forward pass: give a shorter --seqlen, --preset paper, "
+                "or --device cpu"
+            ) from error
+        self.micro_batch //= 2
+        self.warn(f"the GPU ran out of memory: going on with --micro-batch {self.micro_batch}")
+        residence.unsettle()
+        torch.cuda.empty_cache()
+
+    def _prune_blocks(self) -> None:
         prune_blocks(
             self.loaded.model,
             self.calibration.windows,
             self.settings,
-            micro_batch=self.options.micro_batch,
+            micro_batch=self.micro_batch,
             select=self.select,
             include_head=self.options.include_head,
             scratch=self.scratch if self.options.activations == "disk" else None,
@@ -256,8 +322,6 @@ class _Job:
             on_layer=self.listener.layer,
             on_block=self.listener.block,
         )
-        for warning in self.pruned.warnings:
-            self.warn(warning)
 
     def score_through_kernels(self, kernels: str, folder: Path) -> None:
         """Load the saved model whole, pack its pruned linears in memory and score once more."""

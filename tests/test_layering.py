@@ -38,6 +38,8 @@ FLOORS = {
     "calib_data": 3,
     "": 4,  # sparsegpt/__init__.py: tells transformers of packed folders; the rest above 2 waits for its first use
     "pipeline": 4,
+    "plan": 4,
+    "private_memory": 0,
     "kernels": 4,
     "eval": 4,
     "inspection": 5,

@@ -1,0 +1,279 @@
+"""What a run will need, from shapes alone: memory, GPU memory and disk, before a single weight is read.
+
+Every figure is a sum of named parts. Coefficients that no shape gives (copies that a solver makes) are measured;
+BENCHMARKS.md compares the predictions with measured peaks. Letters: h hidden size, C the inputs and R the outputs of a
+linear, N calibration tokens, T tokens of one forward pass.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsegpt.blocks import decoder_blocks, family_of
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.pipeline import TOKENS_PER_STEP
+from sparsegpt.reconstruct import TOKENS_PER_BATCH
+from sparsegpt.settings import PruneSettings
+from sparsegpt.solvers.layer import parse_method
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Python, torch and transformers themselves.
+LIBRARIES = 300 << 20
+CUDA_CONTEXT = 600 << 20
+# Copies of [C, C] and [R, C] float32 that a method holds at its worst moment, the Hessian and its factor included.
+SOLVER_COPIES = {"magnitude": (1.0, 3.0), "wanda": (1.0, 3.0), "sparsegpt": (2.3, 5.0), "admm": (7.0, 11.0)}
+REFIT_COPIES = (1.0, 7.0)
+CORRECTION_COPIES = (2.0, 3.0)
+# Copies of a token's hidden state, and of its widest input, while a block computes and while it is trained.
+FORWARD_COPIES, TRAINING_COPIES = (8, 3), (24, 8)
+# Parameters in float32, gradients, two moments, the best state so far.
+TRAINED_COPIES = 5
+# A GPU takes larger micro-batches, as many tokens as fit in this share of its free memory, at most so many.
+MICRO_BATCH_SHARE, MICRO_BATCH_TOKENS = 0.25, 16384
+# Large models whose plans the README shows; no weights are needed for a plan.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt-175b": (
+        "opt",
+        {
+            "hidden_size": 12288,
+            "word_embed_proj_dim": 12288,
+            "ffn_dim": 49152,
+            "num_hidden_layers": 96,
+            "num_attention_heads": 96,
+            "dtype": torch.float16,
+        },
+    ),
+    "llama-3-405b": (
+        "llama",
+        {
+            "hidden_size": 16384,
+            "intermediate_size": 53248,
+            "num_hidden_layers": 126,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 131072,
+            "dtype": torch.bfloat16,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan must know of a model. groups: (inputs C, outputs R of the widest linear) of each shared input."""
+
+    blocks: int
+    block_parameters: int
+    outside_parameters: int
+    hidden: int
+    vocabulary: int
+    groups: tuple[tuple[int, int], ...]
+    residual_projections: int
+    stored: torch.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return self.blocks * self.block_parameters + self.outside_parameters
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much is calibrated and where; gpu_memory: bytes of the GPU that computes, None for the CPU."""
+
+    samples: int
+    sequence_length: int
+    computing: torch.dtype
+    gpu_memory: int | None = None
+    activations: str = "memory"
+    micro_batch: int | None = None
+    scored: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes at the peak, each with its parts by name. micro_batch: windows of one forward pass."""
+
+    memory: dict[str, int]
+    gpu: dict[str, int]
+    disk: dict[str, int]
+    micro_batch: int
+
+    def total(self, kind: str) -> int:
+        """Sum of the parts of "memory", "gpu" or "disk"."""
+        parts: dict[str, int] = getattr(self, kind)
+        return sum(parts.values())
+
+    def totals(self) -> dict[str, int]:
+        """All three sums."""
+        return {kind: self.total(kind) for kind in ("memory", "gpu", "disk")}
+
+
+def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
+    """The shape of a model from its configuration, without its weights, which are stored as `stored`."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    family = family_of(model)
+    blocks = decoder_blocks(model, family)
+    largest = max(blocks, key=_parameters)
+    return ModelShape(
+        blocks=len(blocks),
+        block_parameters=_parameters(largest),
+        outside_parameters=_parameters(model) - sum(_parameters(block) for block in blocks),
+        hidden=config.get_text_config().hidden_size,
+        vocabulary=config.get_text_config().vocab_size,
+        groups=tuple(_groups(largest, frozenset(family.residuals))),
+        residual_projections=len(family.residuals),
+        stored=stored,
+    )
+
+
+def published_config(name: str) -> "PretrainedConfig":
+    """The configuration of a model in PUBLISHED."""
+    from transformers import AutoConfig
+
+    model_type, sizes = PUBLISHED[name]
+    config: PretrainedConfig = AutoConfig.for_model(model_type, **sizes)
+    return config
+
+
+def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
+    """What pruning a model of this shape needs."""
+    width = work.computing.itemsize
+    on_gpu = work.gpu_memory is not None
+    block = shape.block_parameters * width
+    solve = _solve_bytes(shape, settings)
+    batch = work.micro_batch or _micro_batch(shape, work, block + solve)
+    tokens = batch * work.sequence_length
+    widest = max(inputs for inputs, _ in shape.groups)
+    forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
+    training = 0
+    if settings.reconstruct:
+        trained = TRAINED_COPIES * 4 * shape.block_parameters
+        training = trained + TOKENS_PER_BATCH * 4 * (TRAINING_COPIES[0] * shape.hidden + TRAINING_COPIES[1] * widest)
+    compute = {"one block": block, "solving it": max(solve + forward, training)}
+    streams = _activation_bytes(shape, settings, work)
+    memory = {"libraries": LIBRARIES}
+    disk = {
+        "finished blocks": shape.blocks * shape.block_parameters * shape.stored.itemsize,
+        "result": shape.parameters * shape.stored.itemsize,
+    }
+    gpu: dict[str, int] = {}
+    if on_gpu:
+        gpu = {"CUDA": CUDA_CONTEXT, **compute}
+    else:
+        memory |= compute
+        if work.scored:
+            scoring = TOKENS_PER_STEP * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest) * width
+            head = shape.vocabulary * shape.hidden * width
+            logits = max(TOKENS_PER_STEP, work.sequence_length) * shape.vocabulary * width
+            memory["solving it"] = max(memory["solving it"], scoring + head + logits)
+    (disk if work.activations == "disk" else memory)["activations"] = streams
+    return Plan(memory, gpu, disk, batch)
+
+
+def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) -> None:
+    """Refuse a run that this machine cannot hold, naming the switch that would make it fit."""
+    if gpu_memory is not None and planned.total("gpu") > gpu_memory:
+        raise SparseGPTError(
+            f"the run needs {gib(planned.total('gpu'))} of GPU memory and {gib(gpu_memory)} are free: "
+            "give a smaller --micro-batch, --preset paper, or --device cpu"
+        )
+    free = available_memory()
+    if free is not None and planned.total("memory") > free:
+        saved = planned.memory.get("activations", 0)
+        way_out = "--activations disk" if planned.total("memory") - saved < free else "fewer --samples"
+        raise SparseGPTError(
+            f"the run needs {gib(planned.total('memory'))} of memory and {gib(free)} are available: give {way_out}"
+        )
+    for folder, parts in ((out, ("finished blocks", "result")), (scratch, ("activations",))):
+        needed = sum(planned.disk.get(part, 0) for part in parts)
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        left = shutil.disk_usage(there).free
+        if needed > left:
+            switch = "--scratch" if parts == ("activations",) else "--out"
+            raise SparseGPTError(
+                f"the run needs {gib(needed)} of disk in {there} and {gib(left)} are free: give another {switch}"
+            )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be had without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return None
+
+
+def gib(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[tuple[int, int]]:
+    """(C, R) of each shared input: a projection into the residual stream has its own, siblings of one width share."""
+    shared: dict[tuple[str, int], int] = {}
+    for name, parameter in block.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        outputs, inputs = sorted(parameter.shape[-2:]) if parameter.ndim == 3 else parameter.shape
+        linear, _, _ = name.rpartition(".")
+        place = linear if linear in own_input else linear.rpartition(".")[0]
+        shared[place, inputs] = max(outputs, shared.get((place, inputs), 0))
+    for (_, inputs), outputs in shared.items():
+        yield inputs, outputs
+
+
+def _solve_bytes(shape: ModelShape, settings: PruneSettings) -> int:
+    """Of the hungriest group; in the published order the Hessians of all groups wait for it."""
+    base, _, _ = settings.method.partition("+")
+    squares, layers = SOLVER_COPIES[base]
+    if parse_method(settings.method).refit:
+        squares, layers = squares + REFIT_COPIES[0], max(layers, REFIT_COPIES[1])
+    if settings.corrects:
+        squares, layers = squares + CORRECTION_COPIES[0], layers + CORRECTION_COPIES[1]
+    worst = max(squares * inputs**2 + layers * inputs * outputs for inputs, outputs in shape.groups)
+    waiting = sum(inputs**2 for inputs, _ in shape.groups) - max(inputs for inputs, _ in shape.groups) ** 2
+    return math.ceil(4 * (worst + (waiting if settings.order == "block" else 0)))
+
+
+def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload) -> int:
+    """Both streams, the dense inputs that the corrections compare, outputs of attention that are not computed twice."""
+    features = shape.hidden
+    if settings.needs_dense_stream:
+        features += shape.hidden
+    if settings.corrects:
+        features += sum(inputs for inputs, _ in shape.groups)
+    if settings.residual_correction:
+        features += shape.residual_projections * shape.hidden
+    if settings.order != "block" and work.activations == "memory":
+        features += shape.hidden
+    return work.samples * work.sequence_length * features * work.computing.itemsize
+
+
+def _micro_batch(shape: ModelShape, work: Workload, taken: int) -> int:
+    """Windows of one forward pass: about TOKENS_PER_STEP tokens, on a GPU as many as its memory takes."""
+    tokens = TOKENS_PER_STEP
+    if work.gpu_memory is not None:
+        widest = max(inputs for inputs, _ in shape.groups)
+        a_token = work.computing.itemsize * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
+        tokens = min(MICRO_BATCH_TOKENS, int(MICRO_BATCH_SHARE * max(0, work.gpu_memory - taken)) // a_token)
+    return max(1, tokens // work.sequence_length)

@@ -7,14 +7,14 @@ stream once, before anything in it is pruned; its inputs inside the block are ke
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.allocation import allocate
+from sparsegpt.allocation import Shapes, allocate
 from sparsegpt.block_job import BlockJob, Streams
 from sparsegpt.blocks import Family, decoder_blocks, family_of, prunable_linears
 from sparsegpt.capture import ModelInputs
@@ -23,9 +23,10 @@ from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import HessianAccumulator
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
-from sparsegpt.settings import PruneSettings, resolve_settings
+from sparsegpt.settings import PruneSettings, resolve_settings, without_residual_correction
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.sparsity import Sparsity
+from sparsegpt.unfuse import unfused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,9 +79,12 @@ def prune_blocks(
         raise SparseGPTError("the model is packed or quantised: expected plain weights; `sparsegpt unpack` it first")
     family = family_of(model)
     blocks = decoder_blocks(model, family)
+    settings, warnings = without_residual_correction(settings, family.uncorrectable)
     head = lm_head_of(model) if include_head else None
-    linears = [_selected(block, f"{family.blocks}.{index}.", select) for index, block in enumerate(blocks)]
-    _check_layers(linears, head, settings.sparsity, family)
+    linears = [
+        _selected(block, f"{family.blocks}.{index}.", select, settings.sparsity) for index, block in enumerate(blocks)
+    ]
+    _check_layers(linears, head, settings.sparsity)
     batch = micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1])
     was_training = model.training
     model.eval()
@@ -88,7 +92,8 @@ def prune_blocks(
         inputs = ModelInputs(model, blocks, windows, batch)
         # The streams part at the first pruned linear; until then they are the same tensors.
         dense = list(inputs.hidden) if settings.needs_dense_stream else None
-        solver = GroupSolver(settings, PruneReport(settings), on_layer)
+        notes = [family.note, *warnings] if family.note else warnings
+        solver = GroupSolver(settings, PruneReport(settings, warnings=notes), on_layer)
         streams = Streams(inputs, inputs.hidden, dense)
         driver = _Driver(solver, streams, family, torch.device(device) if device else None)
         with solver.timed("capture"):
@@ -103,26 +108,31 @@ def prune_blocks(
     return solver.report
 
 
-def _selected(block: nn.Module, prefix: str, select: Callable[[str], bool]) -> dict[str, nn.Linear]:
-    """The linears of a block to prune, by their names inside the block."""
-    return {name: linear for name, linear in prunable_linears(block).items() if select(prefix + name)}
+def _selected(
+    block: nn.Module, prefix: str, select: Callable[[str], bool], pattern: Sparsity
+) -> dict[str, tuple[int, int]]:
+    """Weight shapes of the linears of a block to prune, by their names inside the block; refuses what cannot be."""
+    shapes = {}
+    with unfused(block):
+        for name, linear in prunable_linears(block).items():
+            if select(prefix + name):
+                _check_layer(prefix + name, linear, pattern)
+                shapes[name] = (linear.out_features, linear.in_features)
+    return shapes
 
 
-def _check_layers(
-    linears: list[dict[str, nn.Linear]], head: nn.Linear | None, pattern: Sparsity, family: Family
-) -> None:
+def _check_layers(linears: Sequence[Shapes], head: nn.Linear | None, pattern: Sparsity) -> None:
     """Refuse before any work what would be refused in the middle of it."""
     if head is None and not any(linears):
         raise SparseGPTError("no linear layer is selected: loosen --only or --skip, which match full module names")
-    named = {
-        f"{family.blocks}.{index}.{name}": module
-        for index, block in enumerate(linears)
-        for name, module in block.items()
-    }
-    for name, linear in named.items() if head is None else [*named.items(), ("lm_head", head)]:
-        pattern.check(linear.in_features, name)
-        if not torch.isfinite(linear.weight).all():
-            raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
+    if head is not None:
+        _check_layer("lm_head", head, pattern)
+
+
+def _check_layer(name: str, linear: nn.Linear, pattern: Sparsity) -> None:
+    pattern.check(linear.in_features, name)
+    if not torch.isfinite(linear.weight).all():
+        raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
 
 
 @dataclass
@@ -141,13 +151,14 @@ class _Driver:
         started = time.perf_counter()
         home = next(block.parameters()).device
         block.to(self.device or home)
-        job = BlockJob(self.solver, self.streams, self.family, block, index, patterns)
-        layers = job.prune_linears()
-        share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
-        if outputs_wanted:
-            with self.solver.timed("capture"):
-                for step in range(len(self.streams.pruned)):
-                    self.streams.pruned[step] = job.output(step)
+        with unfused(block):
+            job = BlockJob(self.solver, self.streams, self.family, block, index, patterns)
+            layers = job.prune_linears()
+            share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
+            if outputs_wanted:
+                with self.solver.timed("capture"):
+                    for step in range(len(self.streams.pruned)):
+                        self.streams.pruned[step] = job.output(step)
         block.to(home)
         error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
         self.solver.report.blocks.append(BlockReport(index, blocks, error, time.perf_counter() - started, share))

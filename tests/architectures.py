@@ -189,3 +189,56 @@ def language_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without what belongs to a vision tower and the way from it."""
     state = model.state_dict()
     return {key: state[key] for key in state if not any(word in key for word in ("vision", "visual", "projector"))}
+
+
+@torch.no_grad()
+def expected_inputs(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
+    """The float64 rows that each weight matrix of the blocks is multiplied with in a run of the whole model.
+
+    Those of experts follow from what the experts' module is given and its definition, written down again here.
+    """
+    matrices = block_matrices(model)
+    linears = {name for name in matrices if ".experts." not in name}
+    rows, routed, handles = {}, {}, []
+
+    def note(name):
+        def hook(module, args, kwargs, output):
+            if name in linears:
+                inputs = args[0] if args else kwargs["hidden_states"]
+                rows[name] = inputs.double().reshape(-1, inputs.shape[-1])
+            else:
+                routed[name] = (module, [value.clone() for value in (*args, *kwargs.values())])
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name in linears or (name.endswith(".experts") and any(key.startswith(f"{name}.") for key in matrices)):
+            handles.append(module.register_forward_hook(note(name), with_kwargs=True))
+    model(input_ids=windows)
+    for handle in handles:
+        handle.remove()
+    for name, (module, given) in routed.items():
+        for expert in range(len(module.down_proj)):
+            inputs = _sent_to(expert, len(module.down_proj), *given).double()
+            rows[f"{name}.{expert}.gate_up_proj"] = inputs
+            gate_up = inputs @ matrices[f"{name}.{expert}.gate_up_proj"].double().T
+            if hasattr(module, "gate_up_proj_bias"):
+                gate_up += module.gate_up_proj_bias[expert].double()
+            rows[f"{name}.{expert}.down_proj"] = _gated(model.config.model_type, gate_up)
+    return rows
+
+
+def _sent_to(expert: int, experts: int, hidden: Tensor, chosen: Tensor | None = None, *_: Tensor) -> Tensor:
+    """The rows of hidden states that reach an expert; Llama 4 sends all, those not meant for it as zeros."""
+    if chosen is None:
+        part = hidden.view(experts, -1, hidden.shape[-1])[expert]
+        return part[part.abs().sum(1) > 0]
+    return hidden[(chosen == expert).any(1)]
+
+
+def _gated(model_type: str, gate_up: Tensor) -> Tensor:
+    if model_type == "gpt_oss":  # interleaved, clamped, with a shifted up part
+        gate, up = gate_up[:, ::2].clamp(max=7.0), gate_up[:, 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    gate, up = gate_up.chunk(2, dim=1)
+    return gate * torch.sigmoid(gate) * up

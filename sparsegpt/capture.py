@@ -113,7 +113,7 @@ def _unchanged(recorders: list[_Recorder], model: str) -> Tensor:
     if entered[0] is None:
         raise SparseGPTError(f"the first block of {model} was never called: its row in FAMILIES is wrong")
     for index, hidden in enumerate(entered):
-        if hidden is None or hidden.shape != entered[0].shape or not torch.equal(hidden, entered[0]):
+        if hidden is None or not (hidden.data_ptr() == entered[0].data_ptr() or torch.equal(hidden, entered[0])):
             raise SparseGPTError(
                 f"{model} does more between its blocks {index - 1} and {index} than handing hidden states on: expected "
                 "a plain chain of blocks; models of this form cannot be pruned"

@@ -2,10 +2,14 @@
 
 Sizes are written in each family's own words. What a test must know of a family, and may not take from the code under
 test, stands here too: which matrices are routers, and which are kept transposed.
+
+    python -m tests.architectures     # prints README's table of architectures
 """
 
 import torch
 from torch import Tensor, nn
+
+from sparsegpt.blocks import FAMILIES, Family
 
 from .support import VOCABULARY, tiny_model, unsettled
 
@@ -45,6 +49,7 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gpt_neox": {"num_key_value_heads": None},
     "gpt_oss": {
         "num_local_experts": 4,
+        "num_experts_per_tok": 2,
         "head_dim": 8,
         "layer_types": _MIXED,
         "sliding_window": 4,
@@ -242,3 +247,36 @@ def _gated(model_type: str, gate_up: Tensor) -> Tensor:
         return (up + 1) * gate * torch.sigmoid(1.702 * gate)
     gate, up = gate_up.chunk(2, dim=1)
     return gate * torch.sigmoid(gate) * up
+
+
+# README's table
+
+
+def architecture_table() -> str:
+    """Every row of FAMILIES with the tiny models that test it, as Markdown."""
+    lines = ["| architecture | models | tiny models in the tests | residual correction |", "|---|---|---|---|"]
+    for model_type, family in FAMILIES.items():
+        variants = [variant for variant, (base, _) in VARIANTS.items() if base == model_type]
+        variants += [wrapper for wrapper in WRAPPERS if model_type in (f"{wrapper}_text", _text_type(wrapper))]
+        lines.append(f"| {model_type} | {family.models} | {', '.join(variants)} | {_corrected(family, model_type)} |")
+    return "\n".join(lines)
+
+
+def _text_type(wrapper: str) -> object:
+    text = WRAPPERS[wrapper]["text_config"]
+    assert isinstance(text, dict)
+    return text.get("model_type")
+
+
+def _corrected(family: Family, model_type: str) -> str:
+    if family.uncorrectable:
+        return "off: norms behind the projections"
+    # Of Qwen 2 MoE and Llama 4 the shared expert counts among the experts.
+    if model_type not in MIXTURES:
+        return "yes"
+    shared = any("shared" in name for name in family.residuals)
+    return "all but routed experts" if shared else "all but experts"
+
+
+if __name__ == "__main__":
+    print(architecture_table())

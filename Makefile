@@ -29,7 +29,7 @@ test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python -m pytest tests/test_architectures.py tests/test_mixtures.py tests/test_families.py tests/test_capture.py
+	$(OLDEST)/bin/python -m pytest $(addprefix tests/test_,architectures.py streams.py mixtures.py structure.py families.py capture.py)
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

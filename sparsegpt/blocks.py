@@ -188,8 +188,9 @@ def decoder_blocks(model: "PreTrainedModel", family: Family) -> nn.ModuleList:
 def _inside_tower(model: "PreTrainedModel", path: str) -> str:
     """The path of the block list of a language tower that stands inside a larger model."""
     tower = _name_of(model, model.get_decoder())
-    tail = path.partition(".")[2]  # a row's path starts with the name of the tower in a model of text alone
-    return f"{tower}.{tail}" if tower else path
+    tail = path.partition(".")[2]  # a row's path starts with the tower's name in a model of text alone
+    names = {name for name, _ in model.named_modules()}
+    return next((name for name in (f"{tower}.{tail}", f"{tower}.{path}") if name in names), path)
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

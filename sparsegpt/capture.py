@@ -61,10 +61,19 @@ class ModelInputs:
     def _record(self, batch: Tensor) -> Tensor:
         device = self._model.get_input_embeddings().weight.device
         with stand_ins(self._blocks) as recorders:
-            self._model.base_model(input_ids=batch.to(device), use_cache=False)
+            body_of(self._model, self._blocks)(input_ids=batch.to(device), use_cache=False)
         hidden = _unchanged(recorders, type(self._model).__name__)
         self._calls.setdefault(len(batch), [recorder.call for recorder in recorders])
         return hidden
+
+
+def body_of(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+    """The model without its head: what turns tokens into the hidden states behind the final norm."""
+    body = getattr(model, "base_model", model)
+    if body is not model:
+        return body
+    around = [child for child in model.children() if child is not blocks and any(m is blocks for m in child.modules())]
+    return body_of(around[0], blocks) if around else model
 
 
 class _Handed(Tensor):

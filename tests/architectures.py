@@ -6,6 +6,8 @@ test, stands here too: which matrices are routers, and which are kept transposed
     python -m tests.architectures     # prints README's table of architectures
 """
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -135,6 +137,22 @@ WRAPPERS: dict[str, dict[str, object]] = {
         "mm_tokens_per_image": 4,
         "image_token_index": 90,
     },
+    "llama4": {
+        "text_config": {
+            **_TEXT,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+        },
+        "vision_config": {
+            **_VISION,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "pixel_shuffle_ratio": 0.5,
+        },
+    },
     "llava": {
         "text_config": {**_TEXT, "model_type": "llama"},
         "vision_config": {**_VISION, "model_type": "clip_vision_model"},
@@ -188,6 +206,11 @@ def block_matrices(model: nn.Module) -> dict[str, Tensor]:
             for expert, matrix in enumerate(tensor):
                 found[f"{path}.{expert}.{last}"] = matrix.T if turned else matrix
     return {name: matrix for name, matrix in found.items() if not name.endswith("_bias")}
+
+
+def stored_keys(matrices: dict[str, Tensor]) -> set[str]:
+    """Keys of the state dict that hold these matrices."""
+    return {f"{name}.weight" for name in matrices} | {re.sub(r"\.\d+(\.\w+)$", r"\1", name) for name in matrices}
 
 
 def language_state(model: nn.Module) -> dict[str, Tensor]:

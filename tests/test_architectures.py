@@ -4,8 +4,6 @@ Weight matrices are found by their shapes in the state dict, and what flows thro
 runs of transformers' own code, never through the table under test.
 """
 
-import re
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from sparsegpt import prune_model
 from sparsegpt.blocks import FAMILIES, decoder_blocks, family_of, prunable_linears
 from sparsegpt.unfuse import unfused
 
-from .architectures import CONFIGS, VARIANTS, WRAPPERS, block_matrices, tiny_variant, tiny_wrapper
+from .architectures import CONFIGS, VARIANTS, WRAPPERS, block_matrices, stored_keys, tiny_variant, tiny_wrapper
 from .support import assert_pattern, logits_of, random_windows, refused, weights_of
 
 MODELS = [*VARIANTS, *WRAPPERS]
@@ -60,7 +58,7 @@ def test_the_default_prunes_everything_and_the_saved_model_is_the_same(model, tm
         assert layer.shape == tuple(matrices[layer.name].shape)
     assert {id(parameter) for parameter in model.parameters()} == kept
     assert weights_of(model).keys() == before.keys()
-    touched = {f"{path}.weight" for path in matrices} | {re.sub(r"\.\d+(\.\w+)$", r"\1", path) for path in matrices}
+    touched = stored_keys(matrices)
     for name, tensor in model.state_dict().items():
         assert name in touched or torch.equal(tensor, before[name]), name
     logits = logits_of(model, random_windows())
@@ -111,3 +109,15 @@ def test_behind_a_norm_residual_correction_is_off_or_refused(variant):
 @pytest.mark.parametrize("variant", sorted(set(MODELS) - POST_NORMS))
 def test_elsewhere_residual_correction_stays_on(variant):
     assert not family_of(tiny(variant)).uncorrectable
+
+
+def test_the_head_is_pruned_on_request_and_parts_from_a_tied_embedding(model, tmp_path):
+    embedding = model.get_input_embeddings().weight.clone()
+    prune_model(model, random_windows(), "2:4", preset="paper", include_head=True)
+    assert_pattern(model.get_output_embeddings().weight, "2:4")
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    logits = logits_of(model, random_windows())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(loaded.get_input_embeddings().weight, embedding)
+    assert torch.equal(logits_of(loaded, random_windows()), logits)

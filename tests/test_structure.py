@@ -8,7 +8,7 @@ from sparsegpt import prune_model
 from sparsegpt.blocks import FAMILIES, family_of
 from sparsegpt.capture import BlockCall, ModelInputs
 
-from .architectures import WRAPPERS, block_matrices, tiny_wrapper
+from .architectures import WRAPPERS, block_matrices, stored_keys, tiny_wrapper
 from .support import assert_pattern, logits_of, random_windows, refused, tiny_model, weights_of
 
 # Architectures without a row, whose blocks return tensors and tuples, and where the list of blocks lies.
@@ -114,10 +114,10 @@ def test_of_a_multimodal_model_the_language_tower_alone_is_pruned(model_type, kn
     before = weights_of(model)
     report = prune_model(model, random_windows(), "2:4", preset="paper")
     assert {layer.name for layer in report.layers} == block_matrices(model).keys()
-    assert all(layer.name.startswith("model.language_model.layers.") for layer in report.layers)
+    assert all("language_model." in layer.name for layer in report.layers)
     for matrix in block_matrices(model).values():
         assert_pattern(matrix, "2:4")
-    pruned = {f"{layer.name}.weight" for layer in report.layers}
+    pruned = stored_keys(block_matrices(model))
     assert any("vis" in name for name in before)
     for name, tensor in model.state_dict().items():
         assert name in pruned or torch.equal(tensor, before[name]), name

@@ -109,10 +109,11 @@ def test_a_row_wins_over_structure():
 @pytest.mark.parametrize("known", [True, False])
 def test_of_a_multimodal_model_the_language_tower_alone_is_pruned(model_type, known):
     model = tiny_wrapper(model_type)
-    if not known:
-        model.config.get_text_config().model_type = "mystery"
-    before = weights_of(model)
+    text, before = model.config.get_text_config(), weights_of(model)
+    row = text.model_type
+    text.model_type = row if known else "mystery"
     report = prune_model(model, random_windows(), "2:4", preset="paper")
+    text.model_type = row
     assert {layer.name for layer in report.layers} == block_matrices(model).keys()
     assert all("language_model." in layer.name for layer in report.layers)
     for matrix in block_matrices(model).values():

@@ -1,13 +1,16 @@
 # make run    set up .venv, prune the embedded demo model to 2:4, print its perplexities
 # make test   set up .venv, run the tests
+# make test-oldest  set up .venv-oldest with the oldest supported libraries, run the architecture tests there
 # make check  lint, types and tests: the gate
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typecheck
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready
 
-.PHONY: setup run test test-fast check lint types bench bench-gpu clean
+.PHONY: setup run test test-fast test-oldest check lint types bench bench-gpu clean
 
 setup: $(READY)
 
@@ -24,6 +27,14 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-oldest: $(OLDEST_READY)
+	$(OLDEST)/bin/python -m pytest $(addprefix tests/test_,architectures.py streams.py mixtures.py structure.py families.py capture.py)
+
+$(OLDEST_READY): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
+	touch $@
 
 check: lint types test
 
@@ -45,4 +56,4 @@ bench-gpu: $(READY)
 	$(BIN)/python -m sparsegpt bench gpu
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -5,7 +5,8 @@ OUTLIER times their layer's mean, is pruned less. Block shares are spread over t
 shifted so that the number of zeros in the whole model is exactly the uniform one.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,11 @@ from torch import Tensor, nn
 from sparsegpt.capture import ModelInputs, run_watched, shared_inputs
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.sparsity import Sparsity, Unstructured
+from sparsegpt.stages import expert_of
+from sparsegpt.unfuse import unfused
+
+# Weight shape [out_features, in_features] of each selected linear of a block, by its name inside the block.
+Shapes = Mapping[str, tuple[int, int]]
 
 OUTLIER = 5.0
 SPREAD = 0.08
@@ -21,16 +27,16 @@ STEPS = 4
 
 
 def allocate(
-    pattern: Sparsity, allocation: str, blocks: nn.ModuleList, linears: list[dict[str, nn.Linear]], inputs: ModelInputs
+    pattern: Sparsity, allocation: str, blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: ModelInputs
 ) -> list[dict[str, Sparsity]]:
-    """The pattern of each linear, block by block; linears[index]: the selected linears of that block by name.
+    """The pattern of each linear, block by block; linears[index]: the selected linears of that block.
 
     Raises SparseGPTError when a share would leave [0, 1).
     """
     if allocation == "uniform" or not isinstance(pattern, Unstructured):
         return [dict.fromkeys(block, pattern) for block in linears]
     outliers = outlier_shares(blocks, linears, inputs)
-    sizes = [sum(linear.weight.numel() for linear in block.values()) for block in linears]
+    sizes = [sum(map(math.prod, block.values())) for block in linears]
     shares = block_shares(outliers, sizes, pattern.fraction)
     return _whole_zeros(shares, linears, round(pattern.fraction * sum(sizes)))
 
@@ -50,15 +56,19 @@ def block_shares(outliers: list[float], sizes: list[int], target: float) -> list
 
 
 @torch.no_grad()
-def outlier_shares(blocks: nn.ModuleList, linears: list[dict[str, nn.Linear]], inputs: ModelInputs) -> list[float]:
-    """Share of weights per block whose |w_ij| ||x_j|| exceeds OUTLIER times the mean of their layer."""
+def outlier_shares(blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: ModelInputs) -> list[float]:
+    """Share of weights per block whose |w_ij| ||x_j|| exceeds OUTLIER times the mean of their layer.
+
+    An expert that nothing is sent to in these few micro-batches has none.
+    """
     stream = inputs.hidden[:STEPS]
     result = []
     for index, block in enumerate(blocks):
-        norms, stream = _input_norms(block, list(linears[index]), inputs, index, stream)
-        weights = {name: linear.weight for name, linear in linears[index].items()}
-        outliers = sum(_outliers(weight, norms[name]) for name, weight in weights.items())
-        result.append(outliers / max(1, sum(weight.numel() for weight in weights.values())))
+        with unfused(block):
+            norms, stream = _input_norms(block, list(linears[index]), inputs, index, stream)
+            weights = {name: block.get_parameter(f"{name}.weight") for name in linears[index] if name in norms}
+            outliers = sum(_outliers(weight, norms[name]) for name, weight in weights.items())
+        result.append(outliers / max(1, sum(map(math.prod, linears[index].values()))))
     return result
 
 
@@ -68,7 +78,9 @@ def _input_norms(
     """Squared norm of every input column of each linear, [C], and the stream behind the block."""
     device = next(block.parameters()).device
     first = stream[0].to(device)
-    groups = shared_inputs(block, names, inputs.call(len(first), index), first) if names else []
+    call = inputs.call(len(first), index)
+    may_rest = [name for name in names if expert_of(name)]
+    groups = shared_inputs(block, names, call, first, may_rest=may_rest.__contains__) if names else []
     squares: dict[str, Tensor] = {}
     outputs = []
     for hidden in stream:
@@ -77,7 +89,7 @@ def _input_norms(
         outputs.append(output.to(hidden.device))
         for name, tensor in seen.items():
             squares[name] = squares.get(name, 0) + tensor.float().flatten(0, -2).square().sum(0)
-    return {name: squares[group[0]] for group in groups for name in group}, outputs
+    return {name: squares[group[0]] for group in groups for name in group if group[0] in squares}, outputs
 
 
 def _outliers(weight: Tensor, squares: Tensor) -> int:
@@ -85,18 +97,20 @@ def _outliers(weight: Tensor, squares: Tensor) -> int:
     return int((saliency > OUTLIER * saliency.mean()).sum())
 
 
-def _whole_zeros(shares: list[float], linears: list[dict[str, nn.Linear]], total: int) -> list[dict[str, Sparsity]]:
+def _whole_zeros(shares: list[float], linears: Sequence[Shapes], total: int) -> list[dict[str, Sparsity]]:
     """Shares as whole numbers of zeros per linear that add up to `total`: rounding errors are carried along."""
     result: list[dict[str, Sparsity]] = []
     wanted, given = 0.0, 0
-    last = [linear for block in linears for linear in block.values()][-1]  # takes what rounding left over
+    left = sum(map(len, linears))  # the last one takes what rounding left over
     for share, block in zip(shares, linears, strict=True):
         patterns: dict[str, Sparsity] = {}
-        for name, linear in block.items():
-            wanted += share * linear.weight.numel()
-            zeros = (total if linear is last else round(wanted)) - given
+        for name, shape in block.items():
+            size = math.prod(shape)
+            left -= 1
+            wanted += share * size
+            zeros = (round(wanted) if left else total) - given
             given += zeros
-            patterns[name] = Unstructured(zeros / linear.weight.numel())
+            patterns[name] = Unstructured(zeros / size)
         result.append(patterns)
     assert given == total, f"allocated {given} zeros, expected {total}"
     return result

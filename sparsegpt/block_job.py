@@ -5,25 +5,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.blocks import Family, prunable_linears
+from sparsegpt.blocks import Family, Residual, prunable_linears
 from sparsegpt.capture import remember_outputs, run_watched, shared_inputs
 from sparsegpt.groups import GroupSolver
 from sparsegpt.hessian import HessianAccumulator
 from sparsegpt.reconstruct import reconstruct_block
 from sparsegpt.reports import LayerReport
-from sparsegpt.settings import Order
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.sparsity import Sparsity
+from sparsegpt.stages import Group, expert_of, plan_stages, waves
 from sparsegpt.streams import Streams
 
-# Linears of one block that read the same tensor, by their names inside the block.
-Group = tuple[str, ...]
 # For each micro-batch, the dense model's tensor at each watched submodule.
 DenseInputs = list[dict[str, Tensor]]
 
 
 class BlockJob:
-    """One block on its way from dense to pruned."""
+    """One block on its way from dense to pruned; made and used inside `unfuse.unfused(block)`."""
 
     def __init__(
         self,
@@ -51,18 +49,22 @@ class BlockJob:
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""
         with self.solver.timed("capture"):
-            groups = self._shared_inputs()
-            stages = _stages(groups, self.settings.order)
+            in_waves = waves(self._shared_inputs())
+            groups = [group for wave in in_waves for group in wave]
+            stages = plan_stages(in_waves, self.settings.order, lambda name: self.linears[name].in_features)
             dense_inputs = self._dense_pass(stages)
         layers: list[LayerReport] = []
         for stage in stages:
+            # The members of a stage do not feed one another, unless the stage is the whole block.
+            idle_from = stage[-1] if self.settings.order == "block" else stage[0]
             with self.solver.timed("capture"):
-                statistics = self._gather(stage, _linears_from(stage[-1], groups), dense_inputs)
+                statistics = self._gather(stage, _linears_from(idle_from, groups), dense_inputs)
             with self.solver.timed("solve"):
-                for group, sums in statistics.items():
+                for group in stage:
                     linears = {self.prefix + name: (self.linears[name], self.patterns[name]) for name in group}
-                    layers += self.solver.prune(linears, *sums)
+                    layers += self.solver.prune(linears, *statistics.pop(group), routed=bool(expert_of(group[0])))
                     self.pruned_names.update(group)
+        self.solver.tell_of_experts()
         return layers
 
     def reconstruct(self) -> float:
@@ -131,7 +133,8 @@ class BlockJob:
         call = self.streams.inputs.call(len(hidden), self.index)
         if not self.linears:
             return []
-        return shared_inputs(self.block, self.linears, call, hidden.to(self.device), self.prefix)
+        hidden = hidden.to(self.device)
+        return shared_inputs(self.block, self.linears, call, hidden, may_rest=lambda name: expert_of(name) is not None)
 
     def move_dense(self, watched: frozenset[str] = frozenset()) -> DenseInputs:
         """Move the dense stream through the block, which must be dense still; keep the inputs of what is watched."""
@@ -149,14 +152,18 @@ class BlockJob:
         if self.streams.dense is None:
             return []
         compared = [group for stage in stages for group in stage] if self.settings.corrects else []
-        return self.move_dense(frozenset(name for group in compared for name in self._watched(group)))
+        return self.move_dense(frozenset(name for group in compared for name in self._compared(group)))
 
-    def _watched(self, group: Group) -> list[str]:
-        """Where to look for a group: its own input and, for a projection, the residual stream it is added to."""
-        residual = self._residual(group)
-        return [group[0]] if residual is None else [group[0], residual]
+    def _compared(self, group: Group) -> list[str]:
+        """What of the two streams a group's correction compares: its input and, for a projection, the stream's parts.
 
-    def _residual(self, group: Group) -> str | None:
+        Nothing of an expert: the pruned model sends it other tokens than the dense one.
+        """
+        if not self.settings.corrects or expert_of(group[0]):
+            return []
+        return [group[0], *_parts(self._residual(group))]
+
+    def _residual(self, group: Group) -> Residual | None:
         wanted = self.settings.residual_correction > 0 and len(group) == 1
         return self.family.residuals.get(group[0]) if wanted else None
 
@@ -171,28 +178,39 @@ class BlockJob:
             )
             for group in stage
         }
-        watched = frozenset(name for group in stage for name in self._watched(group))
+        watched = frozenset(name for group in stage for name in (group[0], *self._compared(group)))
         for step in range(len(self.streams.pruned)):
             pruned, _ = self.run_pruned(step, watched, unused)
             for group, (hessian, drift) in statistics.items():
-                name, residual = group[0], self._residual(group)
-                hessian.add(pruned[name])
-                if not self.settings.corrects:
-                    continue
-                dense = dense_inputs[step]
-                drift.add_inputs(dense[name].to(self.device), pruned[name])
-                if residual is not None:
-                    drift.add_residual(dense[residual].to(self.device), pruned[residual], pruned[name])
+                if group[0] not in pruned and expert_of(group[0]):
+                    continue  # no token of this micro-batch was sent to the expert
+                hessian.add(pruned[group[0]])
+                if self._compared(group):
+                    self._add_drift(drift, group, dense_inputs[step], pruned)
         return statistics
 
+    def _add_drift(
+        self, drift: DriftAccumulator, group: Group, dense: dict[str, Tensor], pruned: dict[str, Tensor]
+    ) -> None:
+        """Compare the two streams at a group's input and, for a projection, at the stream that it is added to."""
+        inputs = pruned[group[0]]
+        drift.add_inputs(dense[group[0]].to(self.device), inputs)
+        residual = self._residual(group)
+        if residual is None:
+            return
+        scale = float(getattr(self.block, residual.multiplier)) if residual.multiplier else 1.0
+        dense_stream, pruned_stream = (
+            torch.stack([seen[part].to(self.device).float().flatten(0, -2) for part in _parts(residual)]).sum(0) / scale
+            for seen in (dense, pruned)
+        )
+        drift.add_residual(dense_stream, pruned_stream, inputs)
 
-def _stages(groups: list[Group], order: Order) -> list[list[Group]]:
-    """Which shared inputs are gathered in one pass: see PruneSettings.order."""
-    if order == "block":
-        return [groups] if groups else []
-    if order == "input":
-        return [[group] for group in groups]
-    return [[(name,)] for group in groups for name in group]
+
+def _parts(residual: Residual | None) -> list[str]:
+    """The tensors whose sum is the stream, as `run_watched` names them."""
+    if residual is None:
+        return []
+    return [residual.source, *([f"{residual.plus}()"] if residual.plus else [])]
 
 
 def _linears_from(last: Group, groups: list[Group]) -> Group:

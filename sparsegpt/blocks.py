@@ -1,14 +1,21 @@
-"""Where a model keeps its decoder blocks: one row of data an architecture.
+"""Where a model keeps its decoder blocks: one row of data an architecture, by its text configuration's model_type.
 
 Which linears share an input is not written here: `capture.shared_inputs` sees it when a block runs. A row says only
-what running cannot tell: the path of the block list, and which projection is added to which residual stream.
-To support another model_type, add a row to FAMILIES; tests/test_families.py runs over this same table.
+what running cannot tell: the path of the block list, and which projection is added to which residual stream. To
+support another model_type, add a row to FAMILIES and its tiny configuration to tests/architectures.py:
+tests/test_families.py runs over this same table, and README's table is printed from both.
+
+Residual correction aims a projection at what the stream should be behind the addition that it writes into (see
+solvers/correction.py), so what it undoes is the drift of everything added before it. Attention is added to the stream
+that entered the block; the MLP to what attention left. In a parallel block both branches read the stream that entered
+and one sum adds all three; as sums may be taken in any order, attention counts as added first there too. The MLP then
+undoes what the corrected attention has left over, and no drift is undone twice.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,44 +26,150 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """What the output of a projection is added to.
+
+    source: submodule of the block whose input is the stream, "" for the block itself. plus: submodule whose output
+    is added to the stream before the projection's. multiplier: attribute of the block by which the projection's
+    output is multiplied before the addition; the drift is divided by it.
+    """
+
+    source: str
+    plus: str = ""
+    multiplier: str = ""
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture's layout.
 
     blocks: dotted path from the model to its ModuleList of decoder blocks.
-    residuals: projection that writes into the residual stream -> submodule of the block whose input is the stream
-    before that addition. Both are names inside the block.
+    models: what users know it by.
+    residuals: projection -> what it is added to, by names inside the block. A block that lacks the name (some blocks
+    of a model are dense, others mixtures of experts) does without; a projection not listed is not corrected for it.
+    instead: (attribute of the configuration, value) -> the row that holds then.
+    uncorrectable: why residual correction cannot be had; "" where it can.
+    note: told to the user with every run.
     """
 
     blocks: str
-    residuals: Mapping[str, str] = field(default_factory=dict)
+    models: str = ""
+    residuals: Mapping[str, Residual] = field(default_factory=dict)
+    instead: Mapping[tuple[str, Any], "Family"] = field(default_factory=dict)
+    uncorrectable: str = ""
+    note: str = ""
 
 
-LLAMA = Family("model.layers", {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"})
-OPT = Family("model.decoder.layers", {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"})
-# opt-350m normalises after the addition: the stream enters attention and fc1 themselves.
-OPT_POST_NORM = Family("model.decoder.layers", {"self_attn.out_proj": "self_attn", "fc2": "fc1"})
+def _sequential(attention: str, attention_norm: str, mlp: str, mlp_norm: str) -> dict[str, Residual]:
+    """Attention is added first, then the MLP; each branch reads the stream through a norm of its own."""
+    return {attention: Residual(attention_norm), mlp: Residual(mlp_norm)}
+
+
+def _parallel(attention: str, mlp: str) -> dict[str, Residual]:
+    """Both branches read the stream that enters the block, and are added to it together: see the head of the file."""
+    return {attention: Residual(""), mlp: Residual("", plus=attention.partition(".")[0])}
+
+
+_LLAMA = _sequential("self_attn.o_proj", "input_layernorm", "mlp.down_proj", "post_attention_layernorm")
+_NEOX = _sequential("attention.dense", "input_layernorm", "mlp.dense_4h_to_h", "post_attention_layernorm")
+_BLOOM = _sequential("self_attention.dense", "input_layernorm", "mlp.dense_4h_to_h", "post_attention_layernorm")
+# Each projection is added to what has left the norm, which is what enters attention and MLP themselves.
+_BLOOM_POST = _sequential("self_attention.dense", "self_attention", "mlp.dense_4h_to_h", "mlp")
+_OPT = _sequential("self_attn.out_proj", "self_attn_layer_norm", "fc2", "final_layer_norm")
+_OPT_POST = _sequential("self_attn.out_proj", "self_attn", "fc2", "fc1")  # opt-350m normalises after the addition
+# Shared experts are added to the output of the routed ones, which run first. Routed experts are not corrected: the
+# pruned model sends them other tokens than the dense one.
+_DEEPSEEK = {**_LLAMA, "mlp.shared_experts.down_proj": Residual("post_attention_layernorm", plus="mlp.experts")}
+# residual + output * residual_multiplier
+_GRANITE = {name: Residual(stream.source, multiplier="residual_multiplier") for name, stream in _LLAMA.items()}
+_LLAMA4 = _sequential("self_attn.o_proj", "input_layernorm", "feed_forward.down_proj", "post_attention_layernorm")
+_STARCODER = _sequential("self_attn.o_proj", "input_layernorm", "mlp.c_proj", "post_attention_layernorm")
+_POST_NORM = "a norm stands between its projections and the residual stream"
+
+
+def _llama(models: str, residuals: Mapping[str, Residual] | None = None) -> Family:
+    return Family("model.layers", models, _LLAMA if residuals is None else residuals)
+
+
+def _post_norm(models: str) -> Family:
+    return Family("model.layers", models, uncorrectable=_POST_NORM)
+
 
 FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,  # Llama 1 to 3, TinyLlama, SmolLM and SmolLM2
-    "mistral": LLAMA,
-    "opt": OPT,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
+    "bloom": Family(
+        "transformer.h",
+        "BLOOM, BLOOMZ",
+        _BLOOM,
+        {("apply_residual_connection_post_layernorm", True): Family("transformer.h", residuals=_BLOOM_POST)},
+    ),
+    "cohere": _llama("Command R", _parallel("self_attn.o_proj", "mlp.down_proj")),
+    "cohere2": _llama("Command R7B, Command A", _parallel("self_attn.o_proj", "mlp.down_proj")),
+    "deepseek_v2": _llama("DeepSeek-V2", _DEEPSEEK),
+    "deepseek_v3": _llama("DeepSeek-V3, R1", _DEEPSEEK),
+    "falcon": Family(
+        "transformer.h",
+        "Falcon 7B to 180B, Falcon-RW",
+        _parallel("self_attention.dense", "mlp.dense_4h_to_h"),
+        {("parallel_attn", False): Family("transformer.h", residuals=_BLOOM)},  # Falcon-RW, with alibi
+    ),
+    "gemma": _llama("Gemma 1"),
+    "gemma2": _post_norm("Gemma 2"),
+    "gemma3_text": _post_norm("Gemma 3, alone and inside its multimodal form"),
+    "gpt2": Family("transformer.h", "GPT-2", _sequential("attn.c_proj", "ln_1", "mlp.c_proj", "ln_2")),
+    "gpt_neox": Family(
+        "gpt_neox.layers",
+        "GPT-NeoX, Pythia",
+        _parallel("attention.dense", "mlp.dense_4h_to_h"),
+        {("use_parallel_residual", False): Family("gpt_neox.layers", residuals=_NEOX)},
+    ),
+    "gpt_oss": _llama("GPT-OSS, unquantised"),
+    "gptj": Family("transformer.h", "GPT-J", _parallel("attn.out_proj", "mlp.fc_out")),
+    "granite": _llama("Granite 3", _GRANITE),
+    "llama": _llama("Llama 1 to 3, TinyLlama, SmolLM 1 and 2"),
+    # Routed and shared experts are added in one sum, the routed ones expert by expert: the shared one is not listed.
+    "llama4_text": _llama("Llama 4, text", _LLAMA4),
+    "ministral": _llama("Ministral"),
+    "mistral": _llama("Mistral"),
+    "mixtral": _llama("Mixtral"),
+    "mpt": Family("transformer.blocks", "MPT", _sequential("attn.out_proj", "norm_1", "ffn.down_proj", "norm_2")),
+    "olmo2": _post_norm("OLMo 2"),
+    "olmo3": _post_norm("OLMo 3"),
+    "olmoe": _llama("OLMoE"),
+    "opt": Family(
+        "model.decoder.layers",
+        "OPT",
+        _OPT,
+        {("do_layer_norm_before", False): Family("model.decoder.layers", residuals=_OPT_POST)},
+    ),
+    "phi": _llama("Phi 1 to 2", _parallel("self_attn.dense", "mlp.fc2")),
+    "phi3": _llama("Phi 3, Phi 4"),
+    "qwen2": _llama("Qwen 2, Qwen 2.5"),
+    # A gate of its own multiplies the shared expert's output, token by token: not listed.
+    "qwen2_moe": _llama("Qwen 1.5 MoE, Qwen 2 MoE"),
+    "qwen2_vl_text": _llama("Qwen 2-VL, text"),
+    "qwen3": _llama("Qwen 3"),
+    "qwen3_moe": _llama("Qwen 3 MoE"),
+    "smollm3": _llama("SmolLM 3"),
+    "starcoder2": _llama("StarCoder 2", _STARCODER),
 }
 
 
 def family_of(model: "PreTrainedModel") -> Family:
-    """The row for a transformers model; SparseGPTError lists the known model types."""
+    """The row for a transformers model, or one made up for a model whose structure leaves no doubt.
+
+    Of a multimodal model it is the row of its language tower, with the path to the tower. SparseGPTError lists the
+    known model types.
+    """
     config = model.config
-    model_type = getattr(config, "model_type", type(model).__name__)
-    if model_type == "opt" and not config.do_layer_norm_before:
-        return OPT_POST_NORM
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    model_type = getattr(text, "model_type", type(model).__name__)
     if model_type not in FAMILIES:
-        raise SparseGPTError(
-            f"model type {model_type!r} is not known: expected one of {', '.join(FAMILIES)}; "
-            "to support it, add a row to FAMILIES in sparsegpt/blocks.py"
-        )
-    return FAMILIES[model_type]
+        return _by_structure(model, model_type)
+    family = FAMILIES[model_type]
+    for (attribute, value), other in family.instead.items():
+        if getattr(text, attribute, None) == value:
+            family = other
+    return family if text is config else replace(family, blocks=_inside_tower(model, family.blocks))
 
 
 def decoder_blocks(model: "PreTrainedModel", family: Family) -> nn.ModuleList:
@@ -72,9 +185,75 @@ def decoder_blocks(model: "PreTrainedModel", family: Family) -> nn.ModuleList:
     return blocks
 
 
+def _inside_tower(model: "PreTrainedModel", path: str) -> str:
+    """The path of the block list of a language tower that stands inside a larger model."""
+    tower = _name_of(model, model.get_decoder())
+    tail = path.partition(".")[2]  # a row's path starts with the tower's name in a model of text alone
+    names = {name for name, _ in model.named_modules()}
+    return next((name for name in (f"{tower}.{tail}", f"{tower}.{path}") if name in names), path)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _by_structure(model: "PreTrainedModel", model_type: str) -> Family:
+    """A row for a model that has exactly one list of equal blocks with weight matrices in its language tower."""
+    refusal = f"model type {model_type!r} is not known"
+    advice = f"known are {', '.join(FAMILIES)}; to support it, add a row to FAMILIES in sparsegpt/blocks.py"
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise SparseGPTError(f"{refusal} and has an encoder: expected a decoder alone; {advice}")
+    tower = model.get_decoder() if hasattr(model, "get_decoder") else model
+    prefix = _name_of(model, tower)
+    found = [f"{prefix}.{name}".strip(".") for name in _block_lists(tower)]
+    if len(found) != 1:
+        places = f"{len(found)} ({', '.join(found)})" if found else "none"
+        raise SparseGPTError(
+            f"{refusal} and its structure leaves doubt: expected one list of at least two blocks of one class, "
+            f"found {places}; {advice}"
+        )
+    blocks = model.get_submodule(found[0])
+    assert isinstance(blocks, nn.ModuleList)
+    return Family(
+        found[0],
+        uncorrectable="it is not known what its projections are added to",
+        note=f"{refusal}: its {len(blocks)} blocks were found by structure at {found[0]} "
+        f"({type(blocks[0]).__name__}); compare the perplexities with care",
+    )
+
+
+def _block_lists(tower: nn.Module) -> list[str]:
+    """Names of the outermost lists of two or more modules of one class that hold weight matrices."""
+    found: list[str] = []
+    for name, module in tower.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        classes = {type(block) for block in module}
+        matrices = all(any(p.ndim > 1 for p in block.parameters()) for block in module)
+        if len(module) > 1 and matrices:
+            found.append(name if len(classes) == 1 else "")
+    return found if "" not in found else []
+
+
+# Linears by these names choose among experts when they stand beside them; a router is never pruned.
+_ROUTERS = ("router", "gate", "shared_expert_gate")
+
+
 def prunable_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer of a block by its name inside the block."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """Every linear layer of a block by its name inside the block, routers left out.
+
+    Inside `unfuse.unfused` this includes what the model keeps in another form.
+    """
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not _is_router(block, name)
+    }
+
+
+def _is_router(block: nn.Module, name: str) -> bool:
+    parent, _, last = name.rpartition(".")
+    return last in _ROUTERS and any("expert" in child for child, _ in block.get_submodule(parent).named_children())
 
 
 def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:

@@ -28,7 +28,12 @@ class BlockCall:
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states, [batch, sequence, features], whether it returns a tensor or a tuple."""
         output = block(hidden, *to_device(self.args, hidden.device), **to_device(self.kwargs, hidden.device))
-        hidden_states: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden_states, Tensor):
+            raise SparseGPTError(
+                f"{type(block).__name__} returned {type(hidden_states).__name__}: expected the hidden states, alone or "
+                "first in a tuple"
+            )
         return hidden_states
 
 
@@ -65,12 +70,36 @@ class ModelInputs:
     def _record(self, batch: Tensor) -> Tensor:
         device = self._model.get_input_embeddings().weight.device
         with stand_ins(self._blocks) as recorders:
-            self._model.base_model(input_ids=batch.to(device), use_cache=False)
-        if recorders[0].hidden is None:
-            name = type(self._model).__name__
-            raise SparseGPTError(f"the first block of {name} was never called: its row in FAMILIES is wrong")
+            body_of(self._model, self._blocks)(input_ids=batch.to(device), use_cache=False)
+        hidden = _unchanged(recorders, type(self._model).__name__)
         self._calls.setdefault(len(batch), [recorder.call for recorder in recorders])
-        return recorders[0].hidden.to(device)
+        return hidden.to(device)
+
+
+def body_of(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+    """The model without its head: what turns tokens into the hidden states behind the final norm."""
+    body = getattr(model, "base_model", model)
+    if body is not model:
+        return body
+    around = [child for child in model.children() if child is not blocks and any(m is blocks for m in child.modules())]
+    return body_of(around[0], blocks) if around else model
+
+
+class _Handed(Tensor):
+    """Hidden states as a stand-in returns them: a tensor, and also the tuple (hidden states, None).
+
+    Some models take a block's output as it is, others its first element; which, no row says. Whatever is computed
+    from it is an ordinary tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, place: Any) -> Any:
+        plain = self.as_subclass(Tensor)
+        return plain if isinstance(place, int) and place == 0 else plain[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.as_subclass(Tensor), None))
 
 
 class _Recorder(nn.Module):
@@ -84,8 +113,9 @@ class _Recorder(nn.Module):
         self.call = BlockCall((), {})
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.hidden, self.call = hidden_states.detach(), BlockCall(args, kwargs)
-        return hidden_states if self.replay is None else self.replay
+        hidden = hidden_states.as_subclass(Tensor)
+        self.hidden, self.call = hidden.detach(), BlockCall(args, kwargs)
+        return (hidden if self.replay is None else self.replay).as_subclass(_Handed)
 
     def __getattr__(self, name: str) -> Any:
         # Some models read a block's attributes (attention_type, layer_idx) while they loop over the list.
@@ -93,6 +123,20 @@ class _Recorder(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["block"], name)
+
+
+def _unchanged(recorders: list[_Recorder], model: str) -> Tensor:
+    """What entered the first block; it must also have entered every other one, as each hands on what it got."""
+    entered = [recorder.hidden for recorder in recorders]
+    if entered[0] is None:
+        raise SparseGPTError(f"the first block of {model} was never called: its row in FAMILIES is wrong")
+    for index, hidden in enumerate(entered):
+        if hidden is None or not (hidden.data_ptr() == entered[0].data_ptr() or torch.equal(hidden, entered[0])):
+            raise SparseGPTError(
+                f"{model} does more between its blocks {index - 1} and {index} than handing hidden states on: expected "
+                "a plain chain of blocks; models of this form cannot be pruned"
+            )
+    return entered[0]
 
 
 @contextmanager
@@ -110,12 +154,18 @@ def stand_ins(blocks: nn.ModuleList) -> Iterator[list[_Recorder]]:
 
 
 def shared_inputs(
-    block: nn.Module, names: Iterable[str], call: BlockCall, hidden: Tensor, prefix: str = ""
+    block: nn.Module,
+    names: Iterable[str],
+    call: BlockCall,
+    hidden: Tensor,
+    *,
+    may_rest: Callable[[str], bool] = lambda name: False,
 ) -> list[tuple[str, ...]]:
     """Group linears by the tensor that they read, in the order in which the block uses them.
 
     q, k and v come out as one group, because they receive the very same tensor. Raises SparseGPTError for a linear
-    that the forward pass never used: its weights would silently stay dense.
+    that the forward pass never used: its weights would silently stay dense. may_rest(name): whether a linear may
+    go unused in this one pass, as an expert to which nothing is sent; those that did are groups of their own, last.
     """
     seen: list[tuple[Tensor, list[str]]] = []
 
@@ -131,11 +181,12 @@ def shared_inputs(
         call.run(block, hidden)
     groups = [tuple(dict.fromkeys(group)) for _, group in seen]
     used = {name for group in groups for name in group}
-    if unused := [name for name in expected if name not in used]:
+    unused = [name for name in expected if name not in used]
+    if lost := [name for name in unused if not may_rest(name)]:
         raise SparseGPTError(
-            f"no input ever reached {', '.join(unused)}: the block runs it in a way that hooks cannot see"
+            f"no input ever reached {', '.join(lost)}: the block runs it in a way that hooks cannot see"
         )
-    return groups
+    return groups + [(name,) for name in unused]
 
 
 def run_watched(
@@ -143,10 +194,18 @@ def run_watched(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One forward pass: the inputs of the watched submodules by name, and the block's output.
 
-    unused: linears whose products may be skipped; with any, the output is meaningless.
+    watched: "name" for a submodule's input, "name()" for its output. unused: linears whose products may be skipped;
+    with any, the output is meaningless.
     """
     seen: dict[str, Tensor] = {}
-    with watch_inputs(block, watched, seen.__setitem__), skip_products(block.get_submodule(name) for name in unused):
+    watched = list(watched)
+    inputs = [name for name in watched if not name.endswith("()")]
+    outputs = [name.removesuffix("()") for name in watched if name.endswith("()")]
+    with (
+        watch_inputs(block, inputs, seen.__setitem__),
+        _watch_outputs(block, outputs, lambda name, tensor: seen.update({f"{name}()": tensor})),
+        skip_products(block.get_submodule(name) for name in unused),
+    ):
         output = call.run(block, hidden)
     return seen, output
 
@@ -162,6 +221,21 @@ def watch_inputs(block: nn.Module, names: Iterable[str], see: Callable[[str, Ten
         return hook
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watch_outputs(block: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call see(name, output) whenever a submodule of the block has run; of a tuple, with its first element."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda module, args, output: see(name, output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
     try:
         yield
     finally:

@@ -1,9 +1,10 @@
 """Linears that share one input: one Hessian, one factor, and the solution of each of them."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from sparsegpt.settings import PruneSettings
 from sparsegpt.solvers import METHODS, prune_layer
 from sparsegpt.solvers.correction import DriftAccumulator, corrected_target
 from sparsegpt.sparsity import Sparsity
+from sparsegpt.stages import enough_tokens, expert_of
 
 
 @dataclass
@@ -27,24 +29,40 @@ class GroupSolver:
     settings: PruneSettings
     report: PruneReport
     on_layer: Callable[[LayerReport], None]
-    as_stored: Callable[[Tensor], Tensor]
+    as_stored: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    # Experts that few tokens reached: what is said of them -> (expert, tokens), until `tell_of_experts`.
+    _starved: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def prune(
-        self, linears: dict[str, tuple[nn.Linear, Sparsity]], gram: HessianAccumulator, drift: DriftAccumulator
+        self,
+        linears: dict[str, tuple[nn.Linear, Sparsity]],
+        gram: HessianAccumulator,
+        drift: DriftAccumulator,
+        *,
+        routed: bool = False,
     ) -> list[LayerReport]:
-        """Prune all linears of one shared input: they share its Hessian and everything derived from it."""
+        """Prune all linears of one shared input: they share its Hessian and everything derived from it.
+
+        routed: they belong to an expert. One that too few tokens reached is pruned by magnitude, without any data.
+        """
         settings = self.settings
         name = next(iter(linears))
-        hessian = DampedHessian(gram.take(), self._damping(name, gram), name=name)
+        starved = routed and gram.tokens < enough_tokens(gram.width)
+        if starved:
+            self._note(name, gram, "pruned by magnitude alone, without data")
+            hessian = DampedHessian(torch.eye(gram.width, device=gram.device), name=name)
+        else:
+            hessian = DampedHessian(gram.take(), self._damping(name, gram, routed=routed), name=name)
         reports = []
         for name, (linear, pattern) in linears.items():
             started = time.perf_counter()
             target = None
-            if settings.corrects:
+            if settings.corrects and not routed:
                 shares = settings.error_correction, settings.residual_correction
                 target = corrected_target(linear.weight, hessian, drift, *shares)
-            method = METHODS[settings.method]
-            pruned = prune_layer(linear.weight, hessian, pattern, method, settings.block_size, target=target)
+            method = METHODS["magnitude" if starved else settings.method]
+            weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
+            pruned = prune_layer(weight, hessian, pattern, method, settings.block_size, target=target)
             linear.weight.copy_(self.as_stored(pruned.weight))
             report = LayerReport(
                 name=name,
@@ -61,18 +79,38 @@ class GroupSolver:
         self.report.layers += reports
         return reports
 
-    def _damping(self, name: str, gram: HessianAccumulator) -> float:
+    def _damping(self, name: str, gram: HessianAccumulator, *, routed: bool) -> float:
         """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""
         width = gram.width
         damping = self.settings.damping_for(width, gram.tokens)
         if gram.tokens >= width:
             return damping
         raised = damping * width / gram.tokens
-        self.report.warnings.append(
-            f"{name}: only {gram.tokens} calibration tokens for {width} input features; damping raised from "
-            f"{damping:g} to {raised:g}; give more --samples or a longer --seqlen"
-        )
+        if routed:
+            self._note(name, gram, "solved with more damping")
+        else:
+            self.report.warnings.append(
+                f"{name}: only {gram.tokens} calibration tokens for {width} input features; damping raised from "
+                f"{damping:g} to {raised:g}; give more --samples or a longer --seqlen"
+            )
         return raised
+
+    def _note(self, name: str, gram: HessianAccumulator, how: str) -> None:
+        expert = expert_of(name)
+        assert expert is not None
+        path, place, linear = expert
+        width = len(gram.hessian)
+        limit = width if "damping" in how else enough_tokens(width)
+        text = f"{path}.*.{linear}: experts reached by fewer than {limit} calibration tokens ({width} input features)"
+        self._starved[f"{text} were {how}"].append((place, gram.tokens))
+
+    def tell_of_experts(self) -> None:
+        """Add one warning for all experts of a block that share a shortage."""
+        for text, found in self._starved.items():
+            named = ", ".join(f"{place}: {tokens}" for place, tokens in sorted(found)[:8])
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            self.report.warnings.append(f"{text}: {named}{more} tokens; give more --samples or a longer --seqlen")
+        self._starved.clear()
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.capture import stand_ins
+from sparsegpt.capture import body_of, stand_ins
 from sparsegpt.errors import SparseGPTError
 
 if TYPE_CHECKING:
@@ -37,6 +37,6 @@ def head_inputs(model: "PreTrainedModel", blocks: nn.ModuleList, tokens: Tensor,
     device = model.get_input_embeddings().weight.device
     with stand_ins(blocks) as recorders:
         recorders[-1].replay = hidden.to(device)
-        output = model.base_model(input_ids=tokens.to(device), use_cache=False)
+        output = body_of(model, blocks)(input_ids=tokens.to(device), use_cache=False)
     hidden_states: Tensor = output.last_hidden_state
     return hidden_states

@@ -30,7 +30,7 @@ class HessianAccumulator:
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self.width, self.tokens = in_features, 0
+        self.width, self.device, self.tokens = in_features, self._gram.device, 0
 
     def add(self, inputs: Tensor) -> None:
         """Add the Gram matrix of inputs [..., C]; any float dtype, moved to the accumulator's device."""

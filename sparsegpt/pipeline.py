@@ -7,7 +7,8 @@ stream once, before anything in it is pruned; its inputs inside the block are ke
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.allocation import allocate
+from sparsegpt.allocation import Shapes, allocate
 from sparsegpt.block_job import BlockJob
 from sparsegpt.blocks import Family, decoder_blocks, family_of, prunable_linears
 from sparsegpt.capture import ModelInputs
@@ -23,13 +24,13 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import HessianAccumulator
-from sparsegpt.private_memory import give_back
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
 from sparsegpt.residence import Residence
-from sparsegpt.settings import PruneSettings, resolve_settings
+from sparsegpt.settings import PruneSettings, resolve_settings, without_residual_correction
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.sparsity import Sparsity
 from sparsegpt.streams import ActivationStore, Streams
+from sparsegpt.unfuse import unfused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,12 +104,17 @@ def prune_blocks(
         raise SparseGPTError("the model is packed or quantised: expected plain weights; `sparsegpt unpack` it first")
     family = family_of(model)
     blocks = decoder_blocks(model, family)
+    settings, warnings = without_residual_correction(settings, family.uncorrectable)
     head = lm_head_of(model) if include_head else None
-    linears = [_selected(block, f"{family.blocks}.{index}.", select) for index, block in enumerate(blocks)]
-    _check_layers(linears, head, settings.sparsity, family)
+    linears = [
+        _selected(block, f"{family.blocks}.{index}.", select, settings.sparsity) for index, block in enumerate(blocks)
+    ]
+    _check_layers(linears, head, settings.sparsity)
     batch = micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1])
     residence = residence or Residence(torch.device(device) if device else None, model.dtype, model.dtype)
     progress, report = progress or Progress(), report or PruneReport(settings)
+    report.settings = settings
+    report.warnings += [note for note in (family.note, *warnings) if note and note not in report.warnings]
     solver = GroupSolver(settings, report, on_layer, residence.as_stored)
     was_training = model.training
     model.eval()
@@ -132,26 +138,31 @@ def prune_blocks(
     return report
 
 
-def _selected(block: nn.Module, prefix: str, select: Callable[[str], bool]) -> dict[str, nn.Linear]:
-    """The linears of a block to prune, by their names inside the block."""
-    return {name: linear for name, linear in prunable_linears(block).items() if select(prefix + name)}
+def _selected(
+    block: nn.Module, prefix: str, select: Callable[[str], bool], pattern: Sparsity
+) -> dict[str, tuple[int, int]]:
+    """Weight shapes of the linears of a block to prune, by their names inside the block; refuses what cannot be."""
+    shapes = {}
+    with unfused(block):
+        for name, linear in prunable_linears(block).items():
+            if select(prefix + name):
+                _check_layer(prefix + name, linear, pattern)
+                shapes[name] = (linear.out_features, linear.in_features)
+    return shapes
 
 
-def _check_layers(
-    linears: list[dict[str, nn.Linear]], head: nn.Linear | None, pattern: Sparsity, family: Family
-) -> None:
+def _check_layers(linears: Sequence[Shapes], head: nn.Linear | None, pattern: Sparsity) -> None:
     """Refuse before any work what would be refused in the middle of it."""
     if head is None and not any(linears):
         raise SparseGPTError("no linear layer is selected: loosen --only or --skip, which match full module names")
-    named = {
-        f"{family.blocks}.{index}.{name}": module
-        for index, block in enumerate(linears)
-        for name, module in block.items()
-    }
-    for name, linear in named.items() if head is None else [*named.items(), ("lm_head", head)]:
-        pattern.check(linear.in_features, name)
-        if not torch.isfinite(linear.weight).all():
-            raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
+    if head is not None:
+        _check_layer("lm_head", head, pattern)
+
+
+def _check_layer(name: str, linear: nn.Linear, pattern: Sparsity) -> None:
+    pattern.check(linear.in_features, name)
+    if not torch.isfinite(linear.weight).all():
+        raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
 
 
 @dataclass
@@ -171,29 +182,33 @@ class _Driver:
         started = time.perf_counter()
         report = self.solver.report
         with self.residence.visit(block):
-            job = BlockJob(self.solver, self.streams, self.family, block, index, patterns)
-            layers = job.prune_linears()
-            share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
-            if not last:
-                self._move_pruned(job)
+            with unfused(block):
+                job = BlockJob(self.solver, self.streams, self.family, block, index, patterns)
+                layers = job.prune_linears()
+                share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
+                if not last:
+                    self._move_pruned(job)
             error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
             seconds = time.perf_counter() - started
             report.blocks.append(BlockReport(index, blocks, len(layers), error, seconds, share))
             tensors = {name: self.residence.as_stored(tensor) for name, tensor in block.state_dict().items()}
             self._settle(block, self.progress.keep(index, tensors, report))
-        give_back()
         return report.blocks[-1]
 
     def pass_finished(self, block: nn.Module, index: int, *, last: bool) -> None:
         """Put a block that was finished before in its place, and move both streams as its pruning moved them."""
-        job = BlockJob(self.solver, self.streams, self.family, block, index, {})
         if not last and self.streams.dense is not None:
-            with self.residence.visit(block):
+            with self._at_work(block, index) as job:
                 job.move_dense()
         self._settle(block, self.progress.load(index))
         if not last:
-            with self.residence.visit(block):
+            with self._at_work(block, index) as job:
                 self._move_pruned(job)
+
+    @contextmanager
+    def _at_work(self, block: nn.Module, index: int) -> Iterator[BlockJob]:
+        with self.residence.visit(block), unfused(block):
+            yield BlockJob(self.solver, self.streams, self.family, block, index, {})
 
     def _move_pruned(self, job: BlockJob) -> None:
         with self.solver.timed("capture"):

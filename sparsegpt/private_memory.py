@@ -1,7 +1,7 @@
 """How much memory is this process's own, at its worst moment.
 
 Pages of mapped files do not count: the system takes them back whenever it needs the memory. Allocators keep what was
-freed, so a long run would slowly grow; `give_back` returns it to the system.
+freed, so a long run would slowly grow unless told otherwise.
 """
 
 import ctypes
@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 SECONDS_BETWEEN_LOOKS = 0.02
+LARGE = 1 << 20
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def private_bytes() -> int | None:
@@ -24,12 +26,15 @@ def private_bytes() -> int | None:
     return None
 
 
-def give_back() -> None:
-    """Return freed memory to the system, where the C library can (glibc)."""
+def give_back_freed_memory() -> None:
+    """From now on, memory of LARGE bytes and more returns to the system as soon as it is freed (glibc).
+
+    By itself glibc learns to keep pieces up to 32 MiB, and a heap full of holes then grows from block to block.
+    """
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, LARGE)
 
 
 class PeakWatch:

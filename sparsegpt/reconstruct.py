@@ -50,7 +50,7 @@ def reconstruct_block(
     block is rolled back.
     """
     device = next(block.parameters()).device
-    dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(block)}
     block.float()
     masks = {f"{name}.weight": block.get_parameter(f"{name}.weight") != 0 for name in pruned_linears}
     trained = {name: p for name, p in block.named_parameters() if name in masks or p.ndim == 1}
@@ -91,8 +91,8 @@ def reconstruct_block(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best_state[name])
-        for name, parameter in block.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+        for name, tensor in _tensors(block):
+            tensor.data = tensor.data.to(dtypes[name])
     return Reconstruction(before, best, best_epoch, diverged)
 
 
@@ -119,6 +119,11 @@ def _batches(inputs: list[Tensor], targets: list[Tensor]) -> list[tuple[Tensor, 
 @torch.no_grad()
 def _mean_loss(loss_of: Callable[[tuple[Tensor, Tensor]], Tensor], batches: list[tuple[Tensor, Tensor]]) -> float:
     return sum(float(loss_of(batch)) for batch in batches) / len(batches)
+
+
+def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from block.named_parameters()
+    yield from block.named_buffers()
 
 
 def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

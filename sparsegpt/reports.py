@@ -16,6 +16,7 @@ class LayerReport:
 
     sparsity: the pattern asked for; zeros: the share of zeros reached; relative_error: ||(W - W')X||^2 / ||WX||^2 on
     the inputs of the pruned model; damping: what the Hessian needed; tokens: calibration tokens that reached it.
+    Of an expert that too few reached, relative_error is ||W - W'||^2 / ||W||^2.
     """
 
     name: str
@@ -65,7 +66,7 @@ class PruneReport:
         return {
             "sparsity": str(self.settings.sparsity),
             "method": self.settings.method,
-            "settings": asdict(self.settings) | {"sparsity": str(self.settings.sparsity)},
+            "settings": self.settings.as_dict(),
             "density_of_pruned_linears": self.density,
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [asdict(block) for block in self.blocks],

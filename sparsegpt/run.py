@@ -28,7 +28,7 @@ from sparsegpt.kernels.tensor_files import read_json
 from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_model, pick_device, sequence_length
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, shape_of
-from sparsegpt.private_memory import PeakWatch
+from sparsegpt.private_memory import PeakWatch, give_back_freed_memory
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
 from sparsegpt.settings import PruneSettings
 from sparsegpt.sparsity import NM
@@ -113,6 +113,7 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
     if options.activations not in ACTIVATIONS:
         raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
+    give_back_freed_memory()
     planned = plan_run(options, settings)
     check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
     with (
@@ -236,7 +237,7 @@ class _Job:
         return {
             "model": fingerprint(self.loaded.model),
             "calibration windows": hashlib.sha256(self.calibration.windows.numpy().tobytes()).hexdigest(),
-            "settings": asdict(self.settings) | {"sparsity": str(self.settings.sparsity)},
+            "settings": self.settings.as_dict(),
             "--only": options.only,
             "--skip": options.skip,
             "--include": options.include_head,

@@ -4,7 +4,7 @@ A preset is a row of defaults; whatever is given explicitly wins over it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from sparsegpt.errors import SparseGPTError
@@ -27,7 +27,7 @@ class PruneSettings:
     baseline of the benchmark). damping: share of the mean diagonal added to the Hessian; None: by sample size, see
     `damping_for`. error_correction, residual_correction in [0, 1]: share of the upstream drift that a
     layer is asked to undo. allocation: how a fraction is spread over the blocks. reconstruct: epochs of block-wise
-    training of the kept weights.
+    training of the kept weights. asked: names of the settings that were given, rather than taken from a preset.
     """
 
     sparsity: Sparsity
@@ -40,6 +40,7 @@ class PruneSettings:
     allocation: str = "uniform"
     reconstruct: int = 0
     learning_rate: float = 5e-4
+    asked: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         method = parse_method(self.method)
@@ -78,6 +79,12 @@ class PruneSettings:
         low, high = DAMPING_RANGE
         return min(high, max(low, DAMPING_PER_SHARE * width / tokens))
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data of everything that decides the result."""
+        values = {**asdict(self), "sparsity": str(self.sparsity)}
+        del values["asked"]
+        return values
+
     @property
     def corrects(self) -> bool:
         """Whether a layer's target differs from its dense weight."""
@@ -112,4 +119,17 @@ def resolve_settings(sparsity: "str | float | Sparsity", preset: str = "default"
         # A method that moves no weight has nothing to correct with: the preset's corrections do not apply to it.
         defaults.pop("error_correction", None)
         defaults.pop("residual_correction", None)
-    return PruneSettings(parse_sparsity(sparsity), **{**defaults, **given})
+    return PruneSettings(parse_sparsity(sparsity), **{**defaults, **given, "asked": tuple(sorted(given))})
+
+
+def without_residual_correction(settings: PruneSettings, reason: str) -> tuple[PruneSettings, list[str]]:
+    """Settings for a model whose stream cannot be corrected for this reason, and what to tell; "" is no reason.
+
+    Raises SparseGPTError when residual correction was asked for, and not merely a preset's default.
+    """
+    if not reason or not settings.residual_correction:
+        return settings, []
+    refusal = f"residual correction is not possible in this model: {reason}"
+    if "residual_correction" in settings.asked:
+        raise SparseGPTError(f"{refusal}; leave out --residual-correction or set it to 0")
+    return replace(settings, residual_correction=0.0), [f"{refusal}; it is off, and errors are corrected without it"]

@@ -155,9 +155,15 @@ def assert_pattern(weight: Tensor, sparsity: str | float | Sparsity) -> None:
 # Tiny models
 
 VOCABULARY = 96
-# What a configuration of a family needs besides the sizes that all share.
+# What a configuration of a family needs besides the sizes that all share; tests/architectures.py has many more.
 EXTRA_CONFIG = {
-    "opt": {"ffn_dim": 64, "max_position_embeddings": 64, "dropout": 0.0, "word_embed_proj_dim": 32},
+    "opt": {
+        "ffn_dim": 64,
+        "dropout": 0.0,
+        "word_embed_proj_dim": 32,
+        "intermediate_size": None,
+        "num_key_value_heads": None,
+    },
     "qwen3": {"head_dim": 8},
 }
 
@@ -165,23 +171,29 @@ EXTRA_CONFIG = {
 def tiny_model(model_type: str, *, seed: int = 0, spread: float = 0.2, **overrides: object) -> nn.Module:
     """A random two-block model of width 32 with grouped queries where the family has them.
 
-    spread: standard deviation of the weights; the library's 0.02 would leave attention without any contrast.
+    spread: standard deviation of the weights; the library's 0.02 would leave attention without any contrast. Of the
+    sizes that all share, None leaves one out.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
-    if model_type != "opt":
-        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    special = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
-    choices = {**sizes, **special, "init_std": spread, **EXTRA_CONFIG.get(model_type, {}), **overrides}
-    if model_type != "opt":
-        choices["initializer_range"] = choices.pop("init_std")
+    sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    special = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": spread}
+    choices = {**sizes, **special, **EXTRA_CONFIG.get(model_type, {}), **overrides}
+    choices = {key: value for key, value in choices.items() if key not in sizes or value is not None}
+    if model_type == "opt":
+        choices["init_std"] = choices.pop("initializer_range")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **choices)).eval()
-    with torch.no_grad():  # biases and norms start at 0 and 1, where mistakes cannot be seen
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    return unsettled(model)
+
+
+@torch.no_grad()
+def unsettled(model: nn.Module) -> nn.Module:
+    """The same model with other biases and norms: they start at 0 and 1, where mistakes cannot be seen."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 

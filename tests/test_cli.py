@@ -362,13 +362,14 @@ def test_a_model_folder_that_is_not_whole_is_refused(prune, llama_folder, tmp_pa
     assert listing(tmp_path) == {"broken"}
 
 
-def test_a_model_type_without_a_row_is_refused_with_the_known_ones(prune, tmp_path, llama_folder):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_an_unknown_model_type_without_a_clear_structure_is_refused_with_the_known_ones(prune, tmp_path, llama_folder):
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-    folder = tmp_path / "gpt2"
+    folder = tmp_path / "single"  # one block is no list of equal blocks
     shutil.copytree(llama_folder, folder)
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=96, n_positions=64)).save_pretrained(folder)
-    prune(model=folder).refused("'gpt2'", "llama", "opt", "add a row to FAMILIES")
+    config = OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=1, vocab_size=96, n_positions=64)
+    OpenAIGPTLMHeadModel(config).save_pretrained(folder)
+    prune(model=folder).refused("'openai-gpt'", "llama", "opt", "add a row to FAMILIES")
 
 
 @pytest.mark.parametrize(

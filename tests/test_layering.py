@@ -35,6 +35,8 @@ FLOORS = {
     "head": 3,
     "reconstruct": 3,
     "reports": 3,
+    "stages": 3,
+    "unfuse": 3,
     "calib_data": 3,
     "": 4,  # sparsegpt/__init__.py: tells transformers of packed folders; the rest above 2 waits for its first use
     "pipeline": 4,

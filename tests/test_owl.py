@@ -50,13 +50,13 @@ def test_the_budget_of_the_whole_model_is_exact(model_type, sparsity):
 def test_a_budget_that_ends_in_one_half_is_rounded_once(total, fraction, monkeypatch):
     """154 weights at 0.25 are 38.5 zeros: sums of shares in another order may round the other way."""
     blocks = {25: [[25]], 154: [[18, 22, 17, 37], [27, 33]]}[total]
-    linears = [{str(i): nn.Linear(width, 1, bias=False) for i, width in enumerate(widths)} for widths in blocks]
+    linears = [{str(i): (1, width) for i, width in enumerate(widths)} for widths in blocks]
     monkeypatch.setattr(
         allocation, "outlier_shares", lambda *args: [0.06117399304465329, 0.05056334689832342][: len(blocks)]
     )
     patterns = allocate(Unstructured(fraction), "owl", nn.ModuleList(), linears, None)
     zeros = [
-        pattern.fraction * linears[index][name].in_features
+        pattern.fraction * linears[index][name][1]
         for index, block in enumerate(patterns)
         for name, pattern in block.items()
     ]

@@ -10,6 +10,7 @@ import pytest
 
 from sparsegpt import cli
 
+from .architectures import architecture_table
 from .support import CHILD_ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
@@ -87,3 +88,11 @@ def test_no_place_holder_is_left():
 def test_links_to_files_lead_somewhere():
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
     assert not [target for target in targets if not (ROOT / target).exists()]
+
+
+@needs_text
+def test_the_table_of_architectures_is_that_of_the_code():
+    """`python -m tests.architectures` prints it."""
+    found = re.search(r"<!-- architectures -->\n(.*?)\n<!-- /architectures -->", README, flags=re.DOTALL)
+    assert found
+    assert found[1] == architecture_table()

@@ -24,6 +24,7 @@ from .support import (
     block_linears,
     broken_folder,
     save_model,
+    tiny_model,
     write_text,
 )
 
@@ -362,12 +363,21 @@ def test_a_model_folder_that_is_not_whole_is_refused(prune, llama_folder, tmp_pa
 
 
 def test_a_model_type_without_a_row_is_refused_with_the_known_ones(prune, tmp_path, llama_folder):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path / "gpt2"
+    """One block alone is no list that could be told by its structure."""
+    folder = tmp_path / "olmo"
     shutil.copytree(llama_folder, folder)
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=96, n_positions=64)).save_pretrained(folder)
-    prune(model=folder).refused("'gpt2'", "llama", "opt", "add a row to FAMILIES")
+    tiny_model("olmo", num_hidden_layers=1).save_pretrained(folder)
+    prune(model=folder).refused("'olmo'", "llama", "opt", "add a row to FAMILIES")
+
+
+def test_a_model_type_without_a_row_is_pruned_by_its_structure_and_said_so(prune, tmp_path, llama_folder):
+    folder = tmp_path / "olmo"
+    shutil.copytree(llama_folder, folder)
+    tiny_model("olmo").save_pretrained(folder)
+    done = prune(model=folder, out=tmp_path / "out")
+    assert done.code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any("'olmo'" in line and "structure" in line for line in report["warnings"])
 
 
 @pytest.mark.parametrize(

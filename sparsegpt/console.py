@@ -127,9 +127,7 @@ def print_findings(console: Console, findings: list[TensorFinding]) -> None:
     table = Table("weight", "shape", "zeros", "pattern", "holds")
     for finding in findings:
         shape = " x ".join(map(str, finding.shape))
-        table.add_row(
-            finding.name, shape, f"{finding.zeros:.2%}", finding.pattern, "yes" if finding.ok else finding.problem
-        )
+        table.add_row(finding.name, shape, f"{finding.zeros:.2%}", finding.pattern, finding.problem or "yes")
     console.print(table)
 
 

@@ -20,6 +20,7 @@ from sparsegpt.kernels.archive import QUANT_METHOD, read_packed_config, verify_f
 from sparsegpt.kernels.pack import Packed24, unpack
 from sparsegpt.kernels.tensor_files import weight_files
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
+from sparsegpt.stages import expert_of
 
 # Tried on weights that no report speaks of, the strictest first.
 COMMON_PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16), NM(16, 32), NM(3, 4))
@@ -29,7 +30,10 @@ ROUNDING = 0.001
 
 @dataclass(frozen=True)
 class TensorFinding:
-    """One weight matrix. pattern: promised by the report, or found; ok: whether it holds; problem: where it breaks."""
+    """One weight matrix. pattern: promised by the report, or found; ok: whether it holds; problem: where it breaks.
+
+    An expert's weight that the files keep in another form is not checked, and `problem` says so.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -51,18 +55,23 @@ def inspect_folder(folder: Path) -> list[TensorFinding]:
     if not files:
         raise SparseGPTError(f"{folder} has no safetensors files: expected a model folder, as `run` writes it")
     packed = _packed_modules(folder)
-    promised = _promised_patterns(folder)
+    promised = _promised_layers(folder)
+    turned = _model_type(folder) == "gpt2"
     findings = []
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
                 for name, weight in _weights(tensors, packed):
-                    findings.append(_examine(name, weight, promised.pop(name, None)))
+                    layer = promised.pop(name, None)
+                    # GPT-2's Conv1D keeps [in, out]; the head does not.
+                    seen = weight.T if layer and turned and name != "lm_head" else weight
+                    findings.append(_examine(name, seen, layer["sparsity"] if layer else None))
         except SafetensorError as error:
             raise SparseGPTError(f"{path} is truncated or damaged ({error}): write it again") from error
-    if promised:
-        raise SparseGPTError(f"{folder / REPORT_NAME} lists {next(iter(promised))}, but no file holds its weight")
-    return findings
+    lost = [name for name in promised if expert_of(name) is None]
+    if lost:
+        raise SparseGPTError(f"{folder / REPORT_NAME} lists {lost[0]}, but no file holds its weight")
+    return findings + [_unchecked(layer) for layer in promised.values()]
 
 
 def _packed_modules(folder: Path) -> dict[str, tuple[int, int]]:
@@ -86,13 +95,33 @@ def _weights(tensors: Any, packed: dict[str, tuple[int, int]]) -> Iterator[tuple
             yield module, tensors.get_tensor(key)
 
 
-def _promised_patterns(folder: Path) -> dict[str, str]:
+def _model_type(folder: Path) -> str:
+    path = folder / "config.json"
+    return str(json.loads(path.read_text(encoding="utf-8")).get("model_type")) if path.is_file() else ""
+
+
+def _unchecked(layer: dict[str, Any]) -> TensorFinding:
+    """What the report says of an expert's weight: the files keep it cut or joined, under other names."""
+    return TensorFinding(
+        layer["name"], layer["shape"], layer["zeros"], layer["sparsity"], ok=True, problem="not checked"
+    )
+
+
+def _promised_layers(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / REPORT_NAME
     if not path.is_file():
         return {}
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {layer["name"]: layer["sparsity"] for layer in report["layers"]}
+        return {
+            layer["name"]: {
+                "name": layer["name"],
+                "sparsity": layer["sparsity"],
+                "shape": tuple(map(int, layer.get("shape", (0, 0)))),
+                "zeros": float(layer.get("zeros", 0.0)),
+            }
+            for layer in report["layers"]
+        }
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise SparseGPTError(f"{path} is damaged ({error}): remove it to inspect the weights alone") from error
 

@@ -25,6 +25,7 @@ from .support import (
     block_linears,
     broken_folder,
     save_model,
+    tiny_model,
     write_text,
 )
 

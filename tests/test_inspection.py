@@ -6,11 +6,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from sparsegpt import prune_model
 from sparsegpt.inspection import first_bad_group, inspect_folder
 from sparsegpt.masks import layer_mask
 from sparsegpt.sparsity import NM, parse_sparsity
 
-from .support import refused
+from .architectures import tiny_variant
+from .support import random_windows, refused
 
 
 def sparse(sparsity, rows=8, columns=64, seed=0):
@@ -136,3 +138,37 @@ def test_the_first_bad_group_is_the_first_of_the_first_row():
     weight[1, 5:8] = 1
     assert "row 1, columns 4 to 7" in first_bad_group(weight, NM(2, 4))
     assert "do not divide" in first_bad_group(torch.zeros(2, 6), NM(2, 4))
+
+
+def pruned_folder(folder, variant):
+    """A tiny model as `run` would leave it: its files, and the report of its layers."""
+    model = tiny_variant(variant)
+    report = prune_model(model, random_windows(), "2:4", preset="paper")
+    model.save_pretrained(folder)
+    (folder / "report.json").write_text(json.dumps(report.as_dict()))
+    return folder, report
+
+
+def test_gpt2s_transposed_weights_are_checked_along_their_inputs(tmp_path):
+    folder, report = pruned_folder(tmp_path, "gpt2")
+    findings = {finding.name: finding for finding in inspect_folder(folder)}
+    for layer in report.layers:
+        assert findings[layer.name].ok
+        assert findings[layer.name].shape == layer.shape
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][:4, 9] = 1.0
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    broken = [finding for finding in inspect_folder(folder) if not finding.ok]
+    assert [(finding.name, finding.problem.split(":")[0]) for finding in broken] == [
+        ("transformer.h.1.mlp.c_fc", "row 9, columns 0 to 3")
+    ]
+
+
+def test_experts_kept_in_another_form_are_shown_as_not_checked(tmp_path):
+    """OLMoE's files keep gate and up projection apart, and every expert's down projection by its own name."""
+    folder, report = pruned_folder(tmp_path, "olmoe")
+    findings = {finding.name: finding for finding in inspect_folder(folder)}
+    for layer in report.layers:
+        assert findings[layer.name].ok
+        assert findings[layer.name].pattern == "2:4"
+        assert findings[layer.name].problem == ("not checked" if layer.name.endswith("gate_up_proj") else "")

@@ -11,9 +11,8 @@ from sparsegpt.groups import GroupSolver
 from sparsegpt.hessian import HessianAccumulator
 from sparsegpt.reconstruct import reconstruct_block
 from sparsegpt.reports import LayerReport
-from sparsegpt.settings import Order
+from sparsegpt.settings import LinearSettings, Order
 from sparsegpt.solvers.correction import DriftAccumulator
-from sparsegpt.sparsity import Sparsity
 from sparsegpt.streams import Streams
 
 # Linears of one block that read the same tensor, by their names inside the block.
@@ -32,13 +31,13 @@ class BlockJob:
         family: Family,
         block: nn.Module,
         index: int,
-        patterns: dict[str, Sparsity],
+        choices: dict[str, LinearSettings],
     ) -> None:
         self.solver, self.streams, self.family = solver, streams, family
-        self.block, self.index, self.patterns = block, index, patterns
+        self.block, self.index, self.choices = block, index, choices
         self.settings = solver.settings
         self.prefix = f"{family.blocks}.{index}."
-        self.linears = {name: linear for name, linear in prunable_linears(block).items() if name in patterns}
+        self.linears = {name: linear for name, linear in prunable_linears(block).items() if name in choices}
         self.pruned_names: set[str] = set()
         # For each micro-batch of the pruned stream, the outputs of submodules that will not change any more.
         self.memos: list[dict[str, Any]] = [{} for _ in streams.pruned]
@@ -60,7 +59,7 @@ class BlockJob:
                 statistics = self._gather(stage, _linears_from(stage[-1], groups), dense_inputs)
             with self.solver.timed("solve"):
                 for group, sums in statistics.items():
-                    linears = {self.prefix + name: (self.linears[name], self.patterns[name]) for name in group}
+                    linears = {self.prefix + name: (self.linears[name], self.choices[name]) for name in group}
                     layers += self.solver.prune(linears, *sums)
                     self.pruned_names.update(group)
         return layers
@@ -148,8 +147,11 @@ class BlockJob:
         """Move the dense stream behind the block; keep what the corrections will compare."""
         if self.streams.dense is None:
             return []
-        compared = [group for stage in stages for group in stage] if self.settings.corrects else []
+        compared = [group for stage in stages for group in stage if self._corrects(group)]
         return self.move_dense(frozenset(name for group in compared for name in self._watched(group)))
+
+    def _corrects(self, group: Group) -> bool:
+        return any(self.choices[name].corrects for name in group)
 
     def _watched(self, group: Group) -> list[str]:
         """Where to look for a group: its own input and, for a projection, the residual stream it is added to."""
@@ -157,7 +159,7 @@ class BlockJob:
         return [group[0]] if residual is None else [group[0], residual]
 
     def _residual(self, group: Group) -> str | None:
-        wanted = self.settings.residual_correction > 0 and len(group) == 1
+        wanted = len(group) == 1 and self.choices[group[0]].residual_correction > 0
         return self.family.residuals.get(group[0]) if wanted else None
 
     def _gather(
@@ -177,7 +179,7 @@ class BlockJob:
             for group, (hessian, drift) in statistics.items():
                 name, residual = group[0], self._residual(group)
                 hessian.add(pruned[name])
-                if not self.settings.corrects:
+                if not self._corrects(group):
                     continue
                 dense = dense_inputs[step]
                 drift.add_inputs(dense[name].to(self.device), pruned[name])

@@ -5,7 +5,6 @@ what running cannot tell: the path of the block list, and which projection is ad
 To support another model_type, add a row to FAMILIES; tests/test_families.py runs over this same table.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.selection import compile_regex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,11 +79,7 @@ def prunable_linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:
     """Which full module names to prune: those where the regex `only` is found, without those where `skip` is."""
-    patterns = {}
-    for flag, text in (("--only", only), ("--skip", skip)):
-        try:
-            patterns[flag] = re.compile(text) if text else None
-        except re.error as error:
-            raise SparseGPTError(f"{flag} {text!r} is not a regular expression: {error}") from error
-    wanted, unwanted = patterns["--only"], patterns["--skip"]
+    wanted, unwanted = (
+        compile_regex(text, flag) if text else None for flag, text in (("--only", only), ("--skip", skip))
+    )
     return lambda name: not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from sparsegpt.hessian import DampedHessian, HessianAccumulator
 from sparsegpt.reports import LayerReport, PruneReport
-from sparsegpt.settings import PruneSettings
+from sparsegpt.settings import LinearSettings, PruneSettings
 from sparsegpt.solvers import METHODS, prune_layer
 from sparsegpt.solvers.correction import DriftAccumulator, corrected_target
-from sparsegpt.sparsity import Sparsity
 
 
 @dataclass
@@ -30,26 +29,35 @@ class GroupSolver:
     as_stored: Callable[[Tensor], Tensor]
 
     def prune(
-        self, linears: dict[str, tuple[nn.Linear, Sparsity]], gram: HessianAccumulator, drift: DriftAccumulator
+        self, linears: dict[str, tuple[nn.Linear, LinearSettings]], gram: HessianAccumulator, drift: DriftAccumulator
     ) -> list[LayerReport]:
-        """Prune all linears of one shared input: they share its Hessian and everything derived from it."""
-        settings = self.settings
-        name = next(iter(linears))
-        hessian = DampedHessian(gram.take(), self._damping(name, gram), name=name)
+        """Prune all linears of one shared input: those of one damping share its Hessian and everything derived."""
         reports = []
-        for name, (linear, pattern) in linears.items():
+        for damping in dict.fromkeys(choice.damping for _, choice in linears.values()):
+            alike = {name: pair for name, pair in linears.items() if pair[1].damping == damping}
+            reports += self._prune_alike(alike, gram, drift)
+        return reports
+
+    def _prune_alike(
+        self, linears: dict[str, tuple[nn.Linear, LinearSettings]], gram: HessianAccumulator, drift: DriftAccumulator
+    ) -> list[LayerReport]:
+        name, (_, choice) = next(iter(linears.items()))
+        hessian = DampedHessian(gram.take(), self._damping(name, choice, gram), name=name)
+        reports = []
+        for name, (linear, choice) in linears.items():
             started = time.perf_counter()
             target = None
-            if settings.corrects:
-                shares = settings.error_correction, settings.residual_correction
+            if choice.corrects:
+                shares = choice.error_correction, choice.residual_correction
                 target = corrected_target(linear.weight, hessian, drift, *shares)
-            method = METHODS[settings.method]
-            pruned = prune_layer(linear.weight, hessian, pattern, method, settings.block_size, target=target)
+            method = METHODS[choice.method]
+            pruned = prune_layer(linear.weight, hessian, choice.sparsity, method, choice.block_size, target=target)
             linear.weight.copy_(self.as_stored(pruned.weight))
             report = LayerReport(
                 name=name,
                 shape=(linear.out_features, linear.in_features),
-                sparsity=str(pattern),
+                sparsity=str(choice.sparsity),
+                method=choice.method,
                 zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
                 relative_error=pruned.relative_error,
                 damping=pruned.damping,
@@ -61,10 +69,10 @@ class GroupSolver:
         self.report.layers += reports
         return reports
 
-    def _damping(self, name: str, gram: HessianAccumulator) -> float:
+    def _damping(self, name: str, choice: LinearSettings, gram: HessianAccumulator) -> float:
         """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""
         width = gram.width
-        damping = self.settings.damping_for(width, gram.tokens)
+        damping = choice.damping_for(width, gram.tokens)
         if gram.tokens >= width:
             return damping
         raised = damping * width / gram.tokens

@@ -23,6 +23,8 @@ FLOORS = {
     "block_job": 3,
     "blocks": 3,
     "capture": 3,
+    "recipe": 3,
+    "selection": 3,
     "settings": 3,
     "checkpoint": 3,
     "folders": 0,

@@ -108,14 +108,7 @@ def prune_blocks(
     family = family_of(model)
     blocks = decoder_blocks(model, family)
     by_prefix = {f"{family.blocks}.{index}.": block for index, block in enumerate(blocks)}
-    places = parse_blocks(only_blocks).places(len(blocks))
-    within = [item for place, item in enumerate(by_prefix.items()) if place in places]
-    names = [prefix + name for prefix, block in within for name in _selected(block, prefix, select)]
-    if not names and not include_head:
-        raise SparseGPTError(
-            "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
-        )
-    choices = choose(settings, [*names, "lm_head"] if include_head else names)
+    choices = choose_linears(model, settings, select, only_blocks, include_head=include_head)
     chosen = {name: choice for name, choice in choices.items() if choice is not None}
     linears = {prefix: _selected(block, prefix, chosen.__contains__) for prefix, block in by_prefix.items()}
     head = lm_head_of(model) if "lm_head" in chosen else None
@@ -147,6 +140,31 @@ def prune_blocks(
     finally:
         model.train(was_training)
     return report
+
+
+def choose_linears(
+    model: "PreTrainedModel",
+    settings: PruneSettings,
+    select: Callable[[str], bool],
+    only_blocks: str | BlockRanges | None,
+    *,
+    include_head: bool,
+) -> dict[str, LinearSettings | None]:
+    """What applies to each selected linear, by its full name; None for those a rule leaves dense.
+
+    Raises SparseGPTError when nothing is left to prune, before any work.
+    """
+    family = family_of(model)
+    blocks = decoder_blocks(model, family)
+    names = []
+    for place in sorted(parse_blocks(only_blocks).places(len(blocks))):
+        prefix = f"{family.blocks}.{place}."
+        names += [prefix + name for name in _selected(blocks[place], prefix, select)]
+    if not names and not include_head:
+        raise SparseGPTError(
+            "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
+        )
+    return choose(settings, [*names, "lm_head"] if include_head else names)
 
 
 def _selected(block: nn.Module, prefix: str, select: Callable[[str], bool]) -> dict[str, nn.Linear]:

@@ -141,8 +141,11 @@ class PruneSettings(LinearSettings):
     @property
     def needs_dense_stream(self) -> bool:
         """Whether the dense model's activations are carried along: some linear may be corrected, or all are trained."""
-        ruled = any(rule.changes.get(share, 0) > 0 for rule in self.recipe for share in CORRECTIONS)
-        return self.corrects or ruled or self.reconstruct > 0
+        return any(max(self.values_of(share)) > 0 for share in CORRECTIONS) or self.reconstruct > 0
+
+    def values_of(self, name: str) -> set[Any]:
+        """What the run, and any rule of its recipe, says for a field of LinearSettings."""
+        return {getattr(self, name), *(rule.changes[name] for rule in self.recipe if name in rule.changes)}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data without the recipe, which a report tells apart."""

@@ -7,6 +7,7 @@ from sparsegpt import prune_model
 from sparsegpt.blocks import name_filter
 from sparsegpt.hessian import DampedHessian
 from sparsegpt.recipe import parse_rules
+from sparsegpt.settings import resolve_settings
 from sparsegpt.solvers import METHODS, prune_layer
 from sparsegpt.sparsity import parse_sparsity
 
@@ -151,6 +152,22 @@ def test_of_linears_of_one_input_those_are_corrected_that_a_rule_names():
     for part in ("q_proj", "v_proj", "gate_proj", "up_proj"):
         assert same_bits(mixed, plain, part)
         assert not same_bits(mixed, corrected, part)
+
+
+def test_a_plan_covers_the_hungriest_rule():
+    from sparsegpt.plan import Workload, plan, shape_of
+
+    shape = shape_of(tiny_model("llama").config, torch.float32)
+
+    def memory(*rules: dict[str, object], **options: object) -> int:
+        settings = resolve_settings("2:4", recipe=parse_rules(list(rules)) if rules else (), **options)
+        work = Workload(samples=8, sequence_length=16, computing=torch.float32, scored=False)
+        return plan(shape, settings, work).total("memory")
+
+    hungry = {"method": "admm", "error_correction": 0.5, "residual_correction": 0.5}
+    assert memory(method="magnitude") < memory(rule("down", method="sparsegpt"), method="magnitude") < memory(**hungry)
+    assert memory(rule("down", **hungry), rule("x", skip=True), method="magnitude") == memory(**hungry)
+    assert memory(rule("down", method="magnitude")) == memory()
 
 
 def test_lm_head_follows_its_rules():

@@ -31,10 +31,12 @@ def allocate(
 ) -> list[dict[str, Sparsity]]:
     """The pattern of each linear, block by block; linears[index]: the selected linears of that block.
 
-    Raises SparseGPTError when a share would leave [0, 1).
+    Raises SparseGPTError when a share would leave [0, 1), and when there is nothing to spread.
     """
     if allocation == "uniform" or not isinstance(pattern, Unstructured):
         return [dict.fromkeys(block, pattern) for block in linears]
+    if not any(linears):
+        raise SparseGPTError(f"allocation {allocation!r} has no linear to spread {pattern} over: leave it out")
     outliers = outlier_shares(blocks, linears, inputs)
     sizes = [sum(map(math.prod, block.values())) for block in linears]
     shares = block_shares(outliers, sizes, pattern.fraction)

@@ -11,8 +11,8 @@ from sparsegpt.groups import GroupSolver
 from sparsegpt.hessian import HessianAccumulator
 from sparsegpt.reconstruct import reconstruct_block
 from sparsegpt.reports import LayerReport
+from sparsegpt.settings import LinearSettings
 from sparsegpt.solvers.correction import DriftAccumulator
-from sparsegpt.sparsity import Sparsity
 from sparsegpt.stages import Group, expert_of, plan_stages, waves
 from sparsegpt.streams import Streams
 
@@ -30,13 +30,13 @@ class BlockJob:
         family: Family,
         block: nn.Module,
         index: int,
-        patterns: dict[str, Sparsity],
+        choices: dict[str, LinearSettings],
     ) -> None:
         self.solver, self.streams, self.family = solver, streams, family
-        self.block, self.index, self.patterns = block, index, patterns
+        self.block, self.index, self.choices = block, index, choices
         self.settings = solver.settings
         self.prefix = f"{family.blocks}.{index}."
-        self.linears = {name: linear for name, linear in prunable_linears(block).items() if name in patterns}
+        self.linears = {name: linear for name, linear in prunable_linears(block).items() if name in choices}
         self.pruned_names: set[str] = set()
         # For each micro-batch of the pruned stream, the outputs of submodules that will not change any more.
         self.memos: list[dict[str, Any]] = [{} for _ in streams.pruned]
@@ -61,7 +61,7 @@ class BlockJob:
                 statistics = self._gather(stage, _linears_from(idle_from, groups), dense_inputs)
             with self.solver.timed("solve"):
                 for group in stage:
-                    linears = {self.prefix + name: (self.linears[name], self.patterns[name]) for name in group}
+                    linears = {self.prefix + name: (self.linears[name], self.choices[name]) for name in group}
                     layers += self.solver.prune(linears, *statistics.pop(group), routed=bool(expert_of(group[0])))
                     self.pruned_names.update(group)
         self.solver.tell_of_experts()
@@ -151,7 +151,7 @@ class BlockJob:
         """Move the dense stream behind the block; keep what the corrections will compare."""
         if self.streams.dense is None:
             return []
-        compared = [group for stage in stages for group in stage] if self.settings.corrects else []
+        compared = [group for stage in stages for group in stage]
         return self.move_dense(frozenset(name for group in compared for name in self._compared(group)))
 
     def _compared(self, group: Group) -> list[str]:
@@ -159,12 +159,12 @@ class BlockJob:
 
         Nothing of an expert: the pruned model sends it other tokens than the dense one.
         """
-        if not self.settings.corrects or expert_of(group[0]):
+        if expert_of(group[0]) or not any(self.choices[name].corrects for name in group):
             return []
         return [group[0], *_parts(self._residual(group))]
 
     def _residual(self, group: Group) -> Residual | None:
-        wanted = self.settings.residual_correction > 0 and len(group) == 1
+        wanted = len(group) == 1 and self.choices[group[0]].residual_correction > 0
         return self.family.residuals.get(group[0]) if wanted else None
 
     def _gather(

@@ -12,7 +12,6 @@ and one sum adds all three; as sums may be taken in any order, attention counts 
 undoes what the corrected attention has left over, and no drift is undone twice.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.selection import compile_regex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -258,11 +258,7 @@ def _is_router(block: nn.Module, name: str) -> bool:
 
 def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:
     """Which full module names to prune: those where the regex `only` is found, without those where `skip` is."""
-    patterns = {}
-    for flag, text in (("--only", only), ("--skip", skip)):
-        try:
-            patterns[flag] = re.compile(text) if text else None
-        except re.error as error:
-            raise SparseGPTError(f"{flag} {text!r} is not a regular expression: {error}") from error
-    wanted, unwanted = patterns["--only"], patterns["--skip"]
+    wanted, unwanted = (
+        compile_regex(text, flag) if text else None for flag, text in (("--only", only), ("--skip", skip))
+    )
     return lambda name: not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))

@@ -100,6 +100,12 @@ def run(
     learning_rate: Annotated[float | None, typer.Option(help="Of the block-wise training.")] = None,
     only: Annotated[str | None, typer.Option(help="Prune only modules whose full name matches this regex.")] = None,
     skip: Annotated[str | None, typer.Option(help="Leave modules dense whose full name matches this regex.")] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Prune in these blocks alone, half-open ranges: 0:12, or 3, or :4,20: for both.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file with rules for single layers: sparsity, method, skip and more.")
+    ] = None,
     include: Annotated[str | None, typer.Option(help="lm_head: prune the output layer too.")] = None,
     batch_size: BatchSize = None,
     eval_windows: EvalWindows = None,
@@ -113,6 +119,7 @@ def run(
 ) -> None:
     """Prune a model, score it before and after, and save it with a report."""
     from sparsegpt.console import RunDisplay, print_plan, print_report
+    from sparsegpt.recipe import read_recipe
     from sparsegpt.run import RunOptions, default_data, plan_run
     from sparsegpt.run import run as run_job
     from sparsegpt.settings import resolve_settings
@@ -129,6 +136,7 @@ def run(
         allocation=allocation,
         reconstruct=reconstruct,
         learning_rate=learning_rate,
+        recipe=read_recipe(recipe) if recipe else None,
     )
     if include not in (None, "lm_head"):
         raise SparseGPTError(f"--include {include!r} is not known: only lm_head can be pruned besides the blocks")
@@ -147,6 +155,7 @@ def run(
         bos=bos,
         only=only,
         skip=skip,
+        blocks=blocks,
         include_head=include == "lm_head",
         overwrite=overwrite,
         resume=resume,
@@ -169,8 +178,8 @@ def run(
         with RunDisplay(console, quiet=quiet) as display:
             report = run_job(options, settings, display)
     except KeyboardInterrupt:
-        blocks = unfinished_blocks(options.out)
-        left = f"{blocks} finished blocks are kept, go on with --resume" if blocks else "nothing was written"
+        finished = unfinished_blocks(options.out)
+        left = f"{finished} finished blocks are kept, go on with --resume" if finished else "nothing was written"
         print(f"sparsegpt: interrupted {options.out}; {left}", file=sys.stderr)
         raise
     if not quiet:

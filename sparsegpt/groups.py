@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from sparsegpt.hessian import DampedHessian, HessianAccumulator
 from sparsegpt.reports import LayerReport, PruneReport
-from sparsegpt.settings import PruneSettings
+from sparsegpt.settings import LinearSettings, PruneSettings
 from sparsegpt.solvers import METHODS, prune_layer
 from sparsegpt.solvers.correction import DriftAccumulator, corrected_target
-from sparsegpt.sparsity import Sparsity
 from sparsegpt.stages import enough_tokens, expert_of
 
 
@@ -35,39 +34,53 @@ class GroupSolver:
 
     def prune(
         self,
-        linears: dict[str, tuple[nn.Linear, Sparsity]],
+        linears: dict[str, tuple[nn.Linear, LinearSettings]],
         gram: HessianAccumulator,
         drift: DriftAccumulator,
         *,
         routed: bool = False,
     ) -> list[LayerReport]:
-        """Prune all linears of one shared input: they share its Hessian and everything derived from it.
+        """Prune all linears of one shared input: those of one damping share its Hessian and everything derived.
 
         routed: they belong to an expert. One that too few tokens reached is pruned by magnitude, without any data.
         """
-        settings = self.settings
-        name = next(iter(linears))
+        reports = []
+        for damping in dict.fromkeys(choice.damping for _, choice in linears.values()):
+            alike = {name: pair for name, pair in linears.items() if pair[1].damping == damping}
+            reports += self._prune_alike(alike, gram, drift, routed=routed)
+        return reports
+
+    def _prune_alike(
+        self,
+        linears: dict[str, tuple[nn.Linear, LinearSettings]],
+        gram: HessianAccumulator,
+        drift: DriftAccumulator,
+        *,
+        routed: bool,
+    ) -> list[LayerReport]:
+        name, (_, choice) = next(iter(linears.items()))
         starved = routed and gram.tokens < enough_tokens(gram.width)
         if starved:
             self._note(name, gram, "pruned by magnitude alone, without data")
             hessian = DampedHessian(torch.eye(gram.width, device=gram.device), name=name)
         else:
-            hessian = DampedHessian(gram.take(), self._damping(name, gram, routed=routed), name=name)
+            hessian = DampedHessian(gram.take(), self._damping(name, choice, gram, routed=routed), name=name)
         reports = []
-        for name, (linear, pattern) in linears.items():
+        for name, (linear, choice) in linears.items():
             started = time.perf_counter()
             target = None
-            if settings.corrects and not routed:
-                shares = settings.error_correction, settings.residual_correction
+            if choice.corrects and not routed:
+                shares = choice.error_correction, choice.residual_correction
                 target = corrected_target(linear.weight, hessian, drift, *shares)
-            method = METHODS["magnitude" if starved else settings.method]
+            method = "magnitude" if starved else choice.method
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
-            pruned = prune_layer(weight, hessian, pattern, method, settings.block_size, target=target)
+            pruned = prune_layer(weight, hessian, choice.sparsity, METHODS[method], choice.block_size, target=target)
             linear.weight.copy_(self.as_stored(pruned.weight))
             report = LayerReport(
                 name=name,
                 shape=(linear.out_features, linear.in_features),
-                sparsity=str(pattern),
+                sparsity=str(choice.sparsity),
+                method=method,
                 zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
                 relative_error=pruned.relative_error,
                 damping=pruned.damping,
@@ -79,27 +92,29 @@ class GroupSolver:
         self.report.layers += reports
         return reports
 
-    def _damping(self, name: str, gram: HessianAccumulator, *, routed: bool) -> float:
+    def _damping(self, name: str, choice: LinearSettings, gram: HessianAccumulator, *, routed: bool) -> float:
         """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""
         width = gram.width
-        damping = self.settings.damping_for(width, gram.tokens)
+        damping = choice.damping_for(width, gram.tokens)
         if gram.tokens >= width:
             return damping
         raised = damping * width / gram.tokens
         if routed:
             self._note(name, gram, "solved with more damping")
-        else:
-            self.report.warnings.append(
-                f"{name}: only {gram.tokens} calibration tokens for {width} input features; damping raised from "
-                f"{damping:g} to {raised:g}; give more --samples or a longer --seqlen"
-            )
+            return raised
+        text = (
+            f"only {gram.tokens} calibration tokens for {width} input features; damping raised from {damping:g} to "
+            f"{raised:g}, here and wherever this is so; give more --samples or a longer --seqlen"
+        )
+        if not any(warning.endswith(text) for warning in self.report.warnings):
+            self.report.warnings.append(f"{name}: {text}")
         return raised
 
     def _note(self, name: str, gram: HessianAccumulator, how: str) -> None:
         expert = expert_of(name)
         assert expert is not None
         path, place, linear = expert
-        width = len(gram.hessian)
+        width = gram.width
         limit = width if "damping" in how else enough_tokens(width)
         text = f"{path}.*.{linear}: experts reached by fewer than {limit} calibration tokens ({width} input features)"
         self._starved[f"{text} were {how}"].append((place, gram.tokens))

@@ -7,7 +7,7 @@ stream once, before anything in it is pruned; its inputs inside the block are ke
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.allocation import Shapes, allocate
 from sparsegpt.block_job import BlockJob
-from sparsegpt.blocks import Family, decoder_blocks, family_of, prunable_linears
+from sparsegpt.blocks import Family, decoder_blocks, family_of
 from sparsegpt.capture import ModelInputs
+from sparsegpt.choices import check_block, check_linear, choose_linears, spread
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import HessianAccumulator
+from sparsegpt.recipe import idle_rules
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
 from sparsegpt.residence import Residence
-from sparsegpt.settings import PruneSettings, resolve_settings, without_residual_correction
+from sparsegpt.selection import BlockRanges
+from sparsegpt.settings import LinearSettings, PruneSettings, resolve_settings, without_residual_correction
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.sparsity import Sparsity
 from sparsegpt.streams import ActivationStore, Streams
@@ -50,7 +52,8 @@ def prune_model(
     """Prune a transformers causal language model in place.
 
     windows: LongTensor [samples, sequence_length] of calibration tokens. sparsity: "2:4", 0.5, "50%" or a pattern.
-    options: fields of `settings.PruneSettings`, which win over the preset, and arguments of `prune_blocks`.
+    options: fields of `settings.PruneSettings`, which win over the preset, such as recipe=read_recipe("mix.toml"), and
+    arguments of `prune_blocks`.
     Raises SparseGPTError, naming the layer, for input that cannot be pruned; the blocks before it are pruned by then.
     """
     names = {setting.name for setting in fields(PruneSettings)}
@@ -81,6 +84,7 @@ def prune_blocks(
     device: torch.device | str | None = None,
     micro_batch: int | None = None,
     select: Callable[[str], bool] = lambda name: True,
+    only_blocks: str | BlockRanges | None = None,
     include_head: bool = False,
     scratch: Path | None = None,
     residence: Residence | None = None,
@@ -93,10 +97,10 @@ def prune_blocks(
 
     device: where one block computes at a time, by default where the blocks are; the activations between blocks stay
     on the embedding's device. micro_batch: windows of one forward pass. select(name): whether to prune the linear of
-    this full name. include_head: prune lm_head too. scratch: folder for files that hold the activations. residence:
-    where the model's weights are and where they compute; by default, in place. progress: keeps finished blocks and
-    knows those finished before, which are not pruned again; `report` then holds what was reported of them.
-    on_layer, on_block: called with each new report.
+    this full name. only_blocks: prune in these decoder blocks alone, as "0:12". include_head: prune lm_head too.
+    scratch: folder for files that hold the activations. residence: where the model's weights are and where they
+    compute; by default, in place. progress: keeps finished blocks and knows those finished before, which are not
+    pruned again; `report` then holds what was reported of them. on_layer, on_block: called with each new report.
     """
     if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
         raise SparseGPTError(f"expected calibration windows [samples, sequence_length], found {list(windows.shape)}")
@@ -104,17 +108,20 @@ def prune_blocks(
         raise SparseGPTError("the model is packed or quantised: expected plain weights; `sparsegpt unpack` it first")
     family = family_of(model)
     blocks = decoder_blocks(model, family)
-    settings, warnings = without_residual_correction(settings, family.uncorrectable)
-    head = lm_head_of(model) if include_head else None
-    linears = [
-        _selected(block, f"{family.blocks}.{index}.", select, settings.sparsity) for index, block in enumerate(blocks)
-    ]
-    _check_layers(linears, head, settings.sparsity)
+    settings, notes = without_residual_correction(settings, family.uncorrectable)
+    by_prefix = {f"{family.blocks}.{index}.": block for index, block in enumerate(blocks)}
+    choices = choose_linears(model, settings, select, only_blocks, include_head=include_head)
+    chosen = {name: choice for name, choice in choices.items() if choice is not None}
+    shapes = {prefix: check_block(block, prefix, chosen) for prefix, block in by_prefix.items()}
+    head = lm_head_of(model) if "lm_head" in chosen else None
+    if head is not None:
+        check_linear("lm_head", head, chosen)
     batch = micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1])
     residence = residence or Residence(torch.device(device) if device else None, model.dtype, model.dtype)
     progress, report = progress or Progress(), report or PruneReport(settings)
-    report.settings = settings
-    report.warnings += [note for note in (family.note, *warnings) if note and note not in report.warnings]
+    report.settings, report.choices = settings, choices
+    notes = [family.note, *notes, *idle_rules(settings, choices)]
+    report.warnings += [note for note in notes if note and note not in report.warnings]
     solver = GroupSolver(settings, report, on_layer, residence.as_stored)
     was_training = model.training
     model.eval()
@@ -122,47 +129,21 @@ def prune_blocks(
         with solver.timed("capture"):
             store = ActivationStore(scratch)
             inputs = ModelInputs(model, blocks, windows, batch, store.keep)
-            patterns = allocate(settings.sparsity, settings.allocation, blocks, linears, inputs)
+            spread(settings, chosen, blocks, shapes, inputs)
             streams = Streams.begin(inputs, store, with_dense=settings.needs_dense_stream)
         driver = _Driver(solver, streams, family, residence, progress)
-        for index, block in enumerate(blocks):
-            last = index + 1 == len(blocks) and not include_head
+        for index, (prefix, block) in enumerate(by_prefix.items()):
+            last = index + 1 == len(blocks) and head is None
             if index < progress.finished:
                 driver.pass_finished(block, index, last=last)
             else:
-                on_block(driver.prune_block(block, index, len(blocks), patterns[index], last=last))
+                wanted = {name: chosen[prefix + name] for name in shapes[prefix]}
+                on_block(driver.prune_block(block, index, len(blocks), wanted, last=last))
         if head is not None:
-            driver.prune_head(model, blocks, head, windows.split(batch))
+            driver.prune_head(model, blocks, head, chosen["lm_head"], windows.split(batch))
     finally:
         model.train(was_training)
     return report
-
-
-def _selected(
-    block: nn.Module, prefix: str, select: Callable[[str], bool], pattern: Sparsity
-) -> dict[str, tuple[int, int]]:
-    """Weight shapes of the linears of a block to prune, by their names inside the block; refuses what cannot be."""
-    shapes = {}
-    with unfused(block):
-        for name, linear in prunable_linears(block).items():
-            if select(prefix + name):
-                _check_layer(prefix + name, linear, pattern)
-                shapes[name] = (linear.out_features, linear.in_features)
-    return shapes
-
-
-def _check_layers(linears: Sequence[Shapes], head: nn.Linear | None, pattern: Sparsity) -> None:
-    """Refuse before any work what would be refused in the middle of it."""
-    if head is None and not any(linears):
-        raise SparseGPTError("no linear layer is selected: loosen --only or --skip, which match full module names")
-    if head is not None:
-        _check_layer("lm_head", head, pattern)
-
-
-def _check_layer(name: str, linear: nn.Linear, pattern: Sparsity) -> None:
-    pattern.check(linear.in_features, name)
-    if not torch.isfinite(linear.weight).all():
-        raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
 
 
 @dataclass
@@ -176,14 +157,14 @@ class _Driver:
     progress: Progress
 
     def prune_block(
-        self, block: nn.Module, index: int, blocks: int, patterns: dict[str, Sparsity], *, last: bool
+        self, block: nn.Module, index: int, blocks: int, choices: dict[str, LinearSettings], *, last: bool
     ) -> BlockReport:
         """Prune the block and move the streams behind it; behind the last one nobody reads them."""
         started = time.perf_counter()
         report = self.solver.report
         with self.residence.visit(block):
             with unfused(block):
-                job = BlockJob(self.solver, self.streams, self.family, block, index, patterns)
+                job = BlockJob(self.solver, self.streams, self.family, block, index, choices)
                 layers = job.prune_linears()
                 share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
                 if not last:
@@ -220,7 +201,12 @@ class _Driver:
             self.residence.settle(parameter, tensors[name])
 
     def prune_head(
-        self, model: "PreTrainedModel", blocks: nn.ModuleList, head: nn.Linear, batches: tuple[Tensor, ...]
+        self,
+        model: "PreTrainedModel",
+        blocks: nn.ModuleList,
+        head: nn.Linear,
+        choice: LinearSettings,
+        batches: tuple[Tensor, ...],
     ) -> None:
         """Prune lm_head on what the final norm gives it, behind the last block."""
         statistics = HessianAccumulator(head.in_features, head.weight.device), DriftAccumulator()
@@ -228,7 +214,7 @@ class _Driver:
             for step, batch in enumerate(batches):
                 pruned = head_inputs(model, blocks, batch, self.streams.pruned[step])
                 statistics[0].add(pruned)
-                if self.solver.settings.corrects and self.streams.dense is not None:
+                if choice.corrects and self.streams.dense is not None:
                     statistics[1].add_inputs(head_inputs(model, blocks, batch, self.streams.dense[step]), pruned)
         with self.solver.timed("solve"):
-            self.solver.prune({"lm_head": (head, self.solver.settings.sparsity)}, *statistics)
+            self.solver.prune({"lm_head": (head, choice)}, *statistics)

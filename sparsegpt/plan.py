@@ -19,7 +19,7 @@ from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.pipeline import TOKENS_PER_STEP
 from sparsegpt.reconstruct import TOKENS_PER_BATCH
-from sparsegpt.settings import PruneSettings
+from sparsegpt.settings import CORRECTIONS, PruneSettings
 from sparsegpt.solvers.layer import parse_method
 
 if TYPE_CHECKING:
@@ -244,15 +244,21 @@ def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[tuple[int, 
 
 def _solve_bytes(shape: ModelShape, settings: PruneSettings) -> int:
     """Of the hungriest group; in the published order the Hessians of all groups wait for it."""
-    base, _, _ = settings.method.partition("+")
-    squares, layers = SOLVER_COPIES[base]
-    if parse_method(settings.method).refit:
-        squares, layers = squares + REFIT_COPIES[0], max(layers, REFIT_COPIES[1])
-    if settings.corrects:
+    copies = [_copies(method) for method in settings.values_of("method")]
+    squares, layers = max(squares for squares, _ in copies), max(layers for _, layers in copies)
+    if any(max(settings.values_of(share)) > 0 for share in CORRECTIONS):
         squares, layers = squares + CORRECTION_COPIES[0], layers + CORRECTION_COPIES[1]
     worst = max(squares * inputs**2 + layers * inputs * outputs for inputs, outputs in shape.groups)
     waiting = sum(inputs**2 for inputs, _ in shape.groups) - max(inputs for inputs, _ in shape.groups) ** 2
     return math.ceil(4 * (worst + (waiting if settings.order == "block" else 0)))
+
+
+def _copies(method: str) -> tuple[float, float]:
+    base, _, _ = method.partition("+")
+    squares, layers = SOLVER_COPIES[base]
+    if parse_method(method).refit:
+        squares, layers = squares + REFIT_COPIES[0], max(layers, REFIT_COPIES[1])
+    return squares, layers
 
 
 def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload) -> int:
@@ -260,9 +266,9 @@ def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload
     features = shape.hidden
     if settings.needs_dense_stream:
         features += shape.hidden
-    if settings.corrects:
+    if any(max(settings.values_of(share)) > 0 for share in CORRECTIONS):
         features += sum(inputs for inputs, _ in shape.groups)
-    if settings.residual_correction:
+    if max(settings.values_of("residual_correction")) > 0:
         features += shape.residual_projections * shape.hidden
     if settings.order != "block" and work.activations == "memory":
         features += shape.hidden

@@ -7,21 +7,23 @@ from typing import Any
 
 import torch
 
-from sparsegpt.settings import PruneSettings
+from sparsegpt.settings import LinearSettings, PruneSettings
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One pruned linear.
 
-    sparsity: the pattern asked for; zeros: the share of zeros reached; relative_error: ||(W - W')X||^2 / ||WX||^2 on
-    the inputs of the pruned model; damping: what the Hessian needed; tokens: calibration tokens that reached it.
-    Of an expert that too few reached, relative_error is ||W - W'||^2 / ||W||^2.
+    sparsity: the pattern asked for; method: how it was solved; zeros: the share of zeros reached; relative_error:
+    ||(W - W')X||^2 / ||WX||^2 on the inputs of the pruned model; damping: what the Hessian needed; tokens: calibration
+    tokens that reached it.
+    Of an expert that too few reached, relative_error is ||W - W\'||^2 / ||W||^2.
     """
 
     name: str
     shape: tuple[int, int]
     sparsity: str
+    method: str
     zeros: float
     relative_error: float
     damping: float
@@ -46,13 +48,17 @@ class BlockReport:
 
 @dataclass
 class PruneReport:
-    """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went."""
+    """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went.
+
+    choices: what the settings and the recipe say of each selected linear; None: left dense.
+    """
 
     settings: PruneSettings
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0, "reconstruct": 0.0})
     warnings: list[str] = field(default_factory=list)
+    choices: dict[str, LinearSettings | None] = field(default_factory=dict)
 
     @property
     def density(self) -> float:
@@ -67,9 +73,23 @@ class PruneReport:
             "sparsity": str(self.settings.sparsity),
             "method": self.settings.method,
             "settings": self.settings.as_dict(),
+            "recipe": self._recipe() if self.settings.recipe else None,
             "density_of_pruned_linears": self.density,
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [asdict(block) for block in self.blocks],
+        }
+
+    def _recipe(self) -> dict[str, Any]:
+        """The rules as read, and what they come to: each choice of settings once, with the linears it applies to."""
+        linears: dict[LinearSettings | None, list[str]] = {}
+        for name, choice in self.choices.items():
+            linears.setdefault(choice, []).append(name)
+        return {
+            "rules": [rule.as_dict() for rule in self.settings.recipe],
+            "resolved": [
+                {**(choice.as_dict() if choice else {"skip": True}), "linears": names}
+                for choice, names in linears.items()
+            ],
         }
 
 

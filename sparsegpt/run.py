@@ -18,6 +18,7 @@ import torch
 from sparsegpt.blocks import name_filter
 from sparsegpt.calib_data import Calibration, draw_windows, load_text
 from sparsegpt.checkpoint import REPORT_NAME, write_json
+from sparsegpt.choices import choose_linears
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.export import write_model
@@ -29,7 +30,9 @@ from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_mo
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, shape_of
 from sparsegpt.private_memory import PeakWatch, give_back_freed_memory
+from sparsegpt.recipe import idle_rules
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
+from sparsegpt.selection import parse_blocks
 from sparsegpt.settings import PruneSettings
 from sparsegpt.sparsity import NM
 from sparsegpt.work import WorkFolder, fingerprint
@@ -61,6 +64,7 @@ class Listener:
 class RunOptions:
     """What to run on and where to put it; how to prune is in PruneSettings.
 
+    only, skip, blocks: which linears to prune, by regular expressions on their names and by ranges of blocks.
     sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty; eval_windows: score
     at most so many windows of each. resume: go on with the unfinished run of this folder. activations: "memory" or
     "disk"; scratch: the folder for them and for weights that must be converted, by default beside `out`. micro_batch:
@@ -82,6 +86,7 @@ class RunOptions:
     bos: str = "auto"
     only: str | None = None
     skip: str | None = None
+    blocks: str | None = None
     include_head: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -107,7 +112,7 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     Raises SparseGPTError for anything refused. An old result stays as it was until the new one is whole; finished
     blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
     """
-    if options.kernels is not None and settings.sparsity != NM(2, 4):
+    if options.kernels is not None and NM(2, 4) not in settings.values_of("sparsity"):
         raise SparseGPTError(f"--kernels runs 2:4 weights only, not {settings.sparsity}: leave it out")
     if options.kernels not in (None, *KERNELS):
         raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
@@ -180,6 +185,7 @@ class _Job:
         self.options, self.settings, self.work, self.listener = options, settings, work, listener
         self.micro_batch = micro_batch
         self.select = name_filter(options.only, options.skip)
+        self.blocks = parse_blocks(options.blocks)
         self.scratch = options.scratch or work.folder
         self.started = time.perf_counter()
         self.pruned = PruneReport(settings)
@@ -215,6 +221,10 @@ class _Job:
             self.length = self.loaded.sequence_length(options.sequence_length)
             text = load_text(options.calibration, "calibration")
             self.calibration = draw_windows(text, self.loaded.tokenizer, options.samples, self.length, options.seed)
+        model, settings = self.loaded.model, self.settings
+        choices = choose_linears(model, settings, self.select, self.blocks, include_head=options.include_head)
+        for warning in idle_rules(settings, choices):
+            self.warn(warning)
 
     def begin(self) -> bool:
         """Take up what an unfinished run has done; False when there is nothing left to do."""
@@ -238,8 +248,10 @@ class _Job:
             "model": fingerprint(self.loaded.model),
             "calibration windows": hashlib.sha256(self.calibration.windows.numpy().tobytes()).hexdigest(),
             "settings": self.settings.as_dict(),
+            "--recipe": {f"rule {place}": str(rule) for place, rule in enumerate(self.settings.recipe, start=1)},
             "--only": options.only,
             "--skip": options.skip,
+            "--blocks": options.blocks,
             "--include": options.include_head,
             "--micro-batch": self.micro_batch,
             "device": str(residence.device).split(":")[0],
@@ -284,7 +296,8 @@ class _Job:
 
     def prune(self) -> None:
         """Prune block by block; finished blocks go to the work folder."""
-        self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method}")
+        rules = " and a recipe" if self.settings.recipe else ""
+        self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method}{rules}")
         while True:
             try:
                 self._prune_blocks()
@@ -292,7 +305,8 @@ class _Job:
             except torch.OutOfMemoryError as error:
                 self._halve_micro_batch(error)
         for warning in self.pruned.warnings:
-            self.warn(warning)
+            if warning not in self.warnings:
+                self.warn(warning)
 
     def _halve_micro_batch(self, error: torch.OutOfMemoryError) -> None:
         """Go on behind the last finished block with smaller steps."""
@@ -315,6 +329,7 @@ class _Job:
             self.settings,
             micro_batch=self.micro_batch,
             select=self.select,
+            only_blocks=self.blocks,
             include_head=self.options.include_head,
             scratch=self.scratch if self.options.activations == "disk" else None,
             residence=self.loaded.residence,

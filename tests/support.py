@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
 
+T = TypeVar("T")
 # One thread and no network, also in the processes that tests start.
 CHILD_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "160"}
 
@@ -28,6 +30,16 @@ def refused(*fragments: str) -> Iterator[None]:
     assert "\n" not in message
     for fragment in fragments:
         assert fragment in message
+
+
+def one_line_or_none(call: Callable[[], T]) -> T | None:
+    """What `call()` returns, None where it refuses with one line; any other exception is a failure."""
+    try:
+        return call()
+    except SparseGPTError as error:
+        assert str(error)
+        assert "\n" not in str(error)
+        return None
 
 
 # Layer problems

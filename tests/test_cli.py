@@ -25,7 +25,6 @@ from .support import (
     block_linears,
     broken_folder,
     save_model,
-    tiny_model,
     write_text,
 )
 
@@ -523,9 +522,9 @@ def test_an_interrupt_in_the_middle_exits_with_130(prune, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(blocks, "prunable_linears", interrupt)
-    from sparsegpt import pipeline
+    from sparsegpt import choices
 
-    monkeypatch.setattr(pipeline, "prunable_linears", interrupt)
+    monkeypatch.setattr(choices, "prunable_linears", interrupt)
     outcome = prune()
     assert outcome.code == 130
     assert outcome.err.count("\n") == 1

@@ -44,6 +44,8 @@ def test_commands_on_the_demo_model_run_one_after_another(tmp_path, monkeypatch,
     runnable = [command for command in commands() if not LOCAL.search(command)]
     assert runnable
     monkeypatch.chdir(tmp_path)
+    for recipe in fenced("toml"):  # the first line is the file's name
+        (tmp_path / recipe.split("\n")[0].removeprefix("# ")).write_text(recipe)
     for command in runnable:
         words = shlex.split(command)
         monkeypatch.setattr(sys, "argv", ["sparsegpt", *words, *SHORTER.get(words[0], [])])

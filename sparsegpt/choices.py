@@ -1,0 +1,88 @@
+"""Which linears of a model are pruned, and how each of them: decided and checked before any work begins."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sparsegpt.allocation import Shapes, allocate
+from sparsegpt.blocks import decoder_blocks, family_of, prunable_linears
+from sparsegpt.capture import ModelInputs
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.mapped import chunks
+from sparsegpt.recipe import choose, sets_sparsity
+from sparsegpt.selection import BlockRanges, parse_blocks
+from sparsegpt.settings import LinearSettings, PruneSettings
+from sparsegpt.unfuse import unfused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def choose_linears(
+    model: "PreTrainedModel",
+    settings: PruneSettings,
+    select: Callable[[str], bool],
+    only_blocks: str | BlockRanges | None,
+    *,
+    include_head: bool,
+) -> dict[str, LinearSettings | None]:
+    """What applies to each selected linear, by its full name; None for those a rule leaves dense.
+
+    Raises SparseGPTError when nothing is left to prune.
+    """
+    family = family_of(model)
+    blocks = decoder_blocks(model, family)
+    names = []
+    for place in sorted(parse_blocks(only_blocks).places(len(blocks))):
+        inside = [f"{family.blocks}.{place}.{name}" for name in shapes_of(blocks[place])]
+        names += [name for name in inside if select(name)]
+    if not names and not include_head:
+        raise SparseGPTError(
+            "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
+        )
+    return choose(settings, [*names, "lm_head"] if include_head else names)
+
+
+def shapes_of(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """Weight shape [out_features, in_features] of every linear of a block, by its name inside the block."""
+    with unfused(block):
+        return {name: (linear.out_features, linear.in_features) for name, linear in prunable_linears(block).items()}
+
+
+def check_block(block: nn.Module, prefix: str, chosen: dict[str, LinearSettings]) -> Shapes:
+    """Shapes of the chosen linears of a block; SparseGPTError, naming the linear, for one that cannot be pruned so."""
+    shapes = {}
+    with unfused(block):
+        for name, linear in prunable_linears(block).items():
+            if prefix + name in chosen:
+                check_linear(prefix + name, linear, chosen)
+                shapes[name] = (linear.out_features, linear.in_features)
+    return shapes
+
+
+def check_linear(name: str, linear: nn.Linear, chosen: dict[str, LinearSettings]) -> None:
+    """Refuse before any work what would be refused in the middle of it."""
+    chosen[name].sparsity.check(linear.in_features, name)
+    if not all(torch.isfinite(part).all() for part in chunks(linear.weight)):
+        raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
+
+
+def spread(
+    settings: PruneSettings,
+    chosen: dict[str, LinearSettings],
+    blocks: nn.ModuleList,
+    shapes: dict[str, Shapes],
+    inputs: ModelInputs,
+) -> None:
+    """Spread the run's sparsity over the linears to which no rule gives one; shapes: by block and name in it."""
+    free = [
+        {name: shape for name, shape in block.items() if not sets_sparsity(settings, prefix + name)}
+        for prefix, block in shapes.items()
+    ]
+    patterns = allocate(settings.sparsity, settings.allocation, blocks, free, inputs)
+    for prefix, by_name in zip(shapes, patterns, strict=True):
+        for name, pattern in by_name.items():
+            chosen[prefix + name] = replace(chosen[prefix + name], sparsity=pattern)

@@ -1,0 +1,69 @@
+"""Which layers a user means: regular expressions on module names, ranges of blocks."""
+
+import functools
+import re
+import warnings
+from dataclasses import dataclass
+
+from sparsegpt.errors import SparseGPTError
+
+_RANGE = re.compile(r"(?P<first>\d{0,9})(?P<open>:(?P<end>\d{0,9}))?", re.ASCII)
+
+
+@functools.lru_cache
+def compile_regex(text: str, what: str) -> re.Pattern[str]:
+    """The regular expression `text`; SparseGPTError, beginning with `what`, where it is none."""
+    try:
+        with warnings.catch_warnings():  # what a later Python may read differently, this one reads as ever
+            warnings.simplefilter("ignore")
+            return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SparseGPTError(f"{what} {text!r} is not a regular expression: {reason}") from error
+
+
+@dataclass(frozen=True)
+class BlockRanges:
+    """Some of a model's decoder blocks: half-open ranges of their places, None for an end that is left out."""
+
+    text: str
+    ranges: tuple[tuple[int | None, int | None], ...]
+
+    def places(self, count: int) -> frozenset[int]:
+        """The places meant in a model of `count` blocks; SparseGPTError for those it does not have."""
+        found: set[int] = set()
+        for start, end in self.ranges:
+            first, behind = start or 0, count if end is None else end
+            if first >= count or behind > count:
+                raise SparseGPTError(
+                    f"--blocks {self.text} is out of range: the model has {count} blocks, 0 to {count - 1}; "
+                    "ranges leave out their end, as in 0:12"
+                )
+            found.update(range(first, behind))
+        return frozenset(found)
+
+
+def parse_blocks(value: "str | BlockRanges | None") -> BlockRanges:
+    """Turn "0:12", "3", ":4", "20:", or several with commas between, into ranges; None means all blocks.
+
+    Raises SparseGPTError for text of another form and for ranges without any block.
+    """
+    if isinstance(value, BlockRanges):
+        return value
+    if value is None:
+        return BlockRanges(":", ((None, None),))
+    ranges: list[tuple[int | None, int | None]] = []
+    for part in value.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        if not found or not part.strip():
+            raise SparseGPTError(f"--blocks {value!r} is not understood: expected ranges such as 0:12, 3, :4 or 20:")
+        first = int(found["first"]) if found["first"] else None
+        if not found["open"]:
+            assert first is not None
+            ranges.append((first, first + 1))
+            continue
+        end = int(found["end"]) if found["end"] else None
+        if end is not None and end <= (first or 0):
+            raise SparseGPTError(f"--blocks {value}: {part.strip()} holds no block, as a range leaves out its end")
+        ranges.append((first, end))
+    return BlockRanges(value, tuple(ranges))

@@ -4,12 +4,14 @@ The arithmetic on a CPU is float32 even when the file holds halves (they are slo
 model goes back to the dtype of the file that it came from.
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.calib_data import demo_folder
@@ -89,7 +91,7 @@ def load_model(
         raise SparseGPTError(f"dtype {dtype!r} is not known: expected auto, {', '.join(DTYPES)}")
     source = str(demo_folder()) if name == DEMO else SHORT_NAMES.get(name.lower(), name)
     place = pick_device(device)
-    if Path(source).is_dir():
+    if _is_folder(source):
         check_folder(Path(source))
         if revision is not None:
             raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
@@ -147,6 +149,8 @@ def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dic
             f"model {name!r} lacks {len(missing)} of its tensors, {missing[0]} first: "
             "its weights do not belong to its config"
         )
+    if surplus := _left_out(model, info["unexpected_keys"]):
+        raise SparseGPTError(f"model {name!r}: its config has no place for {surplus}, which its weights hold")
     for key, parameter in model.named_parameters():
         if not all(torch.isfinite(part).all() for part in chunks(parameter)):
             raise SparseGPTError(f"model {name!r}: {key} contains NaN or infinite values; the checkpoint is damaged")
@@ -158,7 +162,24 @@ def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dic
         )
 
 
+def _left_out(model: "PreTrainedModel", unexpected: Iterable[str]) -> str | None:
+    """The first tensor of a block, or expert, behind the last one that the configuration speaks of."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    behind = tuple(f"{path}.{len(blocks)}." for path, blocks in lists.items())
+    for key in sorted(unexpected):
+        if key.startswith(behind) or f"{model.base_model_prefix}.{key}".startswith(behind):
+            return key
+    return None
+
+
+def _is_folder(source: str) -> bool:
+    try:
+        return Path(source).is_dir()
+    except OSError as error:
+        raise SparseGPTError(f"model folder {source} cannot be read: {first_line(error)}") from error
+
+
 def _advice(source: str) -> str:
-    if Path(source).is_dir():
+    if _is_folder(source):
         return ""
     return f"; {source} is no local folder: without network give a folder, or --model demo"

@@ -15,14 +15,13 @@ from typing import Any
 
 from sparsegpt.blocks import name_filter
 from sparsegpt.calib_data import Calibration, draw_windows, load_text
-from sparsegpt.checkpoint import REPORT_NAME, write_json
+from sparsegpt.checkpoint import REPORT_NAME, read_checked, write_checked
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.export import write_model
 from sparsegpt.folders import new_folder
 from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
-from sparsegpt.kernels.tensor_files import read_json
 from sparsegpt.models import DEMO, LoadedModel, load_model
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
@@ -112,18 +111,17 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         job = _Job(options, settings, work, listener or Listener())
         job.load()
         if not job.begin():
-            report: dict[str, Any] = read_json(options.out / REPORT_NAME)
-            return report
+            return read_checked(options.out / REPORT_NAME)
         job.score("dense")
         job.prune()
         job.score("pruned")
         job.listener.stage(f"saving {options.out}")
-        with new_folder(options.out, overwrite=options.overwrite) as draft:
+        with new_folder(options.out, overwrite=work.replaces) as draft:
             write_model(job.loaded, draft)
             if options.kernels is not None:
                 job.score_through_kernels(options.kernels, draft)
             report = job.report()
-            write_json(draft / REPORT_NAME, report)
+            write_checked(draft / REPORT_NAME, report)
         work.discard()
     return report
 
@@ -256,7 +254,7 @@ class _Job:
             on_layer=self.listener.layer,
             on_block=self.listener.block,
         )
-        for warning in self.pruned.warnings:
+        for warning in dict.fromkeys(self.pruned.warnings):  # a block pruned again says the same again
             self.warn(warning)
 
     def score_through_kernels(self, kernels: str, folder: Path) -> None:

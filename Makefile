@@ -1,13 +1,14 @@
-# make run    set up .venv, prune the embedded demo model to 2:4, print its perplexities
-# make test   set up .venv, run the tests
-# make check  lint, types and tests: the gate
+# make run          set up .venv, prune the embedded demo model to 2:4, print its perplexities
+# make test         set up .venv, run the tests
+# make test-faults  the long form of the fault tests: kills, full disks, damaged files (`make test` has a short form)
+# make check        lint, types and tests: the gate
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typecheck
 
-.PHONY: setup run test test-fast check lint types bench bench-gpu clean
+.PHONY: setup run test test-fast test-faults check lint types bench bench-gpu clean
 
 setup: $(READY)
 
@@ -23,7 +24,10 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not faults"
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults" -s
 
 check: lint types test
 

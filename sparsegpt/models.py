@@ -4,6 +4,7 @@ The arithmetic on a CPU is float32 even when the file holds halves (they are slo
 model goes back to the dtype of the file that it came from.
 """
 
+import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.calib_data import demo_folder
@@ -114,9 +116,37 @@ def load_model(
     _check_loaded(name, model, tokenizer, info)
     if stream_through is None:
         return LoadedModel(name, model.to(place), tokenizer, stored)
+    if computing != stored:
+        _compute_tables(model, stored, computing)
     residence = Residence(place, computing, stored, reversible=True)
     residence.attach(model, decoder_blocks(model, family_of(model)), keep=_has_room(model, place))
     return LoadedModel(name, model, tokenizer, stored, residence)
+
+
+def _compute_tables(model: "PreTrainedModel", stored: torch.dtype, computing: torch.dtype) -> None:
+    """Give tables that are in no checkpoint, such as Gemma's embedding scale, the digits of the computing dtype.
+
+    The model has computed them in the dtype of its file; a second one without weights does so in the other.
+    """
+    tables = {
+        f"{path}.{name}".lstrip("."): (module, name)
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if (table := module._buffers[name]) is not None and table.dtype == stored
+    }
+    if not tables:
+        return
+
+    def weigh_nothing(module: nn.Module, name: str, parameter: Any) -> Any:
+        return None if parameter is None else nn.Parameter(parameter.to("meta"))
+
+    handle = register_module_parameter_registration_hook(weigh_nothing)
+    try:
+        weightless = type(model)._from_config(copy.deepcopy(model.config), dtype=computing)
+    finally:
+        handle.remove()
+    for path, (module, name) in tables.items():
+        module._buffers[name] = weightless.get_buffer(path)
 
 
 def _has_room(model: "PreTrainedModel", device: torch.device) -> bool:

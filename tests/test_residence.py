@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsegpt.blocks import FAMILIES
 from sparsegpt.mapped import is_mapped
 from sparsegpt.models import load_model
 from sparsegpt.residence import Residence
@@ -39,6 +40,15 @@ def test_a_streamed_model_gives_the_logits_of_a_loaded_one(tmp_path, dtype, mode
     after = away.model.state_dict()
     assert places == {key: tensor.data_ptr() for key, tensor in after.items()}
     assert all(torch.equal(home[key], after[key]) and home[key].dtype == after[key].dtype for key in home)
+
+
+def test_a_table_that_is_in_no_file_has_the_digits_of_the_computing_dtype(tmp_path, monkeypatch):
+    """Gemma's embedding scale, the root of 32, is no number of bfloat16."""
+    monkeypatch.setitem(FAMILIES, "gemma2", FAMILIES["llama"])
+    name = stored(tmp_path / "model", torch.bfloat16, "gemma2", head_dim=8)
+    loaded, away = load_model(name, device="cpu"), streamed(name, tmp_path)
+    assert torch.equal(logits_of(away.model, random_windows(2)), logits_of(loaded.model, random_windows(2)))
+    assert away.model.dtype == away.model.config.dtype == torch.bfloat16
 
 
 def test_an_explicit_dtype_computes_in_it(tmp_path):

@@ -11,7 +11,12 @@ from .jobs import Forker, Job
 
 @pytest.fixture(scope="session")
 def forker(tmp_path_factory):
-    with Forker(tmp_path_factory.mktemp("forker")) as forker:
+    folder = tmp_path_factory.mktemp("forker")
+    text = write_text(folder / "calib.txt", words=400)
+    flags = ["--sparsity", "2:4", "--samples", 2, "--seqlen", 16, "--eval", "none", "--calib", text]
+    models = [save_model(folder / model_type, model_type) for model_type in ("llama", "opt")]
+    jobs = [["run", *flags, "--model", model, "--out", folder / f"{model.name}-out"] for model in models]
+    with Forker(folder, jobs) as forker:
         yield forker
 
 

@@ -1,9 +1,11 @@
 """A process that has everything imported and forks the command line off itself: a run then costs what its work costs.
 
-Run as a script. It reads one JSON line a job, answers with the child's process id and then, when the child has ended,
-with its exit code (negative: killed by that signal). A job may carry a fault: `at`: the number of the write-like call
-at which it begins; `kind`: "full" (this call and all later ones find the disk full), "kill" (the process ends there) or
-"count" (nothing happens). The calls made are listed in the file `calls`. Only calls below `root` count.
+Run as a script. The first line on its standard input names jobs that it runs itself, so that what libraries prepare
+once is there for every child. After that it reads one JSON line a job, answers with the child's process id and then,
+when the child has ended, with its exit code (negative: killed by that signal). A job may carry a fault: `at`: the
+number of the write-like call at which it begins; `kind`: "full" (this call and all later ones find the disk full),
+"kill" (the process ends there) or "count" (nothing happens). The calls made are listed in the file `calls`. Only calls
+below `root` count.
 """
 
 import builtins
@@ -86,6 +88,18 @@ class Faults:
         sys.addaudithook(self.audit)
 
 
+def command(arguments: list[str]) -> int:
+    """Run the command line; its exit code."""
+    from sparsegpt import cli
+
+    sys.argv = ["sparsegpt", *arguments]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return 0
+
+
 def child(job: dict) -> None:
     """Run the command line as in a process of its own; never returns."""
     code = 98
@@ -99,13 +113,7 @@ def child(job: dict) -> None:
             os.setuid(job["user"])
         if job.get("fault"):
             Faults(**job["fault"]).install()
-        sys.argv = ["sparsegpt", *job["argv"]]
-        from sparsegpt import cli
-
-        code = 0
-        cli.main()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = command(job["argv"])
     except BaseException:
         traceback.print_exc()
         code = 99
@@ -117,23 +125,23 @@ def child(job: dict) -> None:
 
 def main() -> None:
     """Serve until the other end closes."""
-    import datasets  # noqa: F401
     import torch
-    from transformers.models.llama import modeling_llama  # noqa: F401
-    from transformers.models.opt import modeling_opt  # noqa: F401
-
-    import sparsegpt.cli
-    import sparsegpt.console
-    import sparsegpt.run  # noqa: F401
 
     torch.set_num_threads(1)
-    print(len(list(Path("/proc/self/task").iterdir())), flush=True)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    codes = [command(arguments) for arguments in json.loads(sys.stdin.readline())]
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    # Threads do not survive a fork; the allocator of pyarrow knows how to do without its own.
+    others = [name for name in threads if name != "jemalloc_bg_thd"][1:]
+    assert (set(codes), others) == ({0}, []), (codes, threads)
+    print(0, file=answers)
     for line in sys.stdin:
         process = os.fork()
         if process == 0:
             child(json.loads(line))
-        print(process, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        print(process, file=answers)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers)
 
 
 if __name__ == "__main__":

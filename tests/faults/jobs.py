@@ -50,8 +50,8 @@ class Outcome:
 class Forker:
     """The other end of `forker.py`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, first: list[list[object]]) -> None:
+        self.folder, self.first = folder, [[str(argument) for argument in job] for job in first]
 
     def __enter__(self) -> "Forker":
         environment = CHILD_ENVIRONMENT | {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_OFFLINE": "1"}
@@ -62,7 +62,8 @@ class Forker:
             env=environment,
             bufsize=0,
         )
-        self._answer(TIMEOUT)  # it has imported everything
+        self.server.stdin.write(json.dumps(self.first).encode() + b"\n")
+        assert self._answer(TIMEOUT) == 0  # it has imported everything
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -51,7 +51,7 @@ def sharded(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("cases", [3, pytest.param(120, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("cases", [3, pytest.param(60, marks=pytest.mark.faults)])
 def test_a_damaged_model_folder_is_refused_or_gives_exact_patterns(tiny_job, sharded, tmp_path, cases, seed):
     chance = random.Random(seed)
     names = sorted(path.name for path in sharded.iterdir())
@@ -90,7 +90,7 @@ def unfinished(tiny_job, tmp_path_factory):
     return work_folder(out)
 
 
-@pytest.mark.parametrize("cases", [3, pytest.param(120, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("cases", [3, pytest.param(60, marks=pytest.mark.faults)])
 def test_a_damaged_unfinished_run_is_refused_or_ends_with_the_same_bits(tiny_job, unfinished, tmp_path, cases, seed):
     chance = random.Random(seed)
     names = ["state.json", "block-00000.safetensors", "block-00001.safetensors"]
@@ -114,7 +114,7 @@ def test_a_damaged_unfinished_run_is_refused_or_ends_with_the_same_bits(tiny_job
     print(f"\n{cases} damaged unfinished runs, seed {seed}: {dict(seen)}")
 
 
-@pytest.mark.parametrize("cases", [3, pytest.param(100, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("cases", [3, pytest.param(50, marks=pytest.mark.faults)])
 def test_a_damaged_result_is_noticed_by_resume_and_breaks_no_command(tiny_job, forker, tmp_path, cases, seed):
     chance = random.Random(seed)
     reference, text = tmp_path / "reference", tiny_job.flags["calib"]

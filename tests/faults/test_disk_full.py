@@ -67,7 +67,7 @@ def pages_of(folder: Path) -> int:
     return sum(-(-path.stat().st_size // PAGE) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("sizes", [3, pytest.param(60, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("sizes", [3, pytest.param(30, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("activations", ["disk", pytest.param("memory", marks=pytest.mark.faults)])
 def test_a_disk_of_any_size_is_one_line_and_loses_nothing(tiny_job, small_disk, sizes, activations):
     folder, resize = small_disk

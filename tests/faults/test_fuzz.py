@@ -64,7 +64,7 @@ def test_a_few_sparsity_strings_through_the_command_line(tiny_job, tmp_path_fact
 
 
 @LONG
-@settings(max_examples=200, suppress_health_check=list(HealthCheck), derandomize=False)
+@settings(max_examples=100, suppress_health_check=list(HealthCheck), derandomize=False)
 @given(text=ARGUMENTS)
 def test_sparsity_strings_through_the_command_line(tiny_job, tmp_path_factory, text):
     sparsity_through_the_command_line(tiny_job, tmp_path_factory.mktemp("fuzz"), text)
@@ -107,7 +107,7 @@ def test_a_few_strange_configs(tiny_job, tmp_path_factory, changes):
 
 
 @LONG
-@settings(max_examples=300, suppress_health_check=list(HealthCheck), derandomize=False)
+@settings(max_examples=200, suppress_health_check=list(HealthCheck), derandomize=False)
 @given(changes=CHANGES)
 def test_strange_configs(tiny_job, tmp_path_factory, changes):
     config_through_the_command_line(tiny_job, tmp_path_factory.mktemp("fuzz"), changes)

@@ -1,7 +1,8 @@
-# make run    set up .venv, prune the embedded demo model to 2:4, print its perplexities
-# make test   set up .venv, run the tests
+# make run          set up .venv, prune the embedded demo model to 2:4, print its perplexities
+# make test         set up .venv, run the tests
+# make test-faults  the long form of the fault tests: kills, full disks, damaged files (`make test` has a short form)
 # make test-oldest  set up .venv-oldest with the oldest supported libraries, run the architecture tests there
-# make check  lint, types and tests: the gate
+# make check        lint, types and tests: the gate
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ TYPED := build/typecheck
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 
-.PHONY: setup run test test-fast test-oldest check lint types bench bench-gpu clean
+.PHONY: setup run test test-fast test-faults test-oldest check lint types bench bench-gpu clean
 
 setup: $(READY)
 
@@ -26,7 +27,10 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not faults"
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults" -s
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest $(addprefix tests/test_,architectures.py streams.py mixtures.py structure.py families.py capture.py)

@@ -73,7 +73,7 @@ def read_header(path: Path) -> Header:
             entries = json.loads(file.read(length))
         metadata = entries.pop("__metadata__", {})
         _check_offsets(entries, size - 8 - length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SparseGPTError(
             f"{path}: damaged or truncated safetensors file ({error}); copy or create it again"
         ) from error
@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
     """Content of a JSON file; raises SparseGPTError naming it when it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SparseGPTError(f"{path}: cannot be read as JSON ({error}); copy or create it again") from error
 
 
@@ -230,17 +230,19 @@ def _entry_digest(file: IO[bytes], data_start: int, entry: dict[str, Any]) -> st
 
 def _read_checksums(path: Path, header: Header) -> dict[str, str]:
     try:
-        checksums = json.loads(header.metadata[CHECKSUMS])
-    except (KeyError, ValueError, TypeError) as error:
+        return dict(json.loads(header.metadata[CHECKSUMS]))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise SparseGPTError(
             f"{path}: no readable checksums in the header; pack the model again with this package"
         ) from error
-    return dict(checksums)
 
 
 def _check_offsets(entries: dict[str, dict[str, Any]], data_bytes: int) -> None:
     """The data of the tensors must fill the rest of the file exactly, without holes or overlaps."""
     position = 0
+    for entry in entries.values():
+        if not (isinstance(entry["dtype"], str) and isinstance(entry["shape"], list)):
+            raise ValueError("a tensor without dtype or shape")
     for start, end in sorted(entry["data_offsets"] for entry in entries.values()):
         if start != position or end < start:
             raise ValueError(f"tensor data expected at byte {position}, found {start}..{end}")

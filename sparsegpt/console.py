@@ -13,7 +13,7 @@ from sparsegpt.eval.bench_solver import SolverRow
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
 from sparsegpt.kernels.bench import DecodeRow, KernelBench
-from sparsegpt.plan import Plan, gib
+from sparsegpt.plan import Plan, readable
 from sparsegpt.reports import BlockReport, LayerReport
 from sparsegpt.run import Listener
 
@@ -82,9 +82,9 @@ def print_plan(console: Console, model: str, planned: Plan) -> None:
     for kind, name in (("memory", "memory"), ("gpu", "GPU memory"), ("disk", "disk")):
         parts: dict[str, int] = getattr(planned, kind)
         for part, count in parts.items():
-            table.add_row("", part, gib(count))
+            table.add_row("", part, readable(count))
         if parts:
-            table.add_row(name, "in all", gib(planned.total(kind)), end_section=True)
+            table.add_row(name, "in all", readable(planned.total(kind)), end_section=True)
     console.print(table)
 
 

@@ -4,7 +4,6 @@ A weight that report.json lists must keep the pattern it was pruned to. Weights 
 described by the patterns that they happen to satisfy.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from sparsegpt.checkpoint import REPORT_NAME
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.archive import QUANT_METHOD, read_packed_config, verify_files
 from sparsegpt.kernels.pack import Packed24, unpack
-from sparsegpt.kernels.tensor_files import weight_files
+from sparsegpt.kernels.tensor_files import read_json, weight_files
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 from sparsegpt.stages import expert_of
 
@@ -77,11 +76,12 @@ def inspect_folder(folder: Path) -> list[TensorFinding]:
 def _packed_modules(folder: Path) -> dict[str, tuple[int, int]]:
     """Dense shape of each packed module, none for an ordinary folder; checksums are compared first."""
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+    config = read_json(path) if path.is_file() else {}
+    packing = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(packing, dict) or packing.get("quant_method") != QUANT_METHOD:
         return {}
     verify_files(weight_files(folder))
-    return read_packed_config(config["quantization_config"], folder)
+    return read_packed_config(packing, folder)
 
 
 def _weights(tensors: Any, packed: dict[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
@@ -97,7 +97,7 @@ def _weights(tensors: Any, packed: dict[str, tuple[int, int]]) -> Iterator[tuple
 
 def _model_type(folder: Path) -> str:
     path = folder / "config.json"
-    return str(json.loads(path.read_text(encoding="utf-8")).get("model_type")) if path.is_file() else ""
+    return str(read_json(path).get("model_type")) if path.is_file() else ""
 
 
 def _unchecked(layer: dict[str, Any]) -> TensorFinding:
@@ -112,7 +112,7 @@ def _promised_layers(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report: dict[str, Any] = read_json(path)
         return {
             layer["name"]: {
                 "name": layer["name"],
@@ -122,7 +122,7 @@ def _promised_layers(folder: Path) -> dict[str, dict[str, Any]]:
             }
             for layer in report["layers"]
         }
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (SparseGPTError, ValueError, KeyError, TypeError) as error:
         raise SparseGPTError(f"{path} is damaged ({error}): remove it to inspect the weights alone") from error
 
 

@@ -42,19 +42,17 @@ def mapped_empty(shape: torch.Size | list[int], dtype: torch.dtype, folder: Path
     Its pages count as the file's, not as private memory. Raises SparseGPTError when the disk cannot hold it.
     """
     numel = max(1, torch.Size(shape).numel())
-    descriptor, path = tempfile.mkstemp(prefix=".sparsegpt-", suffix=".bin", dir=folder)
     try:
-        # Reserved now: a sparse file would find the disk full in the middle of a store, which kills the process.
-        os.posix_fallocate(descriptor, 0, numel * dtype.itemsize)
-        tensor = torch.from_file(path, shared=True, size=numel, dtype=dtype)
+        # Without a name from the beginning where the system can do that: even a killed process leaves nothing.
+        with tempfile.TemporaryFile(prefix=".sparsegpt-", dir=folder) as file:
+            # Reserved now: a sparse file would find the disk full in the middle of a store, which kills the process.
+            os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
+            tensor = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=numel, dtype=dtype)
     except OSError as error:
         raise SparseGPTError(
             f"no room for {numel * dtype.itemsize / 2**30:.2f} GiB of scratch in {folder} ({error.strerror}): free "
             "space, or give another --scratch"
         ) from error
-    finally:
-        os.close(descriptor)
-        Path(path).unlink()
     return tensor[: torch.Size(shape).numel()].view(shape)
 
 

@@ -33,8 +33,10 @@ def first_line(error: BaseException) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SparseGPTError(f"{path} is not valid JSON: {first_line(error)}") from error
+    except OSError as error:
+        raise SparseGPTError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _check_index(index: Path) -> None:
@@ -44,7 +46,7 @@ def _check_index(index: Path) -> None:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise SparseGPTError(f"{index} has no weight_map of tensor names to file names: fetch the file again")
     for name in sorted(set(places.values())):
-        if PurePosixPath(name).name != name or "\\" in name:
+        if PurePosixPath(name).name != name or name in ("", "..") or "\\" in name:
             raise SparseGPTError(f"{index} names {name!r}, expected a file beside it: do not use this model")
         if not (index.parent / name).is_file():
             raise SparseGPTError(f"{index} names the shard {name}, which is not there: fetch it")

@@ -4,12 +4,16 @@ The arithmetic on a CPU is float32 even when the file holds halves (they are slo
 model goes back to the dtype of the file that it came from.
 """
 
+import copy
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.calib_data import demo_folder
@@ -98,6 +102,8 @@ def load_model(
     _check_loaded(name, model, tokenizer, info)
     if stream_through is None:
         return LoadedModel(name, model.to(place), tokenizer, stored)
+    if computing != stored:
+        _compute_tables(model, stored, computing)
     residence = Residence(place, computing, stored, reversible=True)
     residence.attach(model, decoder_blocks(model, family_of(model)), keep=_has_room(model, place))
     return LoadedModel(name, model, tokenizer, stored, residence)
@@ -108,7 +114,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     from transformers import AutoConfig
 
     source = _source(name)
-    if Path(source).is_dir():
+    if _is_folder(source):
         check_folder(Path(source))
         if revision is not None:
             raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
@@ -148,6 +154,32 @@ def _not_loaded(name: str, error: Exception) -> SparseGPTError:
     return SparseGPTError(f"model {name!r} could not be loaded: {first_line(error)}{_advice(_source(name))}")
 
 
+def _compute_tables(model: "PreTrainedModel", stored: torch.dtype, computing: torch.dtype) -> None:
+    """Give tables that are in no checkpoint, such as Gemma's embedding scale, the digits of the computing dtype.
+
+    The model has computed them in the dtype of its file; a second one without weights does so in the other.
+    """
+    tables = {
+        f"{path}.{name}".lstrip("."): (module, name)
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if (table := module._buffers[name]) is not None and table.dtype == stored
+    }
+    if not tables:
+        return
+
+    def weigh_nothing(module: nn.Module, name: str, parameter: Any) -> Any:
+        return None if parameter is None else nn.Parameter(parameter.to("meta"))
+
+    handle = register_module_parameter_registration_hook(weigh_nothing)
+    try:
+        weightless = type(model)._from_config(copy.deepcopy(model.config), dtype=computing)
+    finally:
+        handle.remove()
+    for path, (module, name) in tables.items():
+        module._buffers[name] = weightless.get_buffer(path)
+
+
 def _has_room(model: "PreTrainedModel", device: torch.device) -> bool:
     """Whether a GPU takes the whole model in half of its free memory, so that nothing need be brought twice."""
     if device.type != "cuda":
@@ -178,6 +210,8 @@ def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dic
             f"model {name!r} lacks {len(missing)} of its tensors, {missing[0]} first: "
             "its weights do not belong to its config"
         )
+    if surplus := _left_out(model, info["unexpected_keys"]):
+        raise SparseGPTError(f"model {name!r}: its config has no place for {surplus}, which its weights hold")
     for key, parameter in model.named_parameters():
         if not all(torch.isfinite(part).all() for part in chunks(parameter)):
             raise SparseGPTError(f"model {name!r}: {key} contains NaN or infinite values; the checkpoint is damaged")
@@ -189,7 +223,24 @@ def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dic
         )
 
 
+def _left_out(model: "PreTrainedModel", unexpected: Iterable[str]) -> str | None:
+    """The first tensor of a block, or expert, behind the last one that the configuration speaks of."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    behind = tuple(f"{path}.{len(blocks)}." for path, blocks in lists.items())
+    for key in sorted(unexpected):
+        if key.startswith(behind) or f"{model.base_model_prefix}.{key}".startswith(behind):
+            return key
+    return None
+
+
+def _is_folder(source: str) -> bool:
+    try:
+        return Path(source).is_dir()
+    except OSError as error:
+        raise SparseGPTError(f"model folder {source} cannot be read: {first_line(error)}") from error
+
+
 def _advice(source: str) -> str:
-    if Path(source).is_dir():
+    if _is_folder(source):
         return ""
     return f"; {source} is no local folder: without network give a folder, or --model demo"

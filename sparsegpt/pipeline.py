@@ -172,8 +172,7 @@ class _Driver:
             error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
             seconds = time.perf_counter() - started
             report.blocks.append(BlockReport(index, blocks, len(layers), error, seconds, share))
-            tensors = {name: self.residence.as_stored(tensor) for name, tensor in block.state_dict().items()}
-            self._settle(block, self.progress.keep(index, tensors, report))
+            self._settle(block, self.progress.keep(index, self.residence.to_store(block), report))
         return report.blocks[-1]
 
     def pass_finished(self, block: nn.Module, index: int, *, last: bool) -> None:

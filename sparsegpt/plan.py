@@ -187,7 +187,7 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
     """Refuse a run that this machine cannot hold, naming the switch that would make it fit."""
     if gpu_memory is not None and planned.total("gpu") > gpu_memory:
         raise SparseGPTError(
-            f"the run needs {gib(planned.total('gpu'))} of GPU memory and {gib(gpu_memory)} are free: "
+            f"the run needs {readable(planned.total('gpu'))} of GPU memory and {readable(gpu_memory)} are free: "
             "give a smaller --micro-batch, --preset paper, or --device cpu"
         )
     free = available_memory()
@@ -195,7 +195,7 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
         saved = planned.memory.get("activations", 0)
         way_out = "--activations disk" if planned.total("memory") - saved < free else "fewer --samples"
         raise SparseGPTError(
-            f"the run needs {gib(planned.total('memory'))} of memory and {gib(free)} are available: give {way_out}"
+            f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: give {way_out}"
         )
     for folder, parts in ((out, ("finished blocks", "result")), (scratch, ("activations",))):
         needed = sum(planned.disk.get(part, 0) for part in parts)
@@ -204,7 +204,7 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
         if needed > left:
             switch = "--scratch" if parts == ("activations",) else "--out"
             raise SparseGPTError(
-                f"the run needs {gib(needed)} of disk in {there} and {gib(left)} are free: give another {switch}"
+                f"the run needs {readable(needed)} of disk in {there} and {readable(left)} are free: give another {switch}"
             )
 
 
@@ -219,9 +219,9 @@ def available_memory() -> int | None:
     return None
 
 
-def gib(count: int) -> str:
+def readable(count: int) -> str:
     """Bytes as a person reads them."""
-    return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"
 
 
 def _parameters(module: nn.Module) -> int:

@@ -31,9 +31,9 @@ class Residence:
     stored: torch.dtype
     reversible: bool = False
     # The tensors at home of every parameter that is at work now; those that a settled one had before; nested visits.
-    _home: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    _originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    _visits: list[list[nn.Parameter]] = field(default_factory=list)
+    _home: dict[Tensor, Tensor] = field(default_factory=dict)
+    _originals: dict[Tensor, Tensor] = field(default_factory=dict)
+    _visits: list[list[Tensor]] = field(default_factory=list)
 
     @contextmanager
     def visit(self, module: nn.Module) -> Iterator[None]:
@@ -41,19 +41,21 @@ class Residence:
 
         May be nested: the outermost visit counts.
         """
-        brought = self._bring(module)
+        brought: list[Tensor] = []
         try:
+            self._bring(module, brought)
             yield
         finally:
             self._send_home(brought)
 
     def settle(self, parameter: nn.Parameter, tensor: Tensor) -> None:
-        """Give a parameter a new tensor at home; what is at work now stays as it is until the visit ends."""
+        """Give a parameter a new tensor at home; a copy that is at work takes its values."""
         home = self._home.get(parameter, parameter.data)
         if self.reversible:
             self._originals.setdefault(parameter, home)
         if parameter in self._home:
             self._home[parameter] = tensor.to(home.device)
+            parameter.data.copy_(tensor)
         else:
             parameter.data = tensor.to(home.device)
 
@@ -68,6 +70,11 @@ class Residence:
     def as_stored(self, tensor: Tensor) -> Tensor:
         """A working tensor in the dtype in which it is stored."""
         return tensor.to(self.stored) if tensor.dtype == self.dtype else tensor
+
+    def to_store(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's tensors as they are now, each parameter in the dtype that it has at home."""
+        tensors = module.state_dict(keep_vars=True)
+        return {name: tensor.detach().to(self._home.get(tensor, tensor).dtype) for name, tensor in tensors.items()}
 
     def attach(self, model: "PreTrainedModel", blocks: nn.ModuleList, *, keep: bool = False) -> None:
         """From now on every block, and every module outside of them, is at work while its forward runs.
@@ -95,16 +102,20 @@ class Residence:
                     module._buffers[name] = buffer.to(self.device)
 
     def _arrive(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._visits.append(self._bring(module))
+        self._visits.append([])  # first: the hook that takes it runs even when bringing fails
+        self._bring(module, self._visits[-1])
 
     def _arrive_by_rows(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Only the rows of the tokens asked for, which are renumbered to match."""
-        (name, tokens), *_ = [*kwargs.items()] or [("", args[0])]
         table = module.weight
         assert isinstance(table, nn.Parameter)
-        self._visits.append([table])
+        self._visits.append([])
+        if table in self._home:  # all of it is at work, in a visit around this call
+            return None
+        name, tokens = ("", args[0]) if args else next(iter(kwargs.items()))
+        self._visits[-1].append(table)
         self._home[table] = table.data
         module.__dict__["padding_idx"] = None  # matters to gradients alone, and would point outside of the few rows
         wanted, places = tokens.to(table.device).unique(return_inverse=True)
@@ -116,14 +127,15 @@ class Residence:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._send_home(self._visits.pop())
 
-    def _bring(self, module: nn.Module) -> list[nn.Parameter]:
-        brought = [parameter for parameter in module.parameters() if parameter not in self._home]
-        for parameter in brought:
-            self._home[parameter] = parameter.data
-            dtype = self.dtype if parameter.dtype == self.stored else parameter.dtype
-            parameter.data = parameter.data.to(self.device or parameter.device, dtype, copy=True)
-        return brought
+    def _bring(self, module: nn.Module, brought: list[Tensor]) -> None:
+        """Copy to work what is at home, and note it in `brought`, one parameter at a time."""
+        for parameter in module.parameters():
+            if parameter not in self._home:
+                self._home[parameter] = parameter.data
+                brought.append(parameter)
+                dtype = self.dtype if parameter.dtype == self.stored else parameter.dtype
+                parameter.data = parameter.data.to(self.device or parameter.device, dtype, copy=True)
 
-    def _send_home(self, parameters: list[nn.Parameter]) -> None:
+    def _send_home(self, parameters: list[Tensor]) -> None:
         for parameter in parameters:
             parameter.data = self._home.pop(parameter)

@@ -17,7 +17,7 @@ import torch
 
 from sparsegpt.blocks import name_filter
 from sparsegpt.calib_data import Calibration, draw_windows, load_text
-from sparsegpt.checkpoint import REPORT_NAME, write_json
+from sparsegpt.checkpoint import REPORT_NAME, read_checked, write_checked
 from sparsegpt.choices import choose_linears
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
@@ -25,7 +25,6 @@ from sparsegpt.export import write_model
 from sparsegpt.folders import new_folder
 from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
-from sparsegpt.kernels.tensor_files import read_json
 from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_model, pick_device, sequence_length
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, shape_of
@@ -119,27 +118,26 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     if options.activations not in ACTIVATIONS:
         raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
     give_back_freed_memory()
-    planned = plan_run(options, settings)
-    check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
     with (
         WorkFolder(options.out, resume=options.resume, overwrite=options.overwrite) as work,
         PeakWatch() as memory,
     ):
+        planned = plan_run(options, settings)
+        check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
         job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
         job.load()
         if not job.begin():
-            report: dict[str, Any] = read_json(options.out / REPORT_NAME)
-            return report
+            return read_checked(options.out / REPORT_NAME)
         job.score("dense")
         job.prune()
         job.score("pruned")
         job.listener.stage(f"saving {options.out}")
-        with new_folder(options.out, overwrite=options.overwrite) as draft:
+        with new_folder(options.out, overwrite=work.replaces) as draft:
             write_model(job.loaded, draft)
             if options.kernels is not None:
                 job.score_through_kernels(options.kernels, draft)
             report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
-            write_json(draft / REPORT_NAME, report)
+            write_checked(draft / REPORT_NAME, report)
         work.discard()
     return report
 

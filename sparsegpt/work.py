@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
-from sparsegpt.checkpoint import REPORT_NAME, write_json
+from sparsegpt.checkpoint import REPORT_NAME, read_checked, write_checked
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.folders import check_target, flush, is_full_disk, recover
-from sparsegpt.kernels.tensor_files import WEIGHTS, ShardedWriter, header_room, read_json, verify_checksums
+from sparsegpt.kernels.tensor_files import WEIGHTS, ShardedWriter, header_room, verify_checksums, weight_files
 from sparsegpt.pipeline import Progress
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
 
@@ -34,31 +34,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 1
+STATE = "state.json"
+LOCK = "lock"
+ATTEMPTS = 3  # to get the lock while others remove its folder
 # Of each tensor, this many bytes at its beginning, middle and end go into the model's fingerprint.
 SAMPLE_BYTES = 4096
 
 
 class WorkFolder(Progress):
-    """Keeps finished blocks for `target`. Use as a context manager: it holds the lock."""
+    """Keeps finished blocks for `target`. Use as a context manager: it holds the lock.
+
+    What an earlier run has finished stays until a run that may replace it has begun. `replaces`, known then: the
+    output folder may be overwritten.
+    """
 
     def __init__(self, target: Path, *, resume: bool, overwrite: bool) -> None:
         self.target, self.resume, self.overwrite = target.absolute(), resume, overwrite
         self.folder = _folder_for(target)
-        self.lock = FileLock(self.folder / "lock")
+        self.lock = FileLock(self.folder / LOCK)
         self.state: dict[str, Any] = {}
+        self.replaces = False
+        self._done = False
 
     def __enter__(self) -> "WorkFolder":
         check_target(self.target, overwrite=self.overwrite or self.resume)
         with _writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._acquire()
         try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SparseGPTError(
-                f"another process is writing {self.target}: wait for it, or choose another --out"
-            ) from error
-        try:
-            recover(self.target)
+            with _writing(self.folder):
+                recover(self.target)
             self._open_state()
         except BaseException:
             self.lock.release()
@@ -66,8 +70,8 @@ class WorkFolder(Progress):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not self.finished:
-            self.discard()
+        if self._done or not unfinished_blocks(self.target):
+            self._remove()
         self.lock.release()
 
     @property
@@ -82,17 +86,23 @@ class WorkFolder(Progress):
         """
         identity = json.loads(json.dumps(identity))
         known = self.state.get("identity")
-        if known is not None and known != identity:
-            raise SparseGPTError(
-                f"the unfinished run of {self.target} was another one ({_differences(known, identity)}): give the same "
-                "settings, or --overwrite instead of --resume to start again"
-            )
-        if known is None and self.resume and self._target_identity() == identity:
-            return True
-        if not self.overwrite and not (known is not None and self.resume):
+        if known != identity:
+            if self.finished:
+                raise SparseGPTError(
+                    f"the unfinished run of {self.target} was another one ({_differences(known, identity)}): give the "
+                    "same settings, or --overwrite instead of --resume to start again"
+                )
+            if self.resume and self._is_result(identity):
+                return True
+            self.state = {}
+        self.replaces = self.overwrite or bool(self.state.get("replaces")) or self._is_result(identity)
+        if not self.replaces:
             check_target(self.target, overwrite=False)
         self._drop_damaged()
-        self.state.setdefault("identity", identity)
+        with _writing(self.folder):
+            if not self.state:
+                self._clear()
+        self.save_state(identity=identity, replaces=self.replaces)
         report.layers += [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in self.state.get("layers", [])]
         report.blocks += [BlockReport(**row) for row in self.state.get("blocks", [])]
         report.seconds.update(self.state.get("seconds", {}))
@@ -108,7 +118,7 @@ class WorkFolder(Progress):
         """Write a finished block, then say that it is finished; returns its tensors mapped from the file."""
         draft = self.folder / "block.writing"
         with _writing(self.folder):
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove_path(draft)
             draft.mkdir()
             with ShardedWriter(draft, header_room(tensors)) as writer:
                 writer.add(*tensors.items())
@@ -125,36 +135,59 @@ class WorkFolder(Progress):
 
     def save_state(self, **changes: Any) -> None:
         """Write the state with these entries changed."""
-        self.state |= {"version": VERSION, **changes}
+        state = {**self.state, "version": VERSION, **changes}
         with _writing(self.folder):
-            write_json(self.folder / "state.json", self.state)
+            write_checked(self.folder / STATE, state)
+        self.state = state
 
     def discard(self) -> None:
-        """Remove everything: the output is in its place, or nothing was finished."""
-        self.state = {}
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """The output is in its place: everything here goes when the lock is given back."""
+        self._done = True
+
+    def _acquire(self) -> None:
+        for attempt in range(ATTEMPTS):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0)
+                return
+            except Timeout as error:
+                raise SparseGPTError(
+                    f"another process is writing {self.target}: wait for it, or choose another --out"
+                ) from error
+            except FileNotFoundError:  # its former user has just removed the folder
+                if attempt + 1 == ATTEMPTS:
+                    raise
 
     def _open_state(self) -> None:
-        path = self.folder / "state.json"
-        if not path.exists():
+        path = self.folder / STATE
+        if not path.exists() or (self.overwrite and not self.resume):
             return
-        if self.overwrite and not self.resume:
-            self._start_over()
-            return
-        state = read_json(path)
-        if not isinstance(state, dict) or state.get("version") != VERSION:
-            raise SparseGPTError(f"{path} is not of this version: give --overwrite to start again")
-        if not self.resume and state.get("blocks"):
+        try:
+            state = read_checked(path)
+        except SparseGPTError as error:
+            raise SparseGPTError(f"{error}: give --overwrite instead of --resume to start again") from error
+        if state.get("version") != VERSION:
+            raise SparseGPTError(f"{path} is not of this version: give --overwrite instead of --resume to start again")
+        if self.resume:
+            self.state = state
+        elif state.get("blocks"):
             raise SparseGPTError(
                 f"an unfinished run of {self.target} has {len(state['blocks'])} finished blocks: give --resume to go "
                 "on, or --overwrite to start again"
             )
-        self.state = state if self.resume else {}
 
-    def _start_over(self) -> None:
-        for path in self.folder.glob("*"):
-            if path.name != "lock":
-                path.unlink()
+    def _clear(self) -> None:
+        """Remove all but the lock; the state first, without which nothing else counts."""
+        paths = [path for path in self.folder.iterdir() if path.name != LOCK]
+        for path in sorted(paths, key=lambda path: path.name != STATE):
+            _remove_path(path)
+
+    def _remove(self) -> None:
+        """Remove everything; the lock last, because whoever finds none may begin here."""
+        with suppress(OSError):
+            self._clear()
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _drop_damaged(self) -> None:
         """Forget blocks from the first damaged file on: they are pruned again."""
@@ -167,10 +200,16 @@ class WorkFolder(Progress):
                 self.state["blocks"] = self.state["blocks"][:index]
                 return
 
-    def _target_identity(self) -> Any:
-        with suppress(SparseGPTError, OSError, AttributeError):
-            return read_json(self.target / REPORT_NAME).get("identity")
-        return None
+    def _is_result(self, identity: dict[str, Any]) -> bool:
+        """Whether the target holds what such a run ends with, to the last byte of its weights."""
+        try:
+            if read_checked(self.target / REPORT_NAME).get("identity") != identity:
+                return False
+            for path in set(weight_files(self.target).values()):
+                verify_checksums(path)
+        except (SparseGPTError, OSError):
+            return False
+        return True
 
     def _block(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -178,13 +217,20 @@ class WorkFolder(Progress):
 
 def unfinished_blocks(target: Path) -> int:
     """How many blocks an unfinished run of this output folder has finished."""
-    with suppress(SparseGPTError, OSError, AttributeError, TypeError):
-        return len(read_json(_folder_for(target) / "state.json").get("blocks", []))
+    with suppress(SparseGPTError):
+        return len(read_checked(_folder_for(target) / STATE).get("blocks", []))
     return 0
 
 
 def _folder_for(target: Path) -> Path:
-    return target.absolute().with_name(f".{target.absolute().name}.unfinished")
+    return target.absolute().parent / f".{target.absolute().name}.unfinished"
+
+
+def _remove_path(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -198,7 +244,7 @@ def _writing(folder: Path) -> Iterator[None]:
                 f"no space left while writing {folder}: finished blocks are kept; free space and go on with --resume"
             ) from error
         if isinstance(error, OSError):
-            raise SparseGPTError(f"{folder} cannot be written ({error.strerror}): choose another --out") from error
+            raise SparseGPTError(f"{folder} cannot be written ({error}): choose another --out") from error
         raise
 
 
@@ -210,7 +256,7 @@ def fingerprint(model: "PreTrainedModel") -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.reshape(-1).view(torch.uint8)
         for start in {0, max(0, len(flat) // 2 - SAMPLE_BYTES), max(0, len(flat) - SAMPLE_BYTES)}:
-            digest.update(memoryview(flat[start : start + SAMPLE_BYTES].clone().numpy()))
+            digest.update(memoryview(flat[start : start + SAMPLE_BYTES].cpu().numpy()))
     return digest.hexdigest()
 
 

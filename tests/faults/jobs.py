@@ -1,0 +1,200 @@
+"""Jobs of the command line that are run, disturbed, resumed and compared."""
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..support import CHILD_ENVIRONMENT
+
+TIMEOUT = 300.0
+NOBODY = 65534
+OLD = {"precious": b"old"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: exit code, negative for a signal; what it printed; how long it took."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    def refused(self, *fragments: str) -> None:
+        """Exit code 1, and one line on stderr with every fragment."""
+        assert self.code == 1, (self.code, self.err)
+        assert self.err.startswith("sparsegpt: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        for fragment in fragments:
+            assert fragment in self.err
+
+    def refused_or_done(self) -> bool:
+        """One line, or nothing to complain of; never a traceback. Whether it was done."""
+        if self.code == 0:
+            assert self.err == ""
+        elif self.code == 2:  # the command line's own refusal of a value
+            assert "Traceback" not in self.err
+        else:
+            self.refused()
+        return self.code == 0
+
+
+class Forker:
+    """The other end of `forker.py`."""
+
+    def __init__(self, folder: Path, first: list[list[object]]) -> None:
+        self.folder, self.first = folder, [[str(argument) for argument in job] for job in first]
+
+    def __enter__(self) -> "Forker":
+        environment = CHILD_ENVIRONMENT | {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_OFFLINE": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            bufsize=0,
+        )
+        self.server.stdin.write(json.dumps(self.first).encode() + b"\n")
+        assert self._answer(TIMEOUT) == 0  # it has imported everything
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.stdin.close()
+        self.server.wait(timeout=TIMEOUT)
+        self.server.stdout.close()
+
+    def start(self, arguments: list[object], **job: Any) -> int:
+        """Begin a command; its process id. Every start is followed by one `finish`."""
+        self.began = time.perf_counter()
+        files = {name: str(self.folder / name) for name in ("out", "err")}
+        request = {"argv": [str(argument) for argument in arguments], **files, **job}
+        self.server.stdin.write(json.dumps(request).encode() + b"\n")
+        return self._answer(TIMEOUT)
+
+    def finish(self, process: int, kill_after: float | None = None) -> Outcome:
+        """Wait for its end; with `kill_after`, end it by SIGKILL so many seconds after its start."""
+        code = None
+        if kill_after is not None:
+            code = self._answer(max(0.0, self.began + kill_after - time.perf_counter()))
+            if code is None:
+                os.kill(process, signal.SIGKILL)
+        if code is None:
+            code = self._answer(TIMEOUT)
+        assert code is not None, "the command did not end"
+        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        return Outcome(code, out, err, time.perf_counter() - self.began)
+
+    def run(self, arguments: list[object], *, kill_after: float | None = None, **job: Any) -> Outcome:
+        """Start a command and wait for its end."""
+        return self.finish(self.start(arguments, **job), kill_after)
+
+    def _answer(self, timeout: float) -> int | None:
+        ready, _, _ = select.select([self.server.stdout], [], [], timeout)
+        if not ready:
+            return None
+        line = self.server.stdout.readline()
+        assert line, "the forking server is gone"
+        return int(line)
+
+
+class Job:
+    """One `sparsegpt run` with the result that an undisturbed process reaches."""
+
+    def __init__(self, forker: Forker, flags: dict[str, object], reference: Path) -> None:
+        self.forker, self.flags = forker, flags
+        outcome = self.run(reference)
+        assert (outcome.code, outcome.err) == (0, ""), outcome.err
+        self.seconds = outcome.seconds
+        self.result = contents(reference)
+        self.report = json.loads((reference / "report.json").read_text())
+
+    def arguments(self, out: Path, *extra: object, **flags: object) -> list[object]:
+        """The command line; keyword arguments replace flags, None takes one away."""
+        chosen = {**self.flags, "out": out, **{name.replace("_", "-"): value for name, value in flags.items()}}
+        return [
+            "run",
+            *(part for key, value in chosen.items() if value is not None for part in (f"--{key}", value)),
+            *extra,
+        ]
+
+    def run(self, out: Path, *extra: object, kill_after: float | None = None, **options: Any) -> Outcome:
+        """Run it; `fault`, `user` go to the child, other keyword arguments are flags."""
+        child = {name: options.pop(name) for name in ("fault", "user") if name in options}
+        return self.forker.run(self.arguments(out, *extra, **options), kill_after=kill_after, **child)
+
+    def resume(self, out: Path) -> None:
+        """Go on after a fault, and end as an undisturbed run does.
+
+        Where the fault came before anything was begun, nobody has allowed yet to replace an old result.
+        """
+        outcome = self.run(out, "--resume")
+        if outcome.code == 1 and finished_blocks(out) is None and everything(out) == OLD:
+            outcome.refused("not empty", "--overwrite")
+            outcome = self.run(out, "--resume", "--overwrite")
+        assert (outcome.code, outcome.err) == (0, ""), outcome.err
+        self.check(out)
+
+    def untouched(self, out: Path) -> bool:
+        """Nothing is there, or all of the old result, or all of the new one."""
+        return not out.exists() or everything(out) == OLD or contents(out) == self.result
+
+    def check(self, out: Path) -> None:
+        """The folder is what the undisturbed run wrote, bit by bit, with the same report; nothing lies beside it."""
+        found = contents(out)
+        assert found.keys() == self.result.keys()
+        differing = [name for name in found if found[name] != self.result[name]]
+        assert not differing, f"{differing} differ from the undisturbed run"
+        report = json.loads((out / "report.json").read_text())
+        assert [without_seconds(row) for row in report["layers"]] == [
+            without_seconds(row) for row in self.report["layers"]
+        ]
+        assert len(report["blocks"]) == len(self.report["blocks"])
+        assert report["warnings"] == self.report["warnings"]
+        assert not leftovers(out)
+
+
+def put_old_result(out: Path) -> None:
+    """A folder that is in the way, with something that must not get lost before there is a new result."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for name, content in OLD.items():
+        (out / name).write_bytes(content)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a model folder but its report, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def leftovers(out: Path) -> list[str]:
+    """What lies beside an output folder and belongs to it."""
+    return sorted(path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}."))
+
+
+def work_folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def finished_blocks(out: Path) -> int | None:
+    """How many blocks the work folder has, None without one."""
+    try:
+        return len(json.loads((work_folder(out) / "state.json").read_text()).get("blocks", []))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,95 @@
+"""kill -9 at any moment: a run goes on behind its last finished block and ends with the bits of an undisturbed one."""
+
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ..support import write_text
+from .jobs import Job, finished_blocks, leftovers, put_old_result
+
+ACTIVATIONS = ("memory", "disk")
+
+
+@pytest.fixture(scope="module")
+def demo_jobs(forker, tmp_path_factory):
+    """A run on the demo model with activations in memory and on disk; both end with the same bits."""
+    folder = tmp_path_factory.mktemp("demo")
+    flags = {"model": "demo", "sparsity": "2:4", "method": "sparsegpt", "eval": "none", "samples": 4, "seqlen": 32}
+    flags |= {"micro-batch": 2, "calib": write_text(folder / "calib.txt", words=500)}
+    jobs = [Job(forker, {**flags, "activations": kind}, folder / kind) for kind in ACTIVATIONS]
+    assert jobs[0].result == jobs[1].result
+    return jobs
+
+
+def stage(out: Path) -> str:
+    """How far a killed run had come."""
+    blocks = finished_blocks(out)
+    if any(name.endswith((".writing", ".old")) for name in leftovers(out)):
+        return "saving"
+    if blocks is None:
+        return "saved" if (out / "report.json").exists() else "loading"
+    return f"{blocks} blocks"
+
+
+def killed(job: Job, out: Path, moment: float, *extra: str) -> bool:
+    """Run until `moment`, a share of an undisturbed run's time; False when it had ended before."""
+    outcome = job.run(out, *extra, kill_after=moment * job.seconds)
+    if outcome.code != -9:
+        assert (outcome.code, outcome.err) == (0, ""), outcome.err
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.faults)])
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(demo_jobs, tmp_path, kills, seed):
+    chance = random.Random(seed)
+    stages: Counter[str] = Counter()
+    again = 0
+    for place in chance.sample(range(kills), kills):
+        job, out = chance.choice(demo_jobs), tmp_path / f"out-{place}"
+        old = chance.random() < 0.3
+        moment = (place + chance.random()) / kills
+        while True:  # a run that was quicker than the undisturbed one tells nothing
+            if old:
+                put_old_result(out)
+            if killed(job, out, moment, *(["--overwrite"] if old else [])):
+                break
+            shutil.rmtree(out)
+            moment = chance.random()
+        stages[stage(out)] += 1
+        where = f"seed {seed}, case {place}, killed after {moment:.3f} of the time, {stage(out)}"
+        try:
+            assert job.untouched(out)
+            while chance.random() < 1 / 3 and killed(job, out, chance.random(), "--resume", "--overwrite"):
+                again += 1
+            job.resume(out)
+        except AssertionError as error:
+            raise AssertionError(where) from error
+        shutil.rmtree(out)
+    print(f"\n{kills} kills, {kills} bit-identical, seed {seed}")
+    print(
+        f"{again} more kills of resumed runs; killed at: " + ", ".join(f"{k}: {n}" for k, n in sorted(stages.items()))
+    )
+    if kills >= 100:
+        assert {"loading", "saving", *(f"{blocks} blocks" for blocks in range(6))} <= stages.keys()
+
+
+@pytest.mark.parametrize("step", [25, pytest.param(1, marks=pytest.mark.faults)])
+def test_a_run_killed_before_each_of_its_writes_resumes_to_the_same_bits(tiny_job, tmp_path, step):
+    out, calls = tmp_path / "out", tmp_path / "calls"
+    fault = {"root": str(tmp_path), "calls": str(calls)}
+    put_old_result(out)
+    outcome = tiny_job.run(out, "--overwrite", fault=fault | {"kind": "count", "at": -1})
+    assert outcome.code == 0, outcome.err
+    made = calls.read_text().splitlines()
+    assert {line.split()[0] for line in made} >= {"open", "write", "fsync", "os.mkdir", "os.rename", "os.remove"}
+    for place in range(0, len(made), step):
+        put_old_result(out)
+        outcome = tiny_job.run(out, "--overwrite", fault=fault | {"kind": "kill", "at": place})
+        assert outcome.code == -9
+        assert tiny_job.untouched(out), made[place]
+        tiny_job.resume(out)
+    print(f"\nkilled before {len(range(0, len(made), step))} of {len(made)} writes: all bit-identical")

@@ -28,6 +28,10 @@ def nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
 
     saliency: [R, C] with C divisible by m. Returns a bool mask [R, C] with exactly n True in every group.
     """
+    if pattern.n <= ROUGH_LIMIT:
+        mask_CR = rough_mask(saliency.T.contiguous(), pattern)
+        if mask_CR.count_nonzero() * pattern.m == saliency.numel() * pattern.n:  # nothing tied
+            return mask_CR.T.contiguous()
     columns = saliency.shape[1] // pattern.m
     mask_MX = group_mask(rearrange(saliency, "r (g m) -> m (r g)", m=pattern.m), pattern.n)
     return rearrange(mask_MX, "m (r g) -> r (g m)", g=columns)
@@ -84,7 +88,7 @@ def _kth_smallest(flat: Tensor, k: int) -> Tensor:
     """
     if flat.is_cuda or flat.numel() < 16 * SAMPLE:
         return flat.kthvalue(k).values
-    sample = flat[:: flat.numel() // SAMPLE].sort().values
+    sample = flat[:: flat.numel() // SAMPLE | 1].sort().values  # odd: an even stride could meet few of the columns
     place, margin = k * len(sample) // flat.numel(), 2 * math.isqrt(len(sample))  # four standard deviations or more
     low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
     below = int((flat < low).count_nonzero())

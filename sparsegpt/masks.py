@@ -5,6 +5,7 @@ Dimension key: R out_features, C in_features, G groups, M inputs of one group, P
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -16,6 +17,10 @@ from sparsegpt.sparsity import NM, Sparsity
 PAIRWISE_LIMIT = 16
 # Values sorted to narrow the search for a threshold.
 SAMPLE = 4096
+# Values that stand for a whole layer where its threshold need not be exact.
+ROUGH_SAMPLE = 65536
+# Up to this n the n-th largest of a group is found by running minima and maxima.
+ROUGH_LIMIT = 8
 
 
 def nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
@@ -23,6 +28,10 @@ def nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
 
     saliency: [R, C] with C divisible by m. Returns a bool mask [R, C] with exactly n True in every group.
     """
+    if pattern.n <= ROUGH_LIMIT:
+        mask_CR = rough_mask(saliency.T.contiguous(), pattern)
+        if mask_CR.count_nonzero() * pattern.m == saliency.numel() * pattern.n:  # nothing tied
+            return mask_CR.T.contiguous()
     columns = saliency.shape[1] // pattern.m
     mask_MX = group_mask(rearrange(saliency, "r (g m) -> m (r g)", m=pattern.m), pattern.n)
     return rearrange(mask_MX, "m (r g) -> r (g m)", g=columns)
@@ -65,8 +74,8 @@ def unstructured_mask(saliency: Tensor, zeros: int) -> Tensor:
     flat = saliency.flatten()
     threshold = _kth_smallest(flat, zeros)
     mask, ties = flat > threshold, flat == threshold
-    ties_kept = flat.numel() - zeros - mask.sum()
-    if ties.sum() > ties_kept > 0:
+    ties_kept = flat.numel() - zeros - mask.count_nonzero()
+    if ties.count_nonzero() > ties_kept > 0:
         ties &= ties.cumsum(0) <= ties_kept
     return (mask | ties if ties_kept > 0 else mask).view_as(saliency)
 
@@ -79,10 +88,10 @@ def _kth_smallest(flat: Tensor, k: int) -> Tensor:
     """
     if flat.is_cuda or flat.numel() < 16 * SAMPLE:
         return flat.kthvalue(k).values
-    sample = flat[:: flat.numel() // SAMPLE].sort().values
+    sample = flat[:: flat.numel() // SAMPLE | 1].sort().values  # odd: an even stride could meet few of the columns
     place, margin = k * len(sample) // flat.numel(), 2 * math.isqrt(len(sample))  # four standard deviations or more
     low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
-    below = int((flat < low).sum())
+    below = int((flat < low).count_nonzero())
     candidates = flat[(flat >= low) & (flat <= high)]
     if below < k <= below + len(candidates):
         return candidates.kthvalue(k - below).values
@@ -106,3 +115,34 @@ def layer_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:
     if pattern.per_row:
         return row_mask(saliency, round(pattern.fraction * saliency.shape[1]))
     return unstructured_mask(saliency, round(pattern.fraction * saliency.numel()))
+
+
+def rough_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:
+    """`layer_mask` for a step of a search, of saliencies that lie as [C, R]: quicker, and its counts may be off a bit.
+
+    Equal saliencies are kept together, and the threshold of a fraction of a large layer comes from a sample.
+    """
+    if isinstance(pattern, NM):
+        if pattern.n > ROUGH_LIMIT:
+            return nm_mask(saliency.T, pattern).T
+        saliency_GMR = rearrange(saliency, "(g m) r -> g m r", m=pattern.m)
+        smallest_G1R = _nth_largest(saliency_GMR.unbind(1), pattern.n)[:, None]
+        return rearrange(saliency_GMR >= smallest_G1R, "g m r -> (g m) r")
+    if pattern.per_row:
+        return layer_mask(saliency.T, pattern).T
+    stride = saliency.numel() // ROUGH_SAMPLE | 1  # odd: an even one could meet only some of the columns
+    sample = saliency.flatten()[::stride]
+    zeros = round(pattern.fraction * len(sample))
+    return saliency > sample.kthvalue(zeros).values if zeros else torch.ones_like(saliency, dtype=torch.bool)
+
+
+def _nth_largest(members: Sequence[Tensor], n: int) -> Tensor:
+    """The n-th largest of all members, element by element."""
+    largest: list[Tensor] = []
+    for member in members:
+        rest = member
+        for place, value in enumerate(largest):
+            largest[place], rest = torch.maximum(value, rest), torch.minimum(value, rest)
+        if len(largest) < n:
+            largest.append(rest)
+    return largest[-1]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegpt import masks
-from sparsegpt.masks import layer_mask, nm_mask, row_mask, unstructured_mask
+from sparsegpt.masks import layer_mask, nm_mask, rough_mask, row_mask, unstructured_mask
 from sparsegpt.sparsity import NM, Unstructured
 
 from .support import brute_layer_mask, brute_mask, brute_nm_mask, brute_row_mask
@@ -103,3 +103,37 @@ def test_layer_mask_drops_the_rounded_share_of_the_layer_or_of_each_row(saliency
 def test_layer_mask_of_a_pattern_is_the_group_mask(rows):
     saliency = torch.rand(rows, 8)
     assert torch.equal(layer_mask(saliency, NM(2, 4)), nm_mask(saliency, NM(2, 4)))
+
+
+def lying(saliency):
+    """[R, C] as [C, R], the way rough_mask reads it."""
+    return saliency.T.contiguous()
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, Unstructured(0.0), Unstructured(0.3), Unstructured(0.7, True)], ids=str)
+def test_rough_mask_of_a_small_layer_without_ties_is_exact(pattern):
+    columns = 2 * getattr(pattern, "m", 10)
+    saliency = torch.randperm(5 * columns, generator=torch.Generator().manual_seed(0)).float().view(5, columns)
+    assert torch.equal(rough_mask(lying(saliency), pattern).T, brute_layer_mask(saliency, pattern))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@given(data=st.data())
+def test_rough_mask_differs_from_the_exact_one_by_ties_alone(pattern, data):
+    saliency = data.draw(saliencies(pattern.m))
+    rough, exact = rough_mask(lying(saliency), pattern).T, brute_nm_mask(saliency, pattern)
+    assert (rough | ~exact).all()
+    groups = saliency.view(-1, pattern.m)
+    smallest = groups.masked_fill(~exact.view_as(groups), float("inf")).amin(1, keepdim=True).expand_as(groups)
+    extra = (rough & ~exact).reshape_as(groups)
+    assert torch.equal(groups[extra], smallest[extra])
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_rough_mask_of_a_large_layer_keeps_about_the_share(fraction):
+    generator = torch.Generator().manual_seed(0)
+    # Columns of very different sizes: a sample of some columns alone would be far off.
+    saliency = torch.rand(1024, 512, generator=generator) * torch.rand(1024, 1, generator=generator)
+    with patch.object(masks, "ROUGH_SAMPLE", 2**14):
+        kept = rough_mask(saliency, Unstructured(fraction)).float().mean()
+    assert kept == pytest.approx(1 - fraction, abs=0.02)

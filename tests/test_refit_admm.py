@@ -1,5 +1,8 @@
 """refit against dense solves on the same mask; admm never behind sparsegpt; neither ever worse than its start."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +11,11 @@ from hypothesis import strategies as st
 from sparsegpt import parse_sparsity, prune_weight
 from sparsegpt.hessian import DampedHessian
 from sparsegpt.masks import layer_mask
-from sparsegpt.solvers import METHODS, prune_layer
-from sparsegpt.solvers.admm import ITERATIONS, RHO, RHO_GROWTH, RHO_PERIOD, admm, search_mask
-from sparsegpt.solvers.refit import refit, row_losses
+from sparsegpt.solvers import METHODS, products, prune_layer
+from sparsegpt.solvers import admm as admm_module
+from sparsegpt.solvers import refit as refit_module
+from sparsegpt.solvers.admm import RELAXATIONS, RHO, admm, search
+from sparsegpt.solvers.refit import descend, refit, row_losses
 from sparsegpt.solvers.sparsegpt import sparsegpt
 
 from .support import assert_pattern, best_on_mask, brute_layer_mask, damped, random_layer, relative_error
@@ -22,6 +27,13 @@ def masked_problem(rows: int, columns: int, sparsity: str, seed: int = 0):
     """Weight, damped float64 Hessian and a magnitude mask."""
     weight, raw = random_layer(rows, columns, seed)
     return weight.double(), damped(raw), layer_mask(weight.abs(), parse_sparsity(sparsity))
+
+
+@contextmanager
+def rounded_products():
+    """Products of every width in bfloat16, whatever this machine is quick at."""
+    with patch.object(products, "QUICK_WIDTH", 0), patch.object(products, "_multiplies_bfloat16", lambda _: True):
+        yield
 
 
 # refit
@@ -94,6 +106,25 @@ def test_a_refitted_method_imitates_the_corrected_target(method):
     )
 
 
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_a_descent_with_rounded_products_comes_within_a_thousandth_of_the_optimum(sparsity):
+    weight, hessian, mask = masked_problem(16, 64, sparsity)
+    start = weight.masked_fill(~mask, 0).float()
+    with rounded_products():
+        found = descend(start, mask, weight.float(), hessian.float(), iterations=15, quick=True)
+    best, found = (relative_error(weight, w, hessian) for w in (best_on_mask(weight, mask, hessian), found))
+    assert best <= found <= best * 1.001
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 100])
+@pytest.mark.parametrize("width", [1, 8, 20])
+def test_row_losses_are_quadratic_forms(width, block, monkeypatch):
+    monkeypatch.setattr(refit_module, "LOSS_BLOCK", block)
+    error, hessian = random_layer(5, width)
+    expected = torch.einsum("rc,cd,rd->r", error.double(), hessian.double(), error.double())
+    torch.testing.assert_close(row_losses(error.double(), hessian.double()), expected)
+
+
 def test_refit_of_rows_with_nothing_to_do_changes_nothing():
     weight, hessian, _ = masked_problem(3, 8, "2:4")
     assert torch.equal(refit(weight, torch.ones(3, 8, dtype=torch.bool), weight, hessian), weight)
@@ -136,28 +167,74 @@ def test_admm_clearly_beats_sparsegpt_on_a_layer_of_some_size(sparsity):
     assert ours < 0.95 * theirs
 
 
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 8),
+    groups=st.integers(1, 10),
+    tokens=st.integers(1, 400),
+    damping=st.sampled_from([1e-5, 0.01, 1.0]),
+    sparsity=st.sampled_from(SPARSITIES),
+    seed=st.integers(0, 1000),
+)
+def test_admm_with_rounded_products_is_never_worse_either(rows, groups, tokens, damping, sparsity, seed):
+    """Also on Hessians of fewer tokens than inputs, which only the damping keeps from being singular."""
+    weight, raw = random_layer(rows, 8 * groups, seed, tokens)
+    with rounded_products():
+        found = prune_weight(weight, raw, sparsity, method="admm", damping=damping)
+    swept = prune_weight(weight, raw, sparsity, method="sparsegpt", damping=damping)
+    assert_pattern(found.weight, sparsity)
+    energy = float(row_losses(weight.double(), raw.double()).sum())
+    assert found.loss <= swept.loss * (1 + 1e-5) + 1e-6 * energy
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_admm_returns_sparsegpts_result_where_the_search_ends_worse(sparsity, monkeypatch):
+    weight, raw = random_layer(8, 32)
+    hessian, pattern = DampedHessian(raw), parse_sparsity(sparsity)
+    swept = sparsegpt(weight, hessian, pattern, block_size=128)
+    monkeypatch.setattr(admm_module, "search", lambda *_: (torch.zeros_like(weight), torch.zeros(8, 32) > 0))
+    for ours, theirs in zip(admm(weight, hessian, pattern, block_size=128), swept, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_the_mask_of_the_search_has_the_exact_pattern(sparsity):
     weight, raw = random_layer(8, 64)
-    mask = search_mask(weight, DampedHessian(raw), parse_sparsity(sparsity))
+    found, mask = search(weight, DampedHessian(raw), parse_sparsity(sparsity), torch.zeros_like(weight))
     assert_pattern(mask.float(), sparsity)
+    assert_pattern(found, sparsity)
+    assert not found.signbit()[~mask].any()
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_the_search_is_the_alternation_that_its_file_states(sparsity):
-    """Each minimisation by a dense float64 inverse; U is the multiplier itself, V = U / rho."""
+    """Each minimisation by the eigenvectors of the scaled Hessian; U is the multiplier itself, V = U / rho."""
     weight, raw = random_layer(10, 48)
-    pattern, scale = parse_sparsity(sparsity), damped(raw).diagonal().sqrt()
-    hessian, target = damped(raw) / torch.outer(scale, scale), weight.double() * scale
-    sparse, multiplier = target * brute_layer_mask(target.abs(), pattern), torch.zeros_like(target)
-    for iteration in range(ITERATIONS):
-        rho = RHO * RHO_GROWTH ** (iteration // RHO_PERIOD)
-        wanted = target @ hessian + rho * sparse - multiplier
-        dense = wanted @ torch.linalg.inv(hessian + rho * torch.eye(48, dtype=torch.float64))
-        mask = brute_layer_mask((dense + multiplier / rho).abs(), pattern)
-        sparse = (dense + multiplier / rho).masked_fill(~mask, 0)
-        multiplier += rho * (dense - sparse)
-    assert torch.equal(search_mask(weight.double(), DampedHessian(raw, dtype=torch.float64), pattern), mask)
+    pattern, start = parse_sparsity(sparsity), weight.double().flip(0)
+    scale = (damped(raw).diagonal() / torch.linalg.inv(damped(raw)).diagonal()) ** 0.25
+    eigenvalues, vectors = torch.linalg.eigh(damped(raw) / torch.outer(scale, scale))
+    target, sparse, multiplier = weight.double() * scale, start * scale, torch.zeros(10, 48).double()
+    for relaxation in RELAXATIONS:
+        change = sparse - multiplier / RHO - target
+        dense = target + RHO * (change @ vectors / (eigenvalues + RHO)) @ vectors.T
+        relaxed = relaxation * dense + (1 - relaxation) * sparse
+        shifted = relaxed + multiplier / RHO
+        mask = brute_layer_mask(shifted.abs(), pattern)
+        sparse = shifted.masked_fill(~mask, 0)
+        multiplier += RHO * (relaxed - sparse)
+    found, found_mask = search(weight.double(), DampedHessian(raw, dtype=torch.float64), pattern, start)
+    assert torch.equal(found_mask, mask)
+    best = best_on_mask(weight, mask, damped(raw))
+    assert relative_error(weight, found, damped(raw)) <= relative_error(weight, best, damped(raw)) * 1.01
+
+
+def test_a_resolvent_that_float32_cannot_factor_is_found_in_float64(monkeypatch):
+    _, raw = random_layer(1, 32)
+    real = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: (matrix, torch.ones(()).int()))
+    rescued = admm_module._resolvent(raw, 1.0)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", real)
+    torch.testing.assert_close(rescued, admm_module._resolvent(raw.double(), 1.0).float())
 
 
 def test_the_search_of_independent_inputs_is_wanda():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sparsegpt import NM, SparseGPTError, Unstructured, parse_sparsity, prune_weight
 from sparsegpt.hessian import DampedHessian
 from sparsegpt.solvers import METHODS, prune_layer
+from sparsegpt.solvers.sparsegpt import sweep
 
 from .support import (
     assert_pattern,
@@ -37,6 +38,16 @@ def run_oracle(weight, hessian, sparsity, block_size=BLOCK, damping=0.01):
 
 
 # SparseGPT is the optimal brain surgeon
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS)
+def test_the_sweep_knows_its_loss_under_the_damped_hessian(sparsity):
+    weight, raw = random_layer(12, WIDTH)
+    raw[5] = raw[:, 5] = 0  # an input that never fired
+    hessian = DampedHessian(raw, dtype=torch.float64)
+    pruned, _, loss = sweep(weight.double(), hessian, parse_sparsity(sparsity), block_size=32)
+    error = weight.double() - pruned
+    torch.testing.assert_close(loss, (error @ damped(raw) * error).sum())
 
 
 @pytest.mark.parametrize("sparsity", PATTERNS)

@@ -11,8 +11,12 @@ Dimension key: R out_features, C in_features.
 import torch
 from torch import Tensor
 
+from sparsegpt.solvers.products import Multiplier
+
 ITERATIONS = 15
 TOLERANCE = 1e-6
+# Columns of one product of `row_losses`.
+LOSS_BLOCK = 512
 
 
 def refit(
@@ -31,9 +35,30 @@ def refit(
     `tolerance` of where it started. Returns new weights [R, C]; a row that rounding made worse keeps its start.
     """
     start_RC = weight.masked_fill(~mask, 0)
-    weight_RC = start_RC.clone()
+    weight_RC = descend(start_RC, mask, target, hessian, iterations=iterations, tolerance=tolerance)
+    worse_R = row_losses(target - weight_RC, hessian) > row_losses(target - start_RC, hessian)
+    return torch.where(worse_R[:, None], start_RC, weight_RC)
+
+
+def descend(
+    start: Tensor,
+    mask: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    *,
+    iterations: int,
+    tolerance: float = TOLERANCE,
+    quick: bool = False,
+) -> Tensor:
+    """The iterations of `refit` without its last look: from `start`, zero outside the mask, to new weights [R, C].
+
+    quick: products as in `solvers.products`. Then a row can end above its start; the first residual, to which all
+    steps are relative, keeps twice the digits of the Hessian.
+    """
+    weight_RC = start.clone()
     jacobi_C = hessian.diagonal().clamp_min(torch.finfo(hessian.dtype).tiny).reciprocal()
-    residual_RC = ((target - weight_RC) @ hessian).masked_fill(~mask, 0)
+    multiplier = Multiplier(hessian, quick=quick)
+    residual_RC = multiplier.after_finely(target - weight_RC).mul_(mask)
     preconditioned_RC = residual_RC * jacobi_C
     direction_RC = preconditioned_RC.clone()
     energy_R = (residual_RC * preconditioned_RC).sum(1)
@@ -41,21 +66,30 @@ def refit(
     for _ in range(iterations):
         if (energy_R <= floor_R).all():
             break
-        image_RC = (direction_RC @ hessian).masked_fill_(~mask, 0)
+        image_RC = multiplier.after(direction_RC).mul_(mask)
         step_R = _ratio(energy_R, (direction_RC * image_RC).sum(1))
         weight_RC.addcmul_(direction_RC, step_R[:, None])
         residual_RC.addcmul_(image_RC, step_R[:, None], value=-1)
-        preconditioned_RC = residual_RC * jacobi_C
+        torch.mul(residual_RC, jacobi_C, out=preconditioned_RC)
         next_energy_R = (residual_RC * preconditioned_RC).sum(1)
-        direction_RC = preconditioned_RC.addcmul(direction_RC, _ratio(next_energy_R, energy_R)[:, None])
+        direction_RC.mul_(_ratio(next_energy_R, energy_R)[:, None]).add_(preconditioned_RC)
         energy_R = next_energy_R
-    worse_R = row_losses(target - weight_RC, hessian) > row_losses(target - start_RC, hessian)
-    return torch.where(worse_R[:, None], start_RC, weight_RC)
+    return weight_RC
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """diag(error hessian error^T): each row's share of the layer's loss, [R], for error [R, C]."""
-    return ((error @ hessian) * error).sum(1)
+    """diag(error hessian error^T): each row's share of the layer's loss, [R], for error [R, C] and a symmetric Hessian.
+
+    Only the upper block triangle of the Hessian is multiplied; what is off the diagonal counts twice.
+    """
+    losses_R = error.new_zeros(len(error))
+    for start in range(0, error.shape[1], LOSS_BLOCK):
+        block = slice(start, start + LOSS_BLOCK)
+        product_RB = error[:, block] @ hessian[block, block]
+        if start:
+            product_RB.addmm_(error[:, :start], hessian[:start, block], alpha=2)
+        losses_R += (product_RB * error[:, block]).sum(1)
+    return losses_R
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

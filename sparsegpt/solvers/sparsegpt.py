@@ -33,7 +33,17 @@ def sparsegpt(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, bloc
     block_size: columns that share one threshold when the pattern is a fraction; n:m does not depend on it.
     Returns (weight, mask): updated kept weights, exact zeros elsewhere.
     """
-    return _Sweep(weight, hessian, pattern, block_size).run()
+    pruned, mask, _ = sweep(weight, hessian, pattern, block_size=block_size)
+    return pruned, mask
+
+
+def sweep(
+    weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sparsegpt` with the loss under the damped Hessian, which is the sum of all squared errors e_j^2, as a scalar."""
+    job = _Sweep(weight, hessian, pattern, block_size)
+    pruned, mask = job.run()
+    return pruned, mask, job.error_CR.square_().sum()
 
 
 class _Sweep:

@@ -195,7 +195,8 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
         saved = planned.memory.get("activations", 0)
         way_out = "--activations disk" if planned.total("memory") - saved < free else "fewer --samples"
         raise SparseGPTError(
-            f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: give {way_out}"
+            f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: "
+            f"give {way_out}"
         )
     for folder, parts in ((out, ("finished blocks", "result")), (scratch, ("activations",))):
         needed = sum(planned.disk.get(part, 0) for part in parts)
@@ -204,7 +205,8 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
         if needed > left:
             switch = "--scratch" if parts == ("activations",) else "--out"
             raise SparseGPTError(
-                f"the run needs {readable(needed)} of disk in {there} and {readable(left)} are free: give another {switch}"
+                f"the run needs {readable(needed)} of disk in {there} and {readable(left)} are free: "
+                f"give another {switch}"
             )
 
 

@@ -38,11 +38,16 @@ class Route:
         refusal: why this route cannot serve a weight (device, dtype, shape, missing tool), or None.
         prepare: the state kept beside the weight, made on first use.
         run: (state, inputs [T, K] contiguous, bias [N] or None) -> outputs [T, N].
+        swiglu: (state of gate, state of up, inputs [T, K] contiguous) -> silu(x gate^T) * (x up^T) [T, N], where the
+            route has such a kernel.
+        any_shape: run and swiglu take contiguous inputs [..., K] of any number of dimensions.
     """
 
     refusal: Callable[[Packed24], str | None]
     prepare: Callable[[Packed24], Any]
     run: Callable[[Any, Tensor, Tensor | None], Tensor]
+    swiglu: Callable[[Any, Any, Tensor], Tensor] | None = None
+    any_shape: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,12 @@ def _run_portable(weight: Packed24, inputs: Tensor, bias: Tensor | None) -> Tens
     return portable.matmul(weight, inputs, bias)
 
 
+def _swiglu_portable(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
+    from . import portable
+
+    return portable.swiglu(gate, up, inputs)
+
+
 def _refuse_mma_sp(weight: Packed24) -> str | None:
     if weight.values.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return f"mma.sp needs an NVIDIA GPU and Triton; the weight is on {weight.values.device.type}"
@@ -166,11 +177,17 @@ def _run_mma_sp(weight: Fragments, inputs: Tensor, bias: Tensor | None) -> Tenso
     return mma_sp.matmul(weight, inputs, bias)
 
 
+def _swiglu_mma_sp(gate: Fragments, up: Fragments, inputs: Tensor) -> Tensor:
+    from . import mma_sp
+
+    return mma_sp.swiglu(gate, up, inputs)
+
+
 ROUTES: dict[str, Route] = {
     "dense": Route(lambda weight: None, _prepare_dense, _run_dense),
-    "cpu": Route(cpu.refusal, lambda weight: weight, cpu.matmul),
-    "portable": Route(_refuse_portable, lambda weight: weight, _run_portable),
-    "mma_sp": Route(_refuse_mma_sp, to_fragments, _run_mma_sp),
+    "cpu": Route(cpu.refusal, cpu.prepare, cpu.matmul, cpu.swiglu, any_shape=True),
+    "portable": Route(_refuse_portable, lambda weight: weight, _run_portable, _swiglu_portable),
+    "mma_sp": Route(_refuse_mma_sp, to_fragments, _run_mma_sp, _swiglu_mma_sp),
     "cutlass": Route(semi_structured.refuse_cutlass, semi_structured.prepare_cutlass, semi_structured.run_cutlass),
     "cusparselt": Route(
         semi_structured.refuse_cusparselt, semi_structured.prepare_cusparselt, semi_structured.run_cusparselt

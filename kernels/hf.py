@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsegpt.errors import SparseGPTError
 
 from .archive import FORMAT_VERSION, PATTERN, QUANT_METHOD, check_modules, read_packed_config, verify_files
+from .gated import fuse_gated
 from .linear import Sparse24Linear, explain, packed_layers, set_kernels
 from .tensor_files import CHECKSUMS, read_header, tensor_checksum
 
@@ -62,6 +63,7 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         _replace_linears(model, shapes)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        fuse_gated(model)
         logger.info(explain(model))
         return model
 
@@ -72,8 +74,10 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         tensors = _tensors_as_saved(model)
         return None, {CHECKSUMS: json.dumps({name: tensor_checksum(tensor) for name, tensor in tensors.items()})}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Back to dense `nn.Linear` layers (`model.dequantize()`)."""
+        if isinstance(dtype, str):  # the config holds a name once the model has been saved
+            dtype = getattr(torch, dtype)
         for name, layer in packed_layers(model).items():
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)

@@ -27,7 +27,7 @@ from .fragments import Fragments, to_fragments
 from .pack import Packed24
 
 ANY = 1 << 62  # tokens: a forced route serves every call
-_BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time on a CPU: what a last-level cache holds
+BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time on a CPU: what a last-level cache holds
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _run_dense(weight: Packed24 | Tensor, inputs: Tensor, bias: Tensor | None) -
     if isinstance(weight, Tensor):
         return functional.linear(inputs, weight, bias)
     rows, columns = weight.shape
-    block = max(1, _BLOCK_BYTES // max(1, columns * inputs.itemsize))
+    block = max(1, BLOCK_BYTES // max(1, columns * inputs.itemsize))
     if rows <= block:
         return functional.linear(inputs, dense_weight(weight), bias)
     outputs = inputs.new_empty(inputs.shape[0], rows)
@@ -140,8 +140,8 @@ def _run_dense(weight: Packed24 | Tensor, inputs: Tensor, bias: Tensor | None) -
     return outputs
 
 
-def _refuse_portable(weight: Packed24) -> str | None:
-    device, dtype = weight.values.device, weight.values.dtype
+def refuse_portable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the portable Triton kernels cannot multiply in `dtype` on a device, or None."""
     if device.type not in ("cuda", "xpu"):
         return f"Triton kernels need a GPU; the weight is on {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -163,12 +163,13 @@ def _swiglu_portable(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
     return portable.swiglu(gate, up, inputs)
 
 
-def _refuse_mma_sp(weight: Packed24) -> str | None:
-    if weight.values.device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return f"mma.sp needs an NVIDIA GPU and Triton; the weight is on {weight.values.device.type}"
+def refuse_mma_sp(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the mma.sp kernels cannot multiply in `dtype` on a device, or None."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return f"mma.sp needs an NVIDIA GPU and Triton; the weight is on {device.type}"
     from . import mma_sp
 
-    return mma_sp.refusal(weight)
+    return mma_sp.refuse(device, dtype)
 
 
 def _run_mma_sp(weight: Fragments, inputs: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,11 +184,15 @@ def _swiglu_mma_sp(gate: Fragments, up: Fragments, inputs: Tensor) -> Tensor:
     return mma_sp.swiglu(gate, up, inputs)
 
 
+def _asks(refuse: Callable[[torch.device, torch.dtype], str | None]) -> Callable[[Packed24], str | None]:
+    return lambda weight: refuse(weight.values.device, weight.values.dtype)
+
+
 ROUTES: dict[str, Route] = {
     "dense": Route(lambda weight: None, _prepare_dense, _run_dense),
     "cpu": Route(cpu.refusal, cpu.prepare, cpu.matmul, cpu.swiglu, any_shape=True),
-    "portable": Route(_refuse_portable, lambda weight: weight, _run_portable, _swiglu_portable),
-    "mma_sp": Route(_refuse_mma_sp, to_fragments, _run_mma_sp, _swiglu_mma_sp),
+    "portable": Route(_asks(refuse_portable), lambda weight: weight, _run_portable, _swiglu_portable),
+    "mma_sp": Route(_asks(refuse_mma_sp), to_fragments, _run_mma_sp, _swiglu_mma_sp),
     "cutlass": Route(semi_structured.refuse_cutlass, semi_structured.prepare_cutlass, semi_structured.run_cutlass),
     "cusparselt": Route(
         semi_structured.refuse_cusparselt, semi_structured.prepare_cusparselt, semi_structured.run_cusparselt

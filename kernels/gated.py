@@ -51,12 +51,13 @@ def fuse_gated(model: nn.Module) -> int:
 
 def is_gated(module: nn.Module) -> bool:
     """Whether a module is a gated block in the sense of this file whose forward is still its class's own."""
-    from .linear import PackedLinear
+    from .linear import PackedLinear, Sparse24Linear
 
-    parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(part, PackedLinear) for part in parts) or "forward" in module.__dict__:
+    gate, up, down = (module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
+    if type(gate) is not Sparse24Linear or type(up) is not Sparse24Linear or not isinstance(down, PackedLinear):
         return False
-    gate, up = (module.get_submodule(name) for name in ("gate_proj", "up_proj"))
+    if "forward" in module.__dict__ or gate.bias is not None or up.bias is not None:
+        return False
     same = (gate.in_features, gate.out_features) == (up.in_features, up.out_features)
     return same and _is_silu(module._modules.get("act_fn")) and _same_code(type(module).forward)
 

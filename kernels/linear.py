@@ -150,15 +150,16 @@ class Sparse24Linear(PackedLinear):
         plan, buffers = self._plan, self._buffers
         values, meta, bias = buffers["values"], buffers["meta"], buffers["bias"]
         if plan is None or plan.parts[0] is not values or plan.parts[1] is not meta or plan.bias is not bias:
-            packed = Packed24(self.values, self.meta, (self.out_features, self.in_features))
-            parts = (self.values, self.meta)
+            assert values is not None and meta is not None
+            packed = Packed24(values, meta, (self.out_features, self.in_features))
+            parts = (values, meta) if bias is None else (values, meta, bias)
             choice = choose(packed, self._kernels)
-            plan = self._plan = Plan(packed, parts, bias, self.values.dtype, choice, ROUTES, dense_weight)
+            plan = self._plan = Plan(packed, parts, bias, values.dtype, choice, ROUTES, dense_weight)
         return plan
 
 
 class Plan:
-    """What a forward pass needs, worked out once for the tensors that a layer holds."""
+    """What a forward pass needs, worked out once for the tensors `parts` that a layer holds."""
 
     def __init__(
         self,
@@ -171,8 +172,7 @@ class Plan:
         dense: Callable[[Any], Tensor],
     ) -> None:
         self.weight, self.bias, self.dtype, self.choice = weight, bias, dtype, choice
-        self.parts = parts if bias is None else (*parts, bias)
-        self._routes, self._dense = routes, dense
+        self.parts, self._routes, self._dense = parts, routes, dense
         self._states: dict[str, Any] = {}
 
     def dense(self) -> Tensor:

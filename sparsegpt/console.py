@@ -111,11 +111,16 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 
 def print_findings(console: Console, findings: list[TensorFinding]) -> None:
     """The table of `inspect`."""
-    table = Table("weight", "shape", "zeros", "pattern", "holds")
+    table = Table("weight", "shape", "stored", "zeros", "pattern", "holds")
     for finding in findings:
         shape = " x ".join(map(str, finding.shape))
         table.add_row(
-            finding.name, shape, f"{finding.zeros:.2%}", finding.pattern, "yes" if finding.ok else finding.problem
+            finding.name,
+            shape,
+            finding.stored,
+            f"{finding.zeros:.2%}",
+            finding.pattern,
+            "yes" if finding.ok else finding.problem,
         )
     console.print(table)
 

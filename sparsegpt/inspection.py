@@ -6,7 +6,7 @@ described by the patterns that they happen to satisfy.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,15 @@ from torch import Tensor
 
 from sparsegpt.checkpoint import REPORT_NAME
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.archive import QUANT_METHOD, read_packed_config, verify_files
-from sparsegpt.kernels.pack import Packed24, unpack
+from sparsegpt.kernels.archive import (
+    QUANT_METHOD,
+    IntegerValues,
+    packed_module,
+    read_packed_config,
+    read_values,
+    verify_files,
+)
+from sparsegpt.kernels.pack import unpack
 from sparsegpt.kernels.tensor_files import weight_files
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 
@@ -29,7 +36,10 @@ ROUNDING = 0.001
 
 @dataclass(frozen=True)
 class TensorFinding:
-    """One weight matrix. pattern: promised by the report, or found; ok: whether it holds; problem: where it breaks."""
+    """One weight matrix. pattern: promised by the report, or found; ok: whether it holds; problem: where it breaks.
+
+    stored: how the file holds it: its dtype, or "packed" with the dtype or the integers of the kept values.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -37,6 +47,7 @@ class TensorFinding:
     pattern: str
     ok: bool
     problem: str = ""
+    stored: str = ""
 
 
 def inspect_folder(folder: Path) -> list[TensorFinding]:
@@ -50,14 +61,14 @@ def inspect_folder(folder: Path) -> list[TensorFinding]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SparseGPTError(f"{folder} has no safetensors files: expected a model folder, as `run` writes it")
-    packed = _packed_modules(folder)
+    packed, values = _packed_modules(folder)
     promised = _promised_patterns(folder)
     findings = []
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name, weight in _weights(tensors, packed):
-                    findings.append(_examine(name, weight, promised.pop(name, None)))
+                for name, weight, stored in _weights(tensors, packed, values):
+                    findings.append(replace(_examine(name, weight, promised.pop(name, None)), stored=stored))
         except SafetensorError as error:
             raise SparseGPTError(f"{path} is truncated or damaged ({error}): write it again") from error
     if promised:
@@ -65,25 +76,29 @@ def inspect_folder(folder: Path) -> list[TensorFinding]:
     return findings
 
 
-def _packed_modules(folder: Path) -> dict[str, tuple[int, int]]:
-    """Dense shape of each packed module, none for an ordinary folder; checksums are compared first."""
+def _packed_modules(folder: Path) -> tuple[dict[str, tuple[int, int]], IntegerValues | None]:
+    """Dense shape of each packed module, none for an ordinary folder, and how values are stored; checksums first."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
-        return {}
+    settings = config.get("quantization_config", {})
+    if settings.get("quant_method") != QUANT_METHOD:
+        return {}, None
     verify_files(weight_files(folder))
-    return read_packed_config(config["quantization_config"], folder)
+    return read_packed_config(settings, folder), read_values(settings, folder)
 
 
-def _weights(tensors: Any, packed: dict[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
-    """Module name and dense weight of every 2-D weight in an open file."""
+def _weights(
+    tensors: Any, packed: dict[str, tuple[int, int]], values: IntegerValues | None
+) -> Iterator[tuple[str, Tensor, str]]:
+    """Module name, dense weight and form of storage of every 2-D weight in an open file."""
     for key in sorted(tensors.keys()):
         module, _, kind = key.rpartition(".")
-        if kind == "values" and module in packed:
-            form = Packed24(tensors.get_tensor(key), tensors.get_tensor(f"{module}.meta"), packed[module])
-            yield module, unpack(form)
+        if kind == "meta" and module in packed:
+            form = packed_module(tensors.get_tensor, module, packed[module], values)
+            yield module, unpack(form), f"packed {values or str(form.values.dtype).removeprefix('torch.')}"
         elif kind == "weight" and len(tensors.get_slice(key).get_shape()) == 2:
-            yield module, tensors.get_tensor(key)
+            weight = tensors.get_tensor(key)
+            yield module, weight, str(weight.dtype).removeprefix("torch.")
 
 
 def _promised_patterns(folder: Path) -> dict[str, str]:

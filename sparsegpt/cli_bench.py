@@ -100,7 +100,7 @@ def bench_kernels_command(
     device: Device = "auto",
     shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = "14336x4096,4096x14336",
     tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,16,64",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 31,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
 ) -> None:
     """Every 2:4 kernel against the library's dense product: time, bandwidth, speed-up and its ceiling."""

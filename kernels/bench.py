@@ -232,7 +232,7 @@ def _row(
         speedup=seconds["library", dtype] / seconds[key],
         speedup_over_best_dense=best_dense / seconds[key],
         ceiling=dense_bytes / candidate.bytes_read,
-        chosen=name == (choice.few if tokens <= choice.tokens else "dense"),
+        chosen=name == choice.route(tokens),
     )
 
 
@@ -252,7 +252,7 @@ def _routed(weight: Packed24, inputs: Tensor) -> dict[str, _Candidate]:
     """Every route that can serve the weight; on a GPU the dense one is the library's own."""
     found = {}
     for name, route in ROUTES.items():
-        if route.refusal(weight) is None:
+        if name != "resident" and route.refusal(weight) is None:  # a kept dense weight is the library's product
             run = functools.partial(route.run, route.prepare(weight), inputs, None)
             found[name] = _Candidate(run, weight.nbytes)
     return found

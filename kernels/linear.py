@@ -181,7 +181,7 @@ class Plan:
 
     def route(self, tokens: int) -> tuple[Route, Any]:
         """The route for so many tokens and its state."""
-        name = self.choice.few if tokens <= self.choice.tokens else "dense"
+        name = self.choice.route(tokens)
         if name not in self._states:
             self._states[name] = self._routes[name].prepare(self.weight)
         return self._routes[name], self._states[name]
@@ -257,9 +257,9 @@ def explain(model: nn.Module) -> str:
 
 
 def _say(choice: Choice) -> str:
-    if choice.few == "dense":
-        return f"dense ({choice.why})"
-    limit = "" if choice.tokens >= 1 << 62 else f" up to {choice.tokens} tokens, dense above"
+    if choice.few == choice.many:
+        return f"{choice.few} ({choice.why})"
+    limit = "" if choice.tokens >= 1 << 62 else f" up to {choice.tokens} tokens, {choice.many} above"
     return f"{choice.few}{limit} ({choice.why})"
 
 

@@ -109,6 +109,8 @@ struct Offsets {
 };
 const Offsets kOffsets;
 
+AVX512 inline __m256i load_kept(const bf16* values) { return _mm256_loadu_si256((const __m256i*)values); }
+
 // 32 dense 16-bit values from 16 kept ones: each 64-bit lane holds a group's pair, then spreads it. `word` by reference:
 // a broadcast from memory costs no shuffle.
 AVX512 inline __m512i spread(__m256i kept, const uint32_t& word) {

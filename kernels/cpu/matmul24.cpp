@@ -161,16 +161,12 @@ AVX2 void unpack_avx2(const float* values, const uint32_t* meta, float* dense, i
 
 // ---------------------------------------------------------------- AVX-512 with bfloat16 products
 
-AVX512 inline __m512i spread(const bf16* values, const uint32_t& word) {
-  return spread(_mm256_loadu_si256((const __m256i*)values), word);
-}
-
 template <int ROWS, int TOKENS, int STEPS>
 AVX512 inline void add_word(const Problem<bf16, bf16>& p, int64_t n, int64_t first, int64_t w, int step,
                             __m512 (&sums)[ROWS][TOKENS][STEPS]) {
   __m512i dense[ROWS];
   for (int r = 0; r < ROWS; r++) {
-    dense[r] = spread(p.values + (n + r) * p.kept() + 16 * w, p.meta[(n + r) * p.words() + w]);
+    dense[r] = spread(load_kept(p.values + (n + r) * p.kept() + 16 * w), p.meta[(n + r) * p.words() + w]);
   }
   for (int t = 0; t < TOKENS; t++) {
     __m512i inputs = _mm512_loadu_si512(p.inputs + (first + t) * p.columns + 32 * w);
@@ -245,6 +241,16 @@ AVX512 int64_t tiles_dense(const Problem<bf16, bf16>& p, const bf16* dense, int6
                          sums + t * kRows + r);
   return t;
 }
+// sums [tokens, kRows] to their places, eight at once where nothing else is to be done to them.
+AVX512 void put_rows(const Output<bf16>& to, int64_t n, int64_t rows, int64_t tokens, const float* sums) {
+  const bool whole = rows == kRows && !to.gate && !to.bias;
+  for (int64_t t = 0; t < tokens; t++, sums += kRows) {
+    if (whole)
+      _mm_storeu_si128((__m128i*)(to.out + t * to.rows + n), (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(sums)));
+    else
+      for (int64_t r = 0; r < rows; r++) to.put(n + r, t, sums[r]);
+  }
+}
 AVX512 void rows_many(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
   alignas(64) bf16 dense[32 * kWords * kRows] = {};
   std::vector<float> sums(p.tokens * kRows);
@@ -258,20 +264,20 @@ AVX512 void rows_many(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) 
         const uint32_t* meta = p.meta + (n + r) * p.words() + first;
         for (int64_t w = 0; w < words; w++) {
           if (w % 2 == 0) _mm_prefetch((const char*)(values + kRows * p.kept() + 16 * w), _MM_HINT_T1);
-          _mm512_store_si512(dense + 32 * (r * kWords + w), spread(values + 16 * w, meta[w]));
+          _mm512_store_si512(dense + 32 * (r * kWords + w), spread(load_kept(values + 16 * w), meta[w]));
         }
       }
       int64_t t = tiles_dense<6>(p, dense, first, words, sums.data(), 0);
       t = tiles_dense<3>(p, dense, first, words, sums.data(), t);
       tiles_dense<1>(p, dense, first, words, sums.data(), t);
     }
-    for (int64_t t = 0; t < p.tokens; t++)
-      for (int64_t r = 0; r < rows; r++) p.to.put(n + r, t, sums[t * kRows + r]);
+    put_rows(p.to, n, rows, p.tokens, sums.data());
   }
 }
 
 AVX512 void unpack_avx512(const bf16* values, const uint32_t* meta, bf16* dense, int64_t columns) {
-  for (int64_t w = 0; w < columns / 32; w++) _mm512_storeu_si512(dense + 32 * w, spread(values + 16 * w, meta[w]));
+  for (int64_t w = 0; w < columns / 32; w++)
+    _mm512_storeu_si512(dense + 32 * w, spread(load_kept(values + 16 * w), meta[w]));
 }
 #endif  // X86
 
@@ -348,14 +354,13 @@ void sparse24_matmul_f32(const float* values, const uint32_t* meta, const float*
   product<float>(nullptr, nullptr, values, meta, inputs, {out, bias, rows}, columns, tokens, threads, level);
 }
 
-// out = silu(inputs gate^T) * (inputs up^T), both weights of one shape, all bfloat16.
+// out = silu(inputs gate^T) * (inputs up^T), both weights of one shape.
 void sparse24_swiglu_bf16(const bf16* gate_values, const uint32_t* gate_meta, const bf16* values, const uint32_t* meta,
                           const bf16* inputs, bf16* out, int64_t rows, int64_t columns, int64_t tokens, int threads,
                           int level) {
   product<bf16>(gate_values, gate_meta, values, meta, inputs, {out, nullptr, rows}, columns, tokens, threads, level);
 }
 
-// The same in float32.
 void sparse24_swiglu_f32(const float* gate_values, const uint32_t* gate_meta, const float* values, const uint32_t* meta,
                          const float* inputs, float* out, int64_t rows, int64_t columns, int64_t tokens, int threads,
                          int level) {

@@ -124,7 +124,7 @@ def bench_decode_command(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     kernels: Annotated[str, typer.Option(help=KERNEL_NAMES)] = "auto",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in a round.")] = 48,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a round.")] = 48,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
 ) -> None:
     """A whole model generating, batch size 1, packed beside dense: tokens per second and memory."""

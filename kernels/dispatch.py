@@ -46,8 +46,8 @@ class Route:
         any_shape: run and swiglu take contiguous inputs [..., K] of any number of dimensions.
     """
 
-    refusal: Callable[[Packed24], str | None]
-    prepare: Callable[[Packed24], Any]
+    refusal: Callable[[Any], str | None]  # Any: a packed weight, or the form that a layer of integers has
+    prepare: Callable[[Any], Any]
     run: Callable[[Any, Tensor, Tensor | None], Tensor]
     swiglu: Callable[[Any, Any, Tensor], Tensor] | None = None
     any_shape: bool = False

@@ -29,7 +29,7 @@ from .quantized import Quantized24, dequantize
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tokens up to which the CPU kernel for integer values is chosen by itself (AVX-512 with bfloat16; see BENCHMARKS.md).
-_CPU_TOKENS = 16
+_CPU_TOKENS = 48
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Measurements of the kernels: one product at a time, and a whole packed model generating beside its dense form.
 
-    microseconds   best round on a CPU (the least disturbed by others), median on a GPU; candidates take turns
+    microseconds   median over the rounds, in which the candidates take turns; on a CPU over those rounds in which no
+                   thread of the process lost its core to another (the best round when there is none)
     GB/s           bytes of the weight that the candidate reads / time; `bandwidth` is what a plain copy reaches here
     speedup        dense library time in the same dtype / candidate's time, of the same run
     ceiling        dense bytes / packed bytes: the most that reading less can give over a dense kernel bound by memory
@@ -15,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import cpu
 from .dispatch import ROUTES, choose
 from .pack import Packed24, packed_shapes, unpack
 from .quantized import quantize
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 SHAPES = ((14336, 4096), (4096, 14336))
 TOKENS = (1, 4, 16, 64)
@@ -79,7 +87,7 @@ def bench_kernels(
     shapes: Iterable[tuple[int, int]] = SHAPES,
     tokens: Iterable[int] = TOKENS,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
-    rounds: int = 15,
+    rounds: int = 31,
     copy_bytes: int = 1 << 28,
 ) -> KernelBench:
     """Time the library's dense product and every route that can serve, for each shape, dtype and number of tokens."""
@@ -104,9 +112,12 @@ def bench_decode(
     kernels: str = "auto",
     new_tokens: int = 48,
     prompt_tokens: int = 8,
-    rounds: int = 4,
+    rounds: int = 6,
 ) -> list[DecodeRow]:
-    """Greedy generation with batch size 1 from a dense folder and from its packed form, taking turns."""
+    """Greedy generation with batch size 1 from a dense folder and from its packed form, taking turns.
+
+    Each token after the first is timed; tokens per second are one over the typical time (`typical_seconds`).
+    """
     from transformers import AutoModelForCausalLM
 
     from .hf import load_packed
@@ -125,27 +136,41 @@ def bench_decode(
             _force(models[name], kernels)
         _generate(models[name], prompt_tokens, new_tokens)  # warms up: builds, chooses, allocates
         peaks[name] = _peak_since(device, before)
-    runs = {name: _generation(model, prompt_tokens, new_tokens) for name, model in models.items()}
-    seconds = time_in_turns(runs, torch.device("cpu"), rounds)  # generation ends with the tokens on the host
+    steps: dict[str, list[tuple[float, bool]]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            steps[name] += _generate(model, prompt_tokens, new_tokens)
+    seconds = {name: typical_seconds(times) for name, times in steps.items()}
     return [
-        DecodeRow(name, new_tokens / seconds[name], seconds["dense"] / seconds[name], _bytes_of(model), peaks[name])
+        DecodeRow(name, 1 / seconds[name], seconds["dense"] / seconds[name], _bytes_of(model), peaks[name])
         for name, model in models.items()
     ]
 
 
 def time_in_turns(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
     """Seconds of each run: the candidates take turns, so that what disturbs the machine disturbs them alike."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[str, list[tuple[float, bool]]] = {name: [] for name in runs}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for round_ in range(rounds + 1):  # the first round warms up
         for name, run in runs.items():
             if flush is not None:
                 flush.zero_()  # a weight read again and again would come from the GPU's cache
+            before = _preemptions()
             seconds = _time_once(run, device)
             if round_:
-                taken[name].append(seconds)
-    pick: Callable[[list[float]], float] = min if device.type == "cpu" else _median
-    return {name: pick(times) for name, times in taken.items()}
+                taken[name].append((seconds, device.type == "cpu" and _preemptions() > before))
+    return {name: typical_seconds(times) for name, times in taken.items()}
+
+
+def typical_seconds(times: Sequence[tuple[float, bool]]) -> float:
+    """Median of the seconds of undisturbed rounds of [(seconds, disturbed)]; the best round when all were disturbed."""
+    calm = sorted(seconds for seconds, disturbed in times if not disturbed)
+    return calm[len(calm) // 2] if calm else min(seconds for seconds, _ in times)
+
+
+def _preemptions() -> int:
+    """How often a thread of this process has lost its core while it wanted to run; 0 where nobody counts."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
@@ -214,7 +239,7 @@ def _row(
         speedup=seconds["library", dtype] / seconds[key],
         speedup_over_best_dense=best_dense / seconds[key],
         ceiling=dense_bytes / candidate.bytes_read,
-        chosen=name == (choice.few if tokens <= choice.tokens else "dense"),
+        chosen=name == choice.route(tokens),
     )
 
 
@@ -234,14 +259,21 @@ def _routed(weight: Packed24, inputs: Tensor) -> dict[str, _Candidate]:
     """Every route that can serve the weight; on a GPU the dense one is the library's own."""
     found = {}
     for name, route in ROUTES.items():
-        if route.refusal(weight) is None:
+        if name != "resident" and route.refusal(weight) is None:  # a kept dense weight is the library's product
             run = functools.partial(route.run, route.prepare(weight), inputs, None)
             found[name] = _Candidate(run, weight.nbytes)
     return found
 
 
 def _integer(weight: Packed24, inputs: Tensor) -> dict[str, _Candidate]:
-    """int8 and int4 values through the Triton kernels, on a GPU that runs them."""
+    """int8 and int4 values through the kernels that take them here."""
+    if weight.values.device.type == "cpu":
+        forms = {bits: quantize(weight, bits) for bits in (8, 4)}
+        return {
+            f"cpu int{bits}": _Candidate(functools.partial(cpu.matmul_integer, small, inputs), small.nbytes)
+            for bits, small in forms.items()
+            if cpu.refuse_integer(small, inputs.dtype) is None
+        }
     if ROUTES["portable"].refusal(weight) is not None or inputs.dtype == torch.float32:
         return {}
     from . import mma_sp, mma_sp_int4, portable
@@ -270,24 +302,25 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _median(times: list[float]) -> float:
-    return sorted(times)[len(times) // 2]
-
-
 def _force(model: Any, kernels: str) -> None:
     from .linear import set_kernels
 
     set_kernels(model, kernels)
 
 
-def _generation(model: Any, prompt_tokens: int, new_tokens: int) -> Callable[[], object]:
-    return lambda: _generate(model, prompt_tokens, new_tokens)
+def _generate(model: Any, prompt_tokens: int, new_tokens: int) -> list[tuple[float, bool]]:
+    """(seconds, disturbed) of each token that one generation makes after its first, which includes the prompt."""
+    marks: list[tuple[float, int]] = []
 
+    def mark(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        marks.append((time.perf_counter(), _preemptions()))
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
-def _generate(model: Any, prompt_tokens: int, new_tokens: int) -> object:
     prompt = torch.arange(2, 2 + prompt_tokens, device=model.device)[None]
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings).tolist()
+    # transformers calls the criteria once a token, and reads the answer on the host: a GPU has finished by then
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=[mark], **settings)
+    return [(end - start, late > early) for (start, early), (end, late) in pairwise(marks)]
 
 
 def _bytes_of(model: Any) -> int:

@@ -4,6 +4,8 @@
     more tokens, or no route that won: dense, the library's matmul on the weight decompressed for the call (on a CPU
         block by block of rows, so that the dense weight never leaves the cache; on a GPU it is decompressed once and
         kept, 25/16 of the dense memory)
+    asked for by `resident`: as above, but the dense weight is decompressed once and kept on a CPU as well, 25/16 of the
+        dense memory in 16 bits; then many tokens cost what they cost the dense model
 
 Dense is always a candidate. A sparse route is chosen by itself only where a row of `MEASURED` says that it was faster;
 no GPU kernel of ours has been measured on a GPU yet, so on CUDA the automatic choice is dense and the sparse routes are
@@ -27,7 +29,8 @@ from .fragments import Fragments, to_fragments
 from .pack import Packed24
 
 ANY = 1 << 62  # tokens: a forced route serves every call
-_BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time on a CPU: what a last-level cache holds
+_TILE_ROWS = 64
+BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time on a CPU: what a last-level cache holds
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,30 @@ class Route:
         refusal: why this route cannot serve a weight (device, dtype, shape, missing tool), or None.
         prepare: the state kept beside the weight, made on first use.
         run: (state, inputs [T, K] contiguous, bias [N] or None) -> outputs [T, N].
+        swiglu: (state of gate, state of up, inputs [T, K] contiguous) -> silu(x gate^T) * (x up^T) [T, N], where the
+            route has such a kernel.
+        any_shape: run and swiglu take contiguous inputs [..., K] of any number of dimensions.
     """
 
-    refusal: Callable[[Packed24], str | None]
-    prepare: Callable[[Packed24], Any]
+    refusal: Callable[[Any], str | None]  # Any: a packed weight, or the form that a layer of integers has
+    prepare: Callable[[Any], Any]
     run: Callable[[Any, Tensor, Tensor | None], Tensor]
+    swiglu: Callable[[Any, Any, Tensor], Tensor] | None = None
+    any_shape: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Route `few` up to `tokens` tokens, dense above; `why` is one clause for the user."""
+    """Route `few` up to `tokens` tokens, route `many` above; `why` is one clause for the user."""
 
     few: str
     tokens: int
     why: str
+    many: str = "dense"
+
+    def route(self, tokens: int) -> str:
+        """The route for so many tokens."""
+        return self.few if tokens <= self.tokens else self.many
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,8 @@ class Measured:
     """One result: on this device and dtype, for weights of at most `weights` elements, `route` wins to `tokens` tokens.
 
     `path` is the CPU path it was measured on (cpu.LEVELS) or "cuda"; `ratio` is dense time / sparse time for
-    one token. The first row that fits decides.
+    one token. `resident_tokens` is up to where it also beats a dense weight that is kept. The first row that fits
+    decides.
     """
 
     device: str
@@ -68,17 +82,19 @@ class Measured:
     weights: int
     route: str
     tokens: int
+    resident_tokens: int
     ratio: str
 
 
-# CPU rows: two cores of an AMD EPYC (Zen 5), torch 2.13, candidates taking turns. `tokens` is where the decompressing
-# route catches up, over shapes from 288 x 288 to 14336 x 4096; `ratio` is over torch's linear on the dense weight. The
-# AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
+# CPU rows: AMD EPYC (Zen 5), torch 2.13, candidates taking turns, shapes from 576 x 1536 to 14336 x 4096 (tables in
+# BENCHMARKS.md). `tokens` is where the decompressing route catches up; `ratio` is over torch's linear on the dense
+# weight. The AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
 MEASURED = (
-    Measured("cpu", "avx512_bf16", torch.bfloat16, 1 << 17, "cpu", 48, "2.3 to 2.8"),
-    Measured("cpu", "avx512_bf16", torch.bfloat16, ANY, "cpu", 24, "3.1 to 5.2"),
-    Measured("cpu", "avx512_bf16", torch.float32, ANY, "cpu", 24, "1.2 to 5.4"),
-    Measured("cpu", "avx2", torch.float32, ANY, "cpu", 24, "1.2 to 5.4"),
+    Measured("cpu", "avx512_bf16", torch.bfloat16, ANY, "cpu", 256, 64, "2.2 to 5.5"),
+    Measured("cpu", "avx512_bf16", torch.float32, 1 << 20, "cpu", 8, 4, "0.9 to 1.2"),
+    Measured("cpu", "avx512_bf16", torch.float32, ANY, "cpu", 20, 16, "1.2 to 5.4"),
+    Measured("cpu", "avx2", torch.float32, 1 << 20, "cpu", 8, 4, "0.9 to 1.2"),
+    Measured("cpu", "avx2", torch.float32, ANY, "cpu", 20, 16, "1.2 to 5.4"),
 )
 
 
@@ -88,8 +104,8 @@ def choose(weight: Packed24, kernels: str = "auto") -> Choice:
     Raises:
         SparseGPTError: `kernels` is not one of KERNELS, or names a route that cannot serve this weight.
     """
-    if kernels == "auto":
-        return _choose_measured(weight)
+    if kernels in ("auto", "resident"):
+        return _choose_measured(weight, "dense" if kernels == "auto" else kernels)
     if kernels not in ROUTES:
         raise SparseGPTError(f"kernels: expected one of {', '.join(KERNELS)}; found {kernels!r}")
     reason = ROUTES[kernels].refusal(weight)
@@ -103,26 +119,32 @@ def dense_weight(weight: Packed24) -> Tensor:
     return cpu.unpack_fast(weight)
 
 
-def _choose_measured(weight: Packed24) -> Choice:
+def _choose_measured(weight: Packed24, many: str) -> Choice:
     device, dtype = weight.values.device, weight.values.dtype
     path = cpu.machine_level() if device.type == "cpu" else device.type
     size = weight.shape[0] * weight.shape[1]
     for row in MEASURED:
         same = (row.device, row.path, row.dtype) == (device.type, path, dtype)
         if same and size <= row.weights and ROUTES[row.route].refusal(weight) is None:
-            return Choice(row.route, row.tokens, f"measured {row.ratio} times dense for one token on {path}")
-    return Choice("dense", ANY, f"no sparse kernel has been measured faster on {path or 'this CPU'} in {dtype}")
+            limit = row.resident_tokens if many == "resident" else row.tokens
+            return Choice(row.route, limit, f"measured {row.ratio} times dense for one token on {path}", many)
+    return Choice(many, ANY, f"no sparse kernel has been measured faster on {path or 'this CPU'} in {dtype}")
 
 
 def _prepare_dense(weight: Packed24) -> Packed24 | Tensor:
     return weight if weight.values.device.type == "cpu" else dense_weight(weight)
 
 
+def block_rows(row_bytes: int) -> int:
+    """Rows decompressed at a time: whole tiles of the library's product, which loses on odd numbers of rows."""
+    return max(1, BLOCK_BYTES // max(1, row_bytes) // _TILE_ROWS) * _TILE_ROWS
+
+
 def _run_dense(weight: Packed24 | Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(weight, Tensor):
         return functional.linear(inputs, weight, bias)
     rows, columns = weight.shape
-    block = max(1, _BLOCK_BYTES // max(1, columns * inputs.itemsize))
+    block = block_rows(columns * inputs.itemsize)
     if rows <= block:
         return functional.linear(inputs, dense_weight(weight), bias)
     outputs = inputs.new_empty(inputs.shape[0], rows)
@@ -135,8 +157,8 @@ def _run_dense(weight: Packed24 | Tensor, inputs: Tensor, bias: Tensor | None) -
     return outputs
 
 
-def _refuse_portable(weight: Packed24) -> str | None:
-    device, dtype = weight.values.device, weight.values.dtype
+def refuse_portable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the portable Triton kernels cannot multiply in `dtype` on a device, or None."""
     if device.type not in ("cuda", "xpu"):
         return f"Triton kernels need a GPU; the weight is on {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -152,12 +174,19 @@ def _run_portable(weight: Packed24, inputs: Tensor, bias: Tensor | None) -> Tens
     return portable.matmul(weight, inputs, bias)
 
 
-def _refuse_mma_sp(weight: Packed24) -> str | None:
-    if weight.values.device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return f"mma.sp needs an NVIDIA GPU and Triton; the weight is on {weight.values.device.type}"
+def _swiglu_portable(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
+    from . import portable
+
+    return portable.swiglu(gate, up, inputs)
+
+
+def refuse_mma_sp(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the mma.sp kernels cannot multiply in `dtype` on a device, or None."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return f"mma.sp needs an NVIDIA GPU and Triton; the weight is on {device.type}"
     from . import mma_sp
 
-    return mma_sp.refusal(weight)
+    return mma_sp.refuse(device, dtype)
 
 
 def _run_mma_sp(weight: Fragments, inputs: Tensor, bias: Tensor | None) -> Tensor:
@@ -166,11 +195,22 @@ def _run_mma_sp(weight: Fragments, inputs: Tensor, bias: Tensor | None) -> Tenso
     return mma_sp.matmul(weight, inputs, bias)
 
 
+def _swiglu_mma_sp(gate: Fragments, up: Fragments, inputs: Tensor) -> Tensor:
+    from . import mma_sp
+
+    return mma_sp.swiglu(gate, up, inputs)
+
+
+def _asks(refuse: Callable[[torch.device, torch.dtype], str | None]) -> Callable[[Packed24], str | None]:
+    return lambda weight: refuse(weight.values.device, weight.values.dtype)
+
+
 ROUTES: dict[str, Route] = {
     "dense": Route(lambda weight: None, _prepare_dense, _run_dense),
-    "cpu": Route(cpu.refusal, lambda weight: weight, cpu.matmul),
-    "portable": Route(_refuse_portable, lambda weight: weight, _run_portable),
-    "mma_sp": Route(_refuse_mma_sp, to_fragments, _run_mma_sp),
+    "resident": Route(lambda weight: None, dense_weight, _run_dense),
+    "cpu": Route(cpu.refusal, cpu.prepare, cpu.matmul, cpu.swiglu, any_shape=True),
+    "portable": Route(_asks(refuse_portable), lambda weight: weight, _run_portable, _swiglu_portable),
+    "mma_sp": Route(_asks(refuse_mma_sp), to_fragments, _run_mma_sp, _swiglu_mma_sp),
     "cutlass": Route(semi_structured.refuse_cutlass, semi_structured.prepare_cutlass, semi_structured.run_cutlass),
     "cusparselt": Route(
         semi_structured.refuse_cusparselt, semi_structured.prepare_cusparselt, semi_structured.run_cusparselt

@@ -24,27 +24,41 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsegpt.errors import SparseGPTError
 
-from .archive import FORMAT_VERSION, PATTERN, QUANT_METHOD, check_modules, read_packed_config, verify_files
-from .linear import Sparse24Linear, explain, packed_layers, set_kernels
+from .archive import (
+    FORMAT_VERSION,
+    PATTERN,
+    QUANT_METHOD,
+    IntegerValues,
+    check_modules,
+    read_packed_config,
+    read_values,
+    verify_files,
+)
+from .gated import fuse_gated
+from .linear import PackedLinear, Sparse24Linear, explain, packed_layers, set_kernels
+from .quantized_linear import Quantized24Linear
 from .tensor_files import CHECKSUMS, read_header, tensor_checksum
 
 logger = logging.getLogger("sparsegpt.kernels")
 
 
 class Sparse24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
-    """The `quantization_config` of a packed folder: format version, pattern, {module name: dense shape}."""
+    """The `quantization_config` of a packed folder: format version, pattern, {module name: dense shape}, values."""
 
     def __init__(
         self,
         modules: Mapping[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
         pattern: str = PATTERN,
+        values: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.pattern = pattern
         self.modules = {name: list(shape) for name, shape in (modules or {}).items()}
+        if values is not None:
+            self.values = dict(values)
 
 
 class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped here
@@ -54,14 +68,18 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse another format version before anything is built."""
-        read_packed_config(self.quantization_config.to_dict(), "packed model")
+        settings = self.quantization_config.to_dict()
+        read_packed_config(settings, "packed model")
+        read_values(settings, "packed model")
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        shapes = read_packed_config(self.quantization_config.to_dict(), "packed model")
-        _check_files(kwargs.get("checkpoint_files") or [], shapes)
-        _replace_linears(model, shapes)
+        settings = self.quantization_config.to_dict()
+        shapes, values = read_packed_config(settings, "packed model"), read_values(settings, "packed model")
+        _check_files(kwargs.get("checkpoint_files") or [], shapes, values)
+        _replace_linears(model, shapes, values)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        fuse_gated(model)
         logger.info(explain(model))
         return model
 
@@ -72,8 +90,11 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         tensors = _tensors_as_saved(model)
         return None, {CHECKSUMS: json.dumps({name: tensor_checksum(tensor) for name, tensor in tensors.items()})}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Back to dense `nn.Linear` layers (`model.dequantize()`)."""
+        if isinstance(dtype, str):  # the config holds a name once the model has been saved
+            dtype = getattr(torch, dtype)
+        dtype = dtype or model.dtype
         for name, layer in packed_layers(model).items():
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
@@ -116,15 +137,15 @@ def load_packed(folder: str | Path, *, kernels: str = "auto", **kwargs: Any) -> 
     return model
 
 
-def _check_files(paths: list[str], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Every checksum, and that each packed module has both its tensors, before transformers reads one."""
+def _check_files(paths: list[str], shapes: Mapping[str, tuple[int, int]], values: IntegerValues | None) -> None:
+    """Every checksum, and that each packed module has all its tensors, before transformers reads one."""
     files = {name: Path(path) for path in paths for name in read_header(Path(path)).entries}
     verify_files(files)
     if paths:
-        check_modules(files, shapes, Path(paths[0]).parent)
+        check_modules(files, shapes, Path(paths[0]).parent, values)
 
 
-def _replace_linears(model: Any, shapes: Mapping[str, tuple[int, int]]) -> None:
+def _replace_linears(model: Any, shapes: Mapping[str, tuple[int, int]], values: IntegerValues | None) -> None:
     found = set()
     for name, module in list(model.named_modules()):
         listed = _listed_name(name, model.base_model_prefix, shapes) if isinstance(module, nn.Linear) else None
@@ -132,13 +153,19 @@ def _replace_linears(model: Any, shapes: Mapping[str, tuple[int, int]]) -> None:
             continue
         if (module.out_features, module.in_features) != shapes[listed]:
             raise SparseGPTError(f"{name}: packed as {shapes[listed]}, the model's config says {module}")
-        dtype, bias = module.weight.dtype, module.bias is not None
-        packed = Sparse24Linear(module.in_features, module.out_features, bias, dtype=dtype, device="meta")
-        model.set_submodule(name, packed)
+        model.set_submodule(name, _empty_layer(module, values))
         found.add(listed)
     if len(found) < len(shapes):
         missing = sorted(set(shapes) - found)[0]
         raise SparseGPTError(f"packed module {missing}: {type(model).__name__} has no such Linear; unpack the folder")
+
+
+def _empty_layer(linear: nn.Linear, values: IntegerValues | None) -> PackedLinear:
+    """A packed layer on the meta device, to be loaded."""
+    size, dtype = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight.dtype
+    if values is None:
+        return Sparse24Linear(*size, dtype=dtype, device="meta")
+    return Quantized24Linear(*size, bits=values.bits, group_size=values.group_size, dtype=dtype, device="meta")
 
 
 def _listed_name(name: str, prefix: str, shapes: Mapping[str, tuple[int, int]]) -> str | None:

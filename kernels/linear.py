@@ -5,7 +5,7 @@ the weight itself does not train: unpack the model for that"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,23 +13,100 @@ from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
 
-from .dispatch import KERNELS, ROUTES, Choice, choose, dense_weight
+from .dispatch import KERNELS, ROUTES, Choice, Route, choose, dense_weight
+from .gated import fuse_gated
 from .pack import GROUP, Packed24, first_violation, pack, packed_shapes
 
 
-class Sparse24Linear(nn.Module):
+class PackedLinear(nn.Module):
+    """What linear layers with packed weights share: the choice of kernels, the checks, the gradient for the input.
+
+    Input [..., in_features], any number of leading dimensions, any strides. A subclass has the buffers and `_current`.
+    Raises SparseGPTError for an unknown `kernels` and for inputs of another width, dtype or device.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, kernels: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self._plan: Plan | None = None
+        self.kernels = kernels
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels may serve: "auto" or the name of one."""
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, kernels: str) -> None:
+        if kernels not in KERNELS:
+            raise SparseGPTError(f"kernels: expected one of {', '.join(KERNELS)}; found {kernels!r}")
+        self._kernels = kernels
+        self._plan = None
+
+    @property
+    def choice(self) -> Choice:
+        """The route chosen for this layer where it now lies, and why."""
+        return self._current().choice
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [out, in], decompressed on every access."""
+        return self._current().dense()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        plan, input = self.planned(input)
+        if input.requires_grad and torch.is_grad_enabled():
+            output: Tensor = _PackedProduct.apply(input, plan, *plan.parts)  # type: ignore[no-untyped-call]
+            return output
+        return plan.multiply(input)
+
+    def planned(self, input: Tensor) -> tuple[Plan, Tensor]:
+        """What serves this input, and the input as it takes it; raises SparseGPTError for one that does not fit."""
+        plan = self._current(input.dtype)
+        for tensor in plan.parts:
+            if tensor.requires_grad:
+                raise SparseGPTError(
+                    "a packed 2:4 layer does not train its weight or bias; unpack the model for training"
+                )
+        if input.ndim == 0 or input.shape[-1] != self.in_features:
+            raise SparseGPTError(f"expected inputs [..., {self.in_features}]; found {tuple(input.shape)}")
+        if input.dtype != plan.dtype and torch.is_autocast_enabled(input.device.type):
+            input = input.to(plan.dtype)
+        if input.dtype != plan.dtype or input.device != plan.parts[0].device:
+            raise SparseGPTError(
+                f"expected inputs in {plan.dtype} on {plan.parts[0].device}; found {input.dtype} on {input.device}: "
+                "cast or move them, or the layer"
+            )
+        return plan, input
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # worked out anew by whoever copies or loads the layer
+
+    def extra_repr(self) -> str:
+        """Shape, bias and kernels, for printing."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, kernels={self._kernels}"
+        )
+
+    def _current(self, dtype: torch.dtype | None = None) -> Plan:
+        """The plan for inputs of `dtype`, renewed when a buffer was replaced (loading, moving, casting)."""
+        raise NotImplementedError
+
+
+class Sparse24Linear(PackedLinear):
     """`torch.nn.Linear` on a packed weight.
 
     Buffers: values [out, Kp / 2] floating point, meta [out, Kp / 32] int32, bias [out] or None (format: pack.py).
-    Input [..., in_features] of the dtype of `values`, any number of leading dimensions, any strides; under autocast the
-    input is cast to that dtype. Created with zeros: load a state dict or use `from_linear`.
-
-    Raises SparseGPTError for in_features not divisible by 4, an unknown `kernels`, inputs of another dtype or device.
+    Inputs have the dtype of `values`; under autocast they are cast to it. Created with zeros: load a state dict or use
+    `from_linear`. Raises SparseGPTError for in_features not divisible by 4.
     """
 
     values: Tensor
     meta: Tensor
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -41,15 +118,12 @@ class Sparse24Linear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, kernels)
         values_shape, meta_shape = packed_shapes((out_features, in_features))
-        self.in_features, self.out_features = in_features, out_features
         self.register_buffer("values", torch.zeros(values_shape, dtype=dtype, device=device))
         # 0x44444444: every group keeps positions 0 and 1
         self.register_buffer("meta", torch.full(meta_shape, 0x44444444, dtype=torch.int32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
-        self._plan: _Plan | None = None
-        self.kernels = kernels
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, kernels: str = "auto", name: str = "weight") -> Sparse24Linear:
@@ -66,113 +140,78 @@ class Sparse24Linear(nn.Module):
         return layer
 
     @property
-    def kernels(self) -> str:
-        """Which kernels may serve: "auto" or the name of one."""
-        return self._kernels
-
-    @kernels.setter
-    def kernels(self, kernels: str) -> None:
-        if kernels not in KERNELS:
-            raise SparseGPTError(f"kernels: expected one of {', '.join(KERNELS)}; found {kernels!r}")
-        self._kernels = kernels
-        self._plan = None
-
-    @property
     def packed(self) -> Packed24:
         """The weight in packed form (the buffers themselves)."""
-        return self._current().packed
+        packed: Packed24 = self._current().weight
+        return packed
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight [out, in], decompressed on every access."""
-        return dense_weight(self.packed)
-
-    @property
-    def choice(self) -> Choice:
-        """The route chosen for this layer where it now lies, and why."""
-        return self._current().choice
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        plan = self._current()
-        input = self._checked(input, plan)
-        if input.requires_grad and torch.is_grad_enabled():
-            output: Tensor = _PackedLinear.apply(input, plan.packed.values, plan.packed.meta, plan)  # type: ignore[no-untyped-call]
-            return output
-        return plan.multiply(input)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # worked out anew by whoever copies or loads the layer
-
-    def extra_repr(self) -> str:
-        """Shape, bias and kernels, for printing."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, kernels={self._kernels}"
-        )
-
-    def _current(self) -> _Plan:
-        """The plan, renewed when a buffer was replaced (loading, moving, casting)."""
+    def _current(self, dtype: torch.dtype | None = None) -> Plan:
         # the dictionary itself: a buffer's attribute look-up costs a tenth of a small product
         plan, buffers = self._plan, self._buffers
         values, meta, bias = buffers["values"], buffers["meta"], buffers["bias"]
-        if plan is None or plan.packed.values is not values or plan.packed.meta is not meta or plan.bias is not bias:
-            packed = Packed24(self.values, self.meta, (self.out_features, self.in_features))
-            plan = self._plan = _Plan(packed, bias, choose(packed, self._kernels))
+        if plan is None or plan.parts[0] is not values or plan.parts[1] is not meta or plan.bias is not bias:
+            assert values is not None and meta is not None
+            packed = Packed24(values, meta, (self.out_features, self.in_features))
+            parts = (values, meta) if bias is None else (values, meta, bias)
+            choice = choose(packed, self._kernels)
+            plan = self._plan = Plan(packed, parts, bias, values.dtype, choice, ROUTES, dense_weight)
         return plan
 
-    def _checked(self, input: Tensor, plan: _Plan) -> Tensor:
-        values, bias = plan.packed.values, plan.bias
-        if values.requires_grad or (bias is not None and bias.requires_grad):
-            raise SparseGPTError("a packed 2:4 layer does not train its weight or bias; unpack the model for training")
-        if input.ndim == 0 or input.shape[-1] != self.in_features:
-            raise SparseGPTError(f"expected inputs [..., {self.in_features}]; found {tuple(input.shape)}")
-        if input.dtype != values.dtype and torch.is_autocast_enabled(input.device.type):
-            input = input.to(values.dtype)
-        if input.dtype != values.dtype or input.device != values.device:
-            raise SparseGPTError(
-                f"expected inputs in {values.dtype} on {values.device}; found {input.dtype} on {input.device}: "
-                "cast or move them, or the layer"
-            )
-        return input
 
+class Plan:
+    """What a forward pass needs, worked out once for the tensors `parts` that a layer holds."""
 
-class _Plan:
-    """What a forward pass needs, worked out once for the tensors that a layer holds."""
-
-    def __init__(self, packed: Packed24, bias: Tensor | None, choice: Choice) -> None:
-        self.packed, self.bias, self.choice = packed, bias, choice
+    def __init__(
+        self,
+        weight: Any,
+        parts: tuple[Tensor, ...],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        choice: Choice,
+        routes: Mapping[str, Route],
+        dense: Callable[[Any], Tensor],
+    ) -> None:
+        self.weight, self.bias, self.dtype, self.choice = weight, bias, dtype, choice
+        self.parts, self._routes, self._dense = parts, routes, dense
         self._states: dict[str, Any] = {}
+
+    def dense(self) -> Tensor:
+        """The decompressed weight [N, K]."""
+        return self._dense(self.weight)
+
+    def route(self, tokens: int) -> tuple[Route, Any]:
+        """The route for so many tokens and its state."""
+        name = self.choice.route(tokens)
+        if name not in self._states:
+            self._states[name] = self._routes[name].prepare(self.weight)
+        return self._routes[name], self._states[name]
 
     def multiply(self, input: Tensor) -> Tensor:
         """[..., in_features] of the right dtype and device -> [..., out_features]."""
-        rows, columns = self.packed.shape
-        shape = input.shape
-        inputs_TK = (input if len(shape) == 2 else input.reshape(-1, columns)).contiguous()
-        tokens = inputs_TK.shape[0]
+        rows, columns = self.weight.shape
+        tokens = input.numel() // columns if columns else 0
         if tokens == 0:
-            return input.new_empty(*shape[:-1], rows)
-        name = self.choice.few if tokens <= self.choice.tokens else "dense"
-        route = ROUTES[name]
-        if name not in self._states:
-            self._states[name] = route.prepare(self.packed)
-        outputs_TN = route.run(self._states[name], inputs_TK, self.bias)
-        return outputs_TN if len(shape) == 2 else outputs_TN.reshape(*shape[:-1], rows)
+            return input.new_empty(*input.shape[:-1], rows)
+        route, state = self.route(tokens)
+        if route.any_shape or input.ndim == 2:
+            return route.run(state, input.contiguous(), self.bias)
+        outputs_TN = route.run(state, input.reshape(-1, columns).contiguous(), self.bias)
+        return outputs_TN.reshape(*input.shape[:-1], rows)
 
 
-class _PackedLinear(torch.autograd.Function):
+class _PackedProduct(torch.autograd.Function):
     """Forward through the chosen kernel, backward for the input through the decompressed weight."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, values: Tensor, meta: Tensor, plan: _Plan) -> Tensor:
-        ctx.save_for_backward(values, meta)
-        ctx.shape = plan.packed.shape
+    def forward(ctx: Any, input: Tensor, plan: Plan, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.plan = plan
         return plan.multiply(input)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        values, meta = ctx.saved_tensors
-        return grads[0] @ dense_weight(Packed24(values, meta, ctx.shape)), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = ctx.saved_tensors  # looked up for torch's check that nobody has written to them since
+        return grads[0] @ ctx.plan.dense(), None, *(None for _ in parts)
 
 
 def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str] = ("lm_head",)) -> list[str]:
@@ -188,6 +227,7 @@ def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str]
             if weight.shape[1] % GROUP == 0 and first_violation(weight) is None:
                 model.set_submodule(name, Sparse24Linear.from_linear(module, kernels=kernels, name=name))
                 replaced.append(name)
+    fuse_gated(model)
     return replaced
 
 
@@ -203,9 +243,9 @@ def set_kernels(model: nn.Module, kernels: str) -> int:
     return len(layers)
 
 
-def packed_layers(model: nn.Module) -> dict[str, Sparse24Linear]:
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """{name: layer} of the packed layers of a model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def explain(model: nn.Module) -> str:
@@ -217,9 +257,9 @@ def explain(model: nn.Module) -> str:
 
 
 def _say(choice: Choice) -> str:
-    if choice.few == "dense":
-        return f"dense ({choice.why})"
-    limit = "" if choice.tokens >= 1 << 62 else f" up to {choice.tokens} tokens, dense above"
+    if choice.few == choice.many:
+        return f"{choice.few} ({choice.why})"
+    limit = "" if choice.tokens >= 1 << 62 else f" up to {choice.tokens} tokens, {choice.many} above"
     return f"{choice.few}{limit} ({choice.why})"
 
 

@@ -168,7 +168,11 @@ def choose_tile(tokens: int, gated: bool) -> Tile:
 
 def refusal(weight: Packed24) -> str | None:
     """Why mma.sp cannot serve a weight, or None."""
-    device, dtype = weight.values.device, weight.values.dtype
+    return refuse(weight.values.device, weight.values.dtype)
+
+
+def refuse(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why mma.sp cannot multiply in `dtype` on a device, or None."""
     if device.type != "cuda" or torch.version.hip:
         return f"mma.sp needs an NVIDIA GPU; the weight is on {device.type}"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -36,7 +36,7 @@ class Quantized24:
 
     def __post_init__(self) -> None:
         (rows, kept), meta_shape = packed_shapes(self.shape)
-        _check_settings(self.bits, self.group_size)
+        check_settings(self.bits, self.group_size)
         expected = ((rows, kept * self.bits // 32), (rows, -(-2 * kept // self.group_size)), meta_shape)
         found = (tuple(self.words.shape), tuple(self.scales.shape), tuple(self.meta.shape))
         if found != expected:
@@ -56,7 +56,7 @@ def quantize(packed: Packed24, bits: int, group_size: int = 128) -> Quantized24:
     Raises SparseGPTError for other bits, a group_size that is not a multiple of 32, or weights whose scale is not a
     finite float16.
     """
-    _check_settings(bits, group_size)
+    check_settings(bits, group_size)
     values_NSV = _scale_groups(packed.values.float(), group_size)
     largest = 2 ** (bits - 1) - 1
     # 2^-24 is the smallest float16: an all-zero group divides by it and gives zeros
@@ -96,7 +96,8 @@ def _scale_groups(values: Tensor, group_size: int) -> Tensor:
     return rearrange(functional.pad(values, (0, missing)), "n (s v) -> n s v", v=group_size // 2)
 
 
-def _check_settings(bits: int, group_size: int) -> None:
+def check_settings(bits: int, group_size: int) -> None:
+    """Refuse bits other than 8 and 4, and a group_size that is no multiple of 32 (SparseGPTError)."""
     if bits not in (4, 8):
         raise SparseGPTError(f"quantised 2:4 values have 4 or 8 bits; found {bits}")
     if group_size < WORD_COLUMNS or group_size % WORD_COLUMNS:

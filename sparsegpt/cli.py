@@ -243,16 +243,24 @@ def _use_kernels(model: Any, kernels: str) -> str:
 def pack(
     folder: Annotated[Path, typer.Argument(help="A model folder pruned to 2:4.")],
     out: Annotated[Path, typer.Argument(help="The packed folder to write.")],
+    values: Annotated[
+        str | None, typer.Option(help="Round kept values to int8 or int4, to nearest; default: keep every bit.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale, with --values.")] = 128,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes."""
-    from sparsegpt.kernels.archive import pack_folder
+    """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes, fewer with --values."""
+    from sparsegpt.kernels.archive import IntegerValues, pack_folder
 
-    report = pack_folder(folder, out, overwrite=overwrite)
+    if values not in (None, "int8", "int4"):
+        raise SparseGPTError(f"--values {values!r} is not known: expected int8 or int4")
+    integers = IntegerValues(int(values.removeprefix("int")), group_size) if values else None
+    report = pack_folder(folder, out, values=integers, overwrite=overwrite)
     before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
     print(
         f"packed {len(report.packed)} linears: {before:.1f} -> {after:.1f} MiB ({after / before:.4f}), "
         f"{len(report.left_dense)} tensors left as they were; wrote {out}"
+        + (f"; values rounded to {integers}: score the packed model" if integers else "")
     )
 
 
@@ -262,7 +270,10 @@ def unpack(
     out: Annotated[Path, typer.Argument(help="The ordinary model folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a packed folder back into an ordinary one, dense with zeros, that any server loads."""
+    """Turn a packed folder back into an ordinary one, dense with zeros, that any server loads.
+
+    Values packed as integers come back rounded: what the integers stand for, not the weights before packing.
+    """
     from sparsegpt.kernels.archive import unpack_folder
 
     print(f"unpacked {len(unpack_folder(folder, out, overwrite=overwrite))} linears; wrote {out}")

@@ -100,7 +100,7 @@ def bench_kernels_command(
     device: Device = "auto",
     shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = "14336x4096,4096x14336",
     tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,16,64",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 31,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
 ) -> None:
     """Every 2:4 kernel against the library's dense product: time, bandwidth, speed-up and its ceiling."""
@@ -124,7 +124,7 @@ def bench_decode_command(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     kernels: Annotated[str, typer.Option(help=KERNEL_NAMES)] = "auto",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in a round.")] = 48,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a round.")] = 48,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
 ) -> None:
     """A whole model generating, batch size 1, packed beside dense: tokens per second and memory."""

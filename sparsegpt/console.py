@@ -124,10 +124,11 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 
 def print_findings(console: Console, findings: list[TensorFinding]) -> None:
     """The table of `inspect`."""
-    table = Table("weight", "shape", "zeros", "pattern", "holds")
+    table = Table("weight", "shape", "stored", "zeros", "pattern", "holds")
     for finding in findings:
         shape = " x ".join(map(str, finding.shape))
-        table.add_row(finding.name, shape, f"{finding.zeros:.2%}", finding.pattern, finding.problem or "yes")
+        holds = finding.problem or "yes"
+        table.add_row(finding.name, shape, finding.stored, f"{finding.zeros:.2%}", finding.pattern, holds)
     console.print(table)
 
 

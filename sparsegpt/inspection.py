@@ -5,7 +5,7 @@ described by the patterns that they happen to satisfy.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,15 @@ from torch import Tensor
 
 from sparsegpt.checkpoint import REPORT_NAME
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.archive import QUANT_METHOD, read_packed_config, verify_files
-from sparsegpt.kernels.pack import Packed24, unpack
+from sparsegpt.kernels.archive import (
+    QUANT_METHOD,
+    IntegerValues,
+    packed_module,
+    read_packed_config,
+    read_values,
+    verify_files,
+)
+from sparsegpt.kernels.pack import unpack
 from sparsegpt.kernels.tensor_files import read_json, weight_files
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 from sparsegpt.stages import expert_of
@@ -31,6 +38,7 @@ ROUNDING = 0.001
 class TensorFinding:
     """One weight matrix. pattern: promised by the report, or found; ok: whether it holds; problem: where it breaks.
 
+    stored: how the file holds it: its dtype, or "packed" with the dtype or the integers of the kept values.
     An expert's weight that the files keep in another form is not checked, and `problem` says so.
     """
 
@@ -40,6 +48,7 @@ class TensorFinding:
     pattern: str
     ok: bool
     problem: str = ""
+    stored: str = ""
 
 
 def inspect_folder(folder: Path) -> list[TensorFinding]:
@@ -53,18 +62,19 @@ def inspect_folder(folder: Path) -> list[TensorFinding]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SparseGPTError(f"{folder} has no safetensors files: expected a model folder, as `run` writes it")
-    packed = _packed_modules(folder)
+    packed, values = _packed_modules(folder)
     promised = _promised_layers(folder)
     turned = _model_type(folder) == "gpt2"
     findings = []
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name, weight in _weights(tensors, packed):
+                for name, weight, stored in _weights(tensors, packed, values):
                     layer = promised.pop(name, None)
                     # GPT-2's Conv1D keeps [in, out]; the head does not.
                     seen = weight.T if layer and turned and name != "lm_head" else weight
-                    findings.append(_examine(name, seen, layer["sparsity"] if layer else None))
+                    found = _examine(name, seen, layer["sparsity"] if layer else None)
+                    findings.append(replace(found, stored=stored))
         except SafetensorError as error:
             raise SparseGPTError(f"{path} is truncated or damaged ({error}): write it again") from error
     lost = [name for name in promised if expert_of(name) is None]
@@ -73,26 +83,29 @@ def inspect_folder(folder: Path) -> list[TensorFinding]:
     return findings + [_unchecked(layer) for layer in promised.values()]
 
 
-def _packed_modules(folder: Path) -> dict[str, tuple[int, int]]:
-    """Dense shape of each packed module, none for an ordinary folder; checksums are compared first."""
+def _packed_modules(folder: Path) -> tuple[dict[str, tuple[int, int]], IntegerValues | None]:
+    """Dense shape of each packed module, none for an ordinary folder, and how values are stored; checksums first."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     packing = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(packing, dict) or packing.get("quant_method") != QUANT_METHOD:
-        return {}
+        return {}, None
     verify_files(weight_files(folder))
-    return read_packed_config(packing, folder)
+    return read_packed_config(packing, folder), read_values(packing, folder)
 
 
-def _weights(tensors: Any, packed: dict[str, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
-    """Module name and dense weight of every 2-D weight in an open file."""
+def _weights(
+    tensors: Any, packed: dict[str, tuple[int, int]], values: IntegerValues | None
+) -> Iterator[tuple[str, Tensor, str]]:
+    """Module name, dense weight and form of storage of every 2-D weight in an open file."""
     for key in sorted(tensors.keys()):
         module, _, kind = key.rpartition(".")
-        if kind == "values" and module in packed:
-            form = Packed24(tensors.get_tensor(key), tensors.get_tensor(f"{module}.meta"), packed[module])
-            yield module, unpack(form)
+        if kind == "meta" and module in packed:
+            form = packed_module(tensors.get_tensor, module, packed[module], values)
+            yield module, unpack(form), f"packed {values or str(form.values.dtype).removeprefix('torch.')}"
         elif kind == "weight" and len(tensors.get_slice(key).get_shape()) == 2:
-            yield module, tensors.get_tensor(key)
+            weight = tensors.get_tensor(key)
+            yield module, weight, str(weight.dtype).removeprefix("torch.")
 
 
 def _model_type(folder: Path) -> str:

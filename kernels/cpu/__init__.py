@@ -1,6 +1,8 @@
-"""Products with packed 2:4 weights on a CPU: a C++ kernel, built on demand, called through ctypes.
+"""Products with packed 2:4 weights on a CPU: C++ kernels, built on demand, called through ctypes.
 
-    outputs [T, N] = inputs [T, K] weight^T + bias,  bfloat16 and float32, sums in float32
+    matmul          outputs [T, N] = inputs [T, K] weight^T + bias       bfloat16 and float32, sums in float32
+    swiglu          silu(inputs gate^T) * (inputs up^T)                  the same
+    matmul_integer  as matmul, int8 or int4 values with group scales     bfloat16 inputs, AVX-512 only
 
 The paths (AVX-512 bfloat16, AVX2, plain) are in `matmul24.cpp`; `LEVELS` names them, the machine's best is chosen at
 run time. Without a compiler there is no library, and everything runs through torch on decompressed weights."""
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +20,24 @@ from torch.nn import functional
 from sparsegpt.errors import SparseGPTError
 
 from ..pack import Packed24, padded_columns, unpack
+from ..quantized import Quantized24
 from .build import load_library
 
 LEVELS = ("plain", "avx2", "avx512_bf16")
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _MATMUL = {torch.bfloat16: "sparse24_matmul_bf16", torch.float32: "sparse24_matmul_f32"}
+_SWIGLU = {torch.bfloat16: "sparse24_swiglu_bf16", torch.float32: "sparse24_swiglu_f32"}
 _UNPACK = {
     torch.bfloat16: "sparse24_unpack_16",
     torch.float16: "sparse24_unpack_16",
     torch.float32: "sparse24_unpack_32",
+}
+_ARGUMENTS = {
+    "matmul": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 2,
+    "swiglu": [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2,
+    "integer": [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 2,
+    "unpack": [_POINTER] * 3 + [_LONG] * 3 + [_INT] * 2,
+    "huge": [_POINTER, _LONG],
 }
 _SMALL = 1 << 16  # weights: below this a second thread costs more than it saves
 
@@ -39,6 +51,17 @@ def refusal(weight: Packed24) -> str | None:
     return None if load_library() is not None else "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
 
 
+def refuse_integer(weight: Quantized24, dtype: torch.dtype) -> str | None:
+    """Why the CPU kernel for integer values cannot serve a weight with inputs of `dtype`, or None."""
+    if weight.words.device.type != "cpu":
+        return f"the CPU kernel needs the weight on the CPU; it is on {weight.words.device.type}"
+    if dtype != torch.bfloat16:
+        return f"the CPU kernel for integer values computes in bfloat16; the layer is {dtype}"
+    if load_library() is None:
+        return "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
+    return None if machine_level() == "avx512_bf16" else "the CPU kernel for integer values needs AVX-512 with bfloat16"
+
+
 @cache
 def machine_level() -> str | None:
     """The best path of this machine, or None without a library."""
@@ -46,8 +69,16 @@ def machine_level() -> str | None:
     return None if library is None else LEVELS[library.sparse24_level()]
 
 
+def prepare(weight: Packed24) -> Packed24:
+    """The weight itself, its memory moved in place to huge pages where the system allows (a hint, once a weight)."""
+    function = _function("sparse24_huge_pages")
+    for tensor in (weight.values, weight.meta) if function is not None else ():
+        function(tensor.data_ptr(), tensor.nbytes)
+    return weight
+
+
 def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, *, level: str | None = None) -> Tensor:
-    """inputs [T, K] contiguous, of the dtype of the values -> [T, N]; `level` forces a path of LEVELS.
+    """inputs [..., K] contiguous, of the dtype of the values -> [..., N]; `level` forces a path of LEVELS.
 
     Raises SparseGPTError when the kernel cannot serve the weight.
     """
@@ -55,10 +86,9 @@ def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, *, leve
     if function is None:
         raise SparseGPTError(str(refusal(weight)))
     rows, columns = weight.shape
-    padded = padded_columns(columns)
-    if padded != columns:
-        inputs = functional.pad(inputs, (0, padded - columns))
-    outputs = inputs.new_empty(inputs.shape[0], rows)
+    inputs = _padded(inputs, columns)
+    padded = inputs.shape[-1]
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
     function(
         weight.values.data_ptr(),
         weight.meta.data_ptr(),
@@ -67,9 +97,69 @@ def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, *, leve
         outputs.data_ptr(),
         rows,
         padded,
-        inputs.shape[0],
-        1 if rows * columns < _SMALL else torch.get_num_threads(),
+        inputs.numel() // padded,
+        _threads(rows * columns),
         _level_number(level),
+    )
+    return outputs
+
+
+def swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | None = None) -> Tensor:
+    """silu(inputs gate^T) * (inputs up^T) for weights of one shape: inputs [..., K] contiguous.
+
+    Raises SparseGPTError when the kernel cannot serve the weights.
+    """
+    function = _function(_SWIGLU.get(up.values.dtype))
+    if function is None:
+        raise SparseGPTError(str(refusal(up)))
+    if gate.shape != up.shape or gate.values.dtype != up.values.dtype:
+        raise SparseGPTError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape and dtype")
+    rows, columns = up.shape
+    inputs = _padded(inputs, columns)
+    padded = inputs.shape[-1]
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
+    function(
+        gate.values.data_ptr(),
+        gate.meta.data_ptr(),
+        up.values.data_ptr(),
+        up.meta.data_ptr(),
+        inputs.data_ptr(),
+        outputs.data_ptr(),
+        rows,
+        padded,
+        inputs.numel() // padded,
+        _threads(2 * rows * columns),
+        _level_number(level),
+    )
+    return outputs
+
+
+def matmul_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+    """inputs [..., K] contiguous bfloat16 -> [..., N] bfloat16, for int8 or int4 values.
+
+    Raises SparseGPTError when the kernel cannot serve the weight.
+    """
+    reason = refuse_integer(weight, inputs.dtype)
+    function = _function("sparse24_integer_bf16")
+    if reason is not None or function is None:
+        raise SparseGPTError(str(reason))
+    rows, columns = weight.shape
+    inputs = _padded(inputs, columns)
+    padded = inputs.shape[-1]
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
+    function(
+        weight.words.data_ptr(),
+        weight.scales.data_ptr(),
+        weight.meta.data_ptr(),
+        inputs.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        outputs.data_ptr(),
+        rows,
+        padded,
+        inputs.numel() // padded,
+        weight.group_size,
+        weight.bits,
+        _threads(rows * columns),
     )
     return outputs
 
@@ -92,22 +182,31 @@ def unpack_fast(weight: Packed24, *, out: Tensor | None = None, level: str | Non
         rows,
         padded_columns(columns),
         columns,
-        1 if rows * columns < _SMALL else torch.get_num_threads(),
+        _threads(rows * columns),
         _level_number(level),
     )
     return dense
 
 
+def _padded(inputs: Tensor, columns: int) -> Tensor:
+    missing = padded_columns(columns) - columns
+    return functional.pad(inputs, (0, missing)) if missing else inputs
+
+
+def _threads(weights: int) -> int:
+    return 1 if weights < _SMALL else torch.get_num_threads()
+
+
 @cache
-def _function(name: str | None) -> ctypes._NamedFuncPointer | None:
+def _function(name: str | None) -> Any:
+    """A function of the library, or None without one."""
     library = load_library() if name else None
     if library is None or name is None:
         return None
     function = getattr(library, name)
-    arrays, sizes = (5, 3) if "matmul" in name else (3, 3)
-    function.argtypes = [_POINTER] * arrays + [_LONG] * sizes + [_INT] * 2
+    function.argtypes = _ARGUMENTS[name.split("_")[1]]
     function.restype = None
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 @cache

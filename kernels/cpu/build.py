@@ -1,4 +1,4 @@
-"""Compiles the C++ kernel once for each source, compiler and OpenMP runtime, into a per-user cache.
+"""Compiles the C++ kernels once for each source, compiler and OpenMP runtime, into a per-user cache.
 
     $XDG_CACHE_HOME/sparsegpt/kernels/matmul24-<hash>.so     (XDG_CACHE_HOME defaults to ~/.cache)
 
@@ -22,7 +22,8 @@ import torch
 
 logger = logging.getLogger("sparsegpt.kernels")
 
-SOURCE = Path(__file__).with_name("matmul24.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul24.cpp", "integer24.cpp"))
+HEADER = Path(__file__).with_name("common24.h")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
 _TIMEOUT = 120  # seconds
 
@@ -57,7 +58,7 @@ def _cached_build() -> Path:
     openmp = _openmp_options()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT).stdout
     recipe = f"{version!r} {_FLAGS} {openmp} {platform.machine()}".encode()
-    name = hashlib.sha256(SOURCE.read_bytes() + recipe).hexdigest()[:20]
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in (*SOURCES, HEADER)) + recipe).hexdigest()[:20]
     library = cache_folder() / f"matmul24-{name}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,7 @@ def _build(compiler: str, openmp: list[str], library: Path) -> None:
         output = Path(folder) / library.name
         last: subprocess.SubprocessError | None = None
         for options in (openmp, ["-fopenmp"], []):  # a compiler without OpenMP still gives one fast thread
-            command = [compiler, *_FLAGS, *options[:1], str(SOURCE), "-o", str(output), *options[1:]]
+            command = [compiler, *_FLAGS, *options[:1], *map(str, SOURCES), "-o", str(output), *options[1:]]
             try:
                 subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT)
             except subprocess.SubprocessError as error:

@@ -1,50 +1,24 @@
-// Products with a packed 2:4 weight on a CPU:  out[t, n] = sum_k weight[n, k] * inputs[t, k] + bias[n]
+// Products with a packed 2:4 weight on a CPU:  out[t, n] = sum_k weight[n, k] * inputs[t, k] + bias[n],
+// and two at once, silu(gate) * up.
 //
 // Format as in pack.py: values [rows, columns / 2], meta [rows, columns / 32] words of eight nibbles i0 | i1 << 2.
 // `columns` is the padded number, a multiple of 32; rows of `inputs` have that length too.
 //
 // With few tokens the time goes into reading the weight, so 9/16 of the bytes are 9/16 of the time, if expanding the
-// weight costs less than waiting for it. AVX-512 bfloat16: the eight nibbles of a word pick eight byte shuffles out of a
-// table of sixteen (VPERMT2Q), one VPSHUFB places 32 weights, VDPBF16PS multiplies. AVX2: a byte of metadata picks a
-// permutation of four kept values into eight places; bfloat16 is widened on the way. Tokens share each expansion.
-//
-// One build serves every x86-64: the paths carry target attributes and the level is found at run time; other machines
-// take the plain loops. Sums are float32; bfloat16 results are rounded to nearest even.
+// weight costs less than waiting for it. AVX-512 bfloat16: the eight nibbles of a word pick eight sets of bit offsets
+// out of a table of sixteen (VPERMT2Q), one VPMULTISHIFTQB places 32 weights, VDPBF16PS multiplies. With more tokens
+// eight rows at a time are expanded into the first-level cache and multiplied from there. AVX2: a byte of metadata picks
+// a permutation of four kept values into eight places; bfloat16 is widened on the way. Tokens share each expansion.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "common24.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define X86 1
-#define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512bf16,avx2,fma")))
-#else
-#define X86 0
+#include <type_traits>
+
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 namespace {
-
-enum Level { kPlain = 0, kAvx2 = 1, kAvx512Bf16 = 2 };
-
-using bf16 = uint16_t;
-
-float to_float(float value) { return value; }
-float to_float(bf16 value) {
-  uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-void store(float value, float* out) { *out = value; }
-void store(float value, bf16* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  *out = nan ? bf16(bits >> 16 | 0x40) : bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 // T: type of values, bias and out. X: type of the inputs, float where a path computes in float.
 template <class T, class X>
@@ -52,13 +26,11 @@ struct Problem {
   const T* values;
   const uint32_t* meta;
   const X* inputs;
-  const T* bias;  // or null
-  T* out;
-  int64_t rows, columns, tokens;
+  int64_t columns, tokens;
+  Output<T> to;
 
   int64_t kept() const { return columns / 2; }
   int64_t words() const { return columns / 32; }
-  void put(int64_t n, int64_t t, float sum) const { store(bias ? sum + to_float(bias[n]) : sum, out + t * rows + n); }
 };
 
 // ---------------------------------------------------------------- plain
@@ -76,7 +48,7 @@ void rows_plain(const Problem<T, float>& p, int64_t begin, int64_t end) {
         first += to_float(values[2 * g]) * x[4 * g + (nibble & 3)];
         second += to_float(values[2 * g + 1]) * x[4 * g + (nibble >> 2 & 3)];
       }
-      p.put(n, t, first + second);
+      p.to.put(n, t, first + second);
     }
   }
 }
@@ -94,11 +66,11 @@ void unpack_plain(const T* values, const uint32_t* meta, T* dense, int64_t colum
 #if X86
 
 // A tile is ROWS rows times TOKENS tokens; STEPS independent sums each hide the latency of the multiply-add. While it is
-// computed the memory behind it is fetched: the next tile into the second-level cache; or, for one row, what comes 8 KiB
+// computed the memory behind it is fetched: the next tile into the second-level cache; or, for one row, what comes 6 KiB
 // later, and then past the caches where the inputs live.
 template <int ROWS, int BYTES, class T>
 inline void prefetch(const T* values, int64_t at, int64_t kept) {
-  const char* ahead = ROWS == 1 ? (const char*)(values + at) + 8192 : (const char*)(values + ROWS * (kept + at));
+  const char* ahead = ROWS == 1 ? (const char*)(values + at) + 6144 : (const char*)(values + ROWS * (kept + at));
   for (int line = 0; line < BYTES / 64; line++) {
     if (ROWS == 1) _mm_prefetch(ahead + 64 * line, _MM_HINT_NTA);
     if (ROWS != 1) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
@@ -175,7 +147,7 @@ AVX2 void tile_avx2(const Problem<T, float>& p, int64_t n, int64_t first) {
     for (int t = 0; t < TOKENS; t++) {
       __m256 sum = sums[r][t][0];
       for (int step = 1; step < STEPS; step++) sum = _mm256_add_ps(sum, sums[r][t][step]);
-      p.put(n + r, first + t, sum_lanes(sum));
+      p.to.put(n + r, first + t, sum_lanes(sum));
     }
 }
 template <class T>
@@ -189,39 +161,12 @@ AVX2 void unpack_avx2(const float* values, const uint32_t* meta, float* dense, i
 
 // ---------------------------------------------------------------- AVX-512 with bfloat16 products
 
-// Nibble -> bytes of a shuffle that places two 16-bit values (at bytes 0..3) among four places; 0x80 gives zero.
-struct Shuffles {
-  alignas(64) uint64_t of_nibble[16];
-  Shuffles() {
-    for (int nibble = 0; nibble < 16; nibble++) {
-      uint8_t bytes[8];
-      std::memset(bytes, 0x80, 8);
-      int i0 = nibble & 3, i1 = nibble >> 2;
-      bytes[2 * i0] = 0, bytes[2 * i0 + 1] = 1;
-      bytes[2 * i1] = 2, bytes[2 * i1 + 1] = 3;
-      std::memcpy(&of_nibble[nibble], bytes, 8);
-    }
-  }
-};
-const Shuffles kShuffles;
-
-// 32 dense values from 16 kept ones: each 64-bit lane holds a group's pair, then spreads it.
-AVX512 inline __m512i spread(const bf16* values, uint32_t word) {
-  const __m512i low = _mm512_load_si512(kShuffles.of_nibble), high = _mm512_load_si512(kShuffles.of_nibble + 8);
-  const __m512i nibble_of_lane = _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28);
-  const __m512i upper_half = _mm512_set_epi64(0x0808080808080808, 0, 0x0808080808080808, 0,  //
-                                              0x0808080808080808, 0, 0x0808080808080808, 0);
-  __m512i nibbles = _mm512_srlv_epi64(_mm512_set1_epi64(word), nibble_of_lane);  // VPERMT2Q reads four bits of a lane
-  __m512i shuffle = _mm512_or_si512(_mm512_permutex2var_epi64(low, nibbles, high), upper_half);
-  return _mm512_shuffle_epi8(_mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)values)), shuffle);
-}
-
 template <int ROWS, int TOKENS, int STEPS>
 AVX512 inline void add_word(const Problem<bf16, bf16>& p, int64_t n, int64_t first, int64_t w, int step,
                             __m512 (&sums)[ROWS][TOKENS][STEPS]) {
   __m512i dense[ROWS];
   for (int r = 0; r < ROWS; r++) {
-    dense[r] = spread(p.values + (n + r) * p.kept() + 16 * w, p.meta[(n + r) * p.words() + w]);
+    dense[r] = spread(load_kept(p.values + (n + r) * p.kept() + 16 * w), p.meta[(n + r) * p.words() + w]);
   }
   for (int t = 0; t < TOKENS; t++) {
     __m512i inputs = _mm512_loadu_si512(p.inputs + (first + t) * p.columns + 32 * w);
@@ -247,30 +192,96 @@ AVX512 void tile_bf16(const Problem<bf16, bf16>& p, int64_t n, int64_t first) {
     for (int t = 0; t < TOKENS; t++) {
       __m512 sum = sums[r][t][0];
       for (int step = 1; step < STEPS; step++) sum = _mm512_add_ps(sum, sums[r][t][step]);
-      p.put(n + r, first + t, _mm512_reduce_add_ps(sum));
+      p.to.put(n + r, first + t, _mm512_reduce_add_ps(sum));
     }
 }
-AVX512 void rows_bf16(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) { ALL_TILES(tile_bf16, 4) }
+AVX512 void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) { ALL_TILES(tile_bf16, 4) }
+
+// Many tokens: a block of kRows rows and kWords words is spread out once, 16 KiB beside the inputs in the first-level
+// cache; tiles of four rows and six tokens, 24 sums in registers, run over it for all tokens.
+constexpr int kRows = 8, kWords = 32;
+constexpr int64_t kManyTokens = 9;  // from here on spreading once beats spreading for every four tokens
+
+// The four sums over all lanes of a, b, c, d.
+AVX512 inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  __m128 upper = _mm_add_ps(_mm512_extractf32x4_ps(four, 2), _mm512_extractf32x4_ps(four, 3));
+  return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(four), _mm512_extractf32x4_ps(four, 1)), upper);
+}
+
+// sums [tokens, kRows] += dense [4 rows of kWords words] times inputs [TOKENS, columns], over `words` words.
+template <int TOKENS>
+AVX512 void tile_dense(const bf16* dense, const bf16* inputs, int64_t columns, int64_t words, float* sums) {
+  __m512 partial[TOKENS][4];
+  for (auto& token : partial)
+    for (auto& sum : token) sum = _mm512_setzero_ps();
+  for (int64_t w = 0; w < words; w++) {
+    __m512i rows[4];
+    for (int r = 0; r < 4; r++) rows[r] = _mm512_load_si512(dense + 32 * (r * kWords + w));
+    for (int t = 0; t < TOKENS; t++) {
+      __m512i x = _mm512_loadu_si512(inputs + t * columns + 32 * w);
+      for (int r = 0; r < 4; r++) partial[t][r] = _mm512_dpbf16_ps(partial[t][r], (__m512bh)rows[r], (__m512bh)x);
+    }
+  }
+  for (int t = 0; t < TOKENS; t++) {
+    __m128 four = sum_lanes(partial[t][0], partial[t][1], partial[t][2], partial[t][3]);
+    _mm_storeu_ps(sums + t * kRows, _mm_add_ps(_mm_loadu_ps(sums + t * kRows), four));
+  }
+}
+template <int TOKENS>
+AVX512 int64_t tiles_dense(const Problem<bf16, bf16>& p, const bf16* dense, int64_t first, int64_t words, float* sums,
+                           int64_t t) {
+  for (; t + TOKENS <= p.tokens; t += TOKENS)
+    for (int r = 0; r < kRows; r += 4)
+      tile_dense<TOKENS>(dense + 32 * kWords * r, p.inputs + t * p.columns + 32 * first, p.columns, words,
+                         sums + t * kRows + r);
+  return t;
+}
+// sums [tokens, kRows] to their places, eight at once where nothing else is to be done to them.
+AVX512 void put_rows(const Output<bf16>& to, int64_t n, int64_t rows, int64_t tokens, const float* sums) {
+  const bool whole = rows == kRows && !to.gate && !to.bias;
+  for (int64_t t = 0; t < tokens; t++, sums += kRows) {
+    if (whole)
+      _mm_storeu_si128((__m128i*)(to.out + t * to.rows + n), (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(sums)));
+    else
+      for (int64_t r = 0; r < rows; r++) to.put(n + r, t, sums[r]);
+  }
+}
+AVX512 void rows_many(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
+  alignas(64) bf16 dense[32 * kWords * kRows] = {};
+  std::vector<float> sums(p.tokens * kRows);
+  for (int64_t n = begin; n < end; n += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, end - n);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t first = 0; first < p.words(); first += kWords) {
+      const int64_t words = std::min<int64_t>(kWords, p.words() - first);
+      for (int64_t r = 0; r < rows; r++) {
+        const bf16* values = p.values + (n + r) * p.kept() + 16 * first;
+        const uint32_t* meta = p.meta + (n + r) * p.words() + first;
+        for (int64_t w = 0; w < words; w++) {
+          if (w % 2 == 0) _mm_prefetch((const char*)(values + kRows * p.kept() + 16 * w), _MM_HINT_T1);
+          _mm512_store_si512(dense + 32 * (r * kWords + w), spread(load_kept(values + 16 * w), meta[w]));
+        }
+      }
+      int64_t t = tiles_dense<6>(p, dense, first, words, sums.data(), 0);
+      t = tiles_dense<3>(p, dense, first, words, sums.data(), t);
+      tiles_dense<1>(p, dense, first, words, sums.data(), t);
+    }
+    put_rows(p.to, n, rows, p.tokens, sums.data());
+  }
+}
 
 AVX512 void unpack_avx512(const bf16* values, const uint32_t* meta, bf16* dense, int64_t columns) {
-  for (int64_t w = 0; w < columns / 32; w++) _mm512_storeu_si512(dense + 32 * w, spread(values + 16 * w, meta[w]));
+  for (int64_t w = 0; w < columns / 32; w++)
+    _mm512_storeu_si512(dense + 32 * w, spread(load_kept(values + 16 * w), meta[w]));
 }
 #endif  // X86
 
 // ---------------------------------------------------------------- threads and choice of path
-
-template <class Body>
-void in_parallel(int64_t rows, int threads, Body body) {
-  const int64_t pieces = threads > 1 ? 4 * threads : 1;  // a thread that others slow down takes fewer of them
-  const int64_t step = std::max<int64_t>(4, (rows / pieces + 3) / 4 * 4);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t begin = 0; begin < rows; begin += step) body(begin, std::min(begin + step, rows));
-}
-
-template <class T, class X>
-void multiply(const Problem<T, X>& p, int threads, void (*rows)(const Problem<T, X>&, int64_t, int64_t)) {
-  in_parallel(p.rows, threads, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
-}
 
 template <class T>
 void unpack_rows(const T* values, const uint32_t* meta, T* dense, int64_t rows, int64_t padded, int64_t columns,
@@ -285,6 +296,36 @@ void unpack_rows(const T* values, const uint32_t* meta, T* dense, int64_t rows, 
   });
 }
 
+template <class T, class X>
+void run(const Problem<T, X>& gate, const Problem<T, X>& up, int threads,
+         void (*rows)(const Problem<T, X>&, int64_t, int64_t)) {
+  gate.values ? multiply_gated(gate, up, threads, rows) : multiply(up, threads, rows);
+}
+
+// One product, or with gate_values the gated one, on the path of `level`.
+template <class T>
+void product(const T* gate_values, const uint32_t* gate_meta, const T* values, const uint32_t* meta, const T* inputs,
+             Output<T> to, int64_t columns, int64_t tokens, int threads, int level) {
+#if X86
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (level >= kAvx512Bf16) {
+      Problem<bf16, bf16> gate{gate_values, gate_meta, inputs, columns, tokens, to};
+      Problem<bf16, bf16> up{values, meta, inputs, columns, tokens, to};
+      return run(gate, up, threads, tokens < kManyTokens ? rows_few : rows_many);
+    }
+  }
+#endif
+  std::vector<float> wide(sizeof(T) == 4 ? 0 : tokens * columns);
+  for (size_t i = 0; i < wide.size(); i++) wide[i] = to_float(inputs[i]);
+  const float* x = sizeof(T) == 4 ? (const float*)inputs : wide.data();
+  Problem<T, float> gate{gate_values, gate_meta, x, columns, tokens, to};
+  Problem<T, float> up{values, meta, x, columns, tokens, to};
+#if X86
+  if (level >= kAvx2) return run(gate, up, threads, rows_avx2<T>);
+#endif
+  run(gate, up, threads, rows_plain<T>);
+}
+
 }  // namespace
 
 extern "C" {
@@ -293,7 +334,8 @@ extern "C" {
 int sparse24_level() {
 #if X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"))
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
     return kAvx512Bf16;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
@@ -303,29 +345,37 @@ int sparse24_level() {
 // inputs [tokens, columns], out [tokens, rows], bias [rows] or null, all bfloat16.
 void sparse24_matmul_bf16(const bf16* values, const uint32_t* meta, const bf16* inputs, const bf16* bias, bf16* out,
                           int64_t rows, int64_t columns, int64_t tokens, int threads, int level) {
-#if X86
-  if (level >= kAvx512Bf16) {
-    multiply(Problem<bf16, bf16>{values, meta, inputs, bias, out, rows, columns, tokens}, threads, rows_bf16);
-    return;
-  }
-#endif
-  std::vector<float> wide(tokens * columns);
-  for (int64_t i = 0; i < tokens * columns; i++) wide[i] = to_float(inputs[i]);
-  Problem<bf16, float> p{values, meta, wide.data(), bias, out, rows, columns, tokens};
-#if X86
-  if (level >= kAvx2) return multiply(p, threads, rows_avx2<bf16>);
-#endif
-  multiply(p, threads, rows_plain<bf16>);
+  product<bf16>(nullptr, nullptr, values, meta, inputs, {out, bias, rows}, columns, tokens, threads, level);
 }
 
 // The same in float32.
 void sparse24_matmul_f32(const float* values, const uint32_t* meta, const float* inputs, const float* bias, float* out,
                          int64_t rows, int64_t columns, int64_t tokens, int threads, int level) {
-  Problem<float, float> p{values, meta, inputs, bias, out, rows, columns, tokens};
-#if X86
-  if (level >= kAvx2) return multiply(p, threads, rows_avx2<float>);
+  product<float>(nullptr, nullptr, values, meta, inputs, {out, bias, rows}, columns, tokens, threads, level);
+}
+
+// out = silu(inputs gate^T) * (inputs up^T), both weights of one shape.
+void sparse24_swiglu_bf16(const bf16* gate_values, const uint32_t* gate_meta, const bf16* values, const uint32_t* meta,
+                          const bf16* inputs, bf16* out, int64_t rows, int64_t columns, int64_t tokens, int threads,
+                          int level) {
+  product<bf16>(gate_values, gate_meta, values, meta, inputs, {out, nullptr, rows}, columns, tokens, threads, level);
+}
+
+void sparse24_swiglu_f32(const float* gate_values, const uint32_t* gate_meta, const float* values, const uint32_t* meta,
+                         const float* inputs, float* out, int64_t rows, int64_t columns, int64_t tokens, int threads,
+                         int level) {
+  product<float>(gate_values, gate_meta, values, meta, inputs, {out, nullptr, rows}, columns, tokens, threads, level);
+}
+
+// Ask the system to back the whole 2 MiB pieces of a range by huge pages, in place: a weight that streams past needs its
+// address translated every 4 KiB otherwise. A hint: whatever does not allow it stays as it is.
+void sparse24_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t size = 1 << 21, mask = ~(size - 1);
+  const uintptr_t begin = ((uintptr_t)data + size - 1) & mask, end = ((uintptr_t)data + bytes) & mask;
+  if (end <= begin || madvise((void*)begin, end - begin, MADV_HUGEPAGE)) return;
+  madvise((void*)begin, end - begin, 25);  // MADV_COLLAPSE, since Linux 6.1; without it the kernel takes its time
 #endif
-  multiply(p, threads, rows_plain<float>);
 }
 
 // dense [rows, columns] from a packed weight whose rows are padded to `padded` columns; any 16-bit type.

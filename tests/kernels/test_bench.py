@@ -7,7 +7,7 @@ import torch
 
 from sparsegpt.kernels import pack, unpack
 from sparsegpt.kernels.archive import pack_folder
-from sparsegpt.kernels.bench import bench_decode, bench_kernels, random_packed, time_in_turns
+from sparsegpt.kernels.bench import bench_decode, bench_kernels, random_packed, time_in_turns, typical_seconds
 from sparsegpt.kernels.hf import register
 
 from .test_hf import pruned_model
@@ -30,6 +30,10 @@ def test_kernel_rows() -> None:
         assert row.microseconds > 0 and row.gigabytes_per_second > 0
         if row.kernel == "library":
             assert row.speedup == row.ceiling == 1 and row.speedup_over_best_dense <= 1
+        elif "int" in row.kernel:
+            kept = {"cpu int8": 8, "cpu int4": 4}[row.kernel] * row.columns / 2
+            scales = 16 * -(-row.columns // 128)
+            assert row.ceiling == pytest.approx(16 * row.columns / (kept + row.columns + scales))
         else:
             assert row.ceiling == pytest.approx(16 / 9 if row.dtype == "bfloat16" else 32 / 17)
     for case in {(row.dtype, row.rows, row.tokens) for row in bench.rows}:
@@ -40,6 +44,11 @@ def test_candidates_take_turns() -> None:
     order: list[str] = []
     time_in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.device("cpu"), 2)
     assert order == ["a", "b"] * 3
+
+
+def test_disturbed_rounds_do_not_count() -> None:
+    assert typical_seconds([(5.0, False), (1.0, False), (9.0, True), (3.0, False), (0.5, True)]) == 3.0
+    assert typical_seconds([(5.0, True), (4.0, True)]) == 4.0
 
 
 def test_decode_rows(tmp_path: Path) -> None:

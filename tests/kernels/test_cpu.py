@@ -11,14 +11,25 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import Packed24, cpu, pack, unpack
-from sparsegpt.kernels.cpu import LEVELS, build, machine_level, matmul, refusal, unpack_fast
-from sparsegpt.kernels.dispatch import ROUTES, choose
+from sparsegpt.kernels import Packed24, cpu, dequantize, pack, quantize, unpack
+from sparsegpt.kernels.cpu import (
+    LEVELS,
+    build,
+    machine_level,
+    matmul,
+    matmul_integer,
+    prepare,
+    refusal,
+    refuse_integer,
+    swiglu,
+    unpack_fast,
+)
+from sparsegpt.kernels.dispatch import MEASURED, ROUTES, choose
 from sparsegpt.kernels.linear import Sparse24Linear
 
 from .helpers import relative_error, weight24
 
-# float32 sums of products of up to 700 terms; one rounding to 8 bits for bfloat16
+# float32 sums of products of up to 1074 terms; one rounding to 8 bits for bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 HERE = LEVELS[: LEVELS.index(machine_level() or "plain") + 1]
 needs_compiler = pytest.mark.skipif(machine_level() is None, reason="no C++ compiler here")
@@ -29,12 +40,65 @@ needs_compiler = pytest.mark.skipif(machine_level() is None, reason="no C++ comp
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 64, 65])
 def test_matmul_against_float64(tokens: int, dtype: torch.dtype, level: str, poisoned: None) -> None:
-    for seed, (rows, columns) in enumerate([(1, 4), (5, 36), (64, 288), (130, 352), (33, 700)]):
+    for seed, (rows, columns) in enumerate([(1, 4), (5, 36), (64, 288), (130, 352), (33, 700), (11, 2148)]):
         weight = weight24(rows, columns, dtype, seed)
         inputs = torch.randn(tokens, columns).to(dtype)
         bias = torch.randn(rows).to(dtype) if seed % 2 else None
         expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
         assert relative_error(matmul(pack(weight), inputs, bias, level=level), expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 5, 9, 20])
+def test_swiglu_against_float64(tokens: int, dtype: torch.dtype, level: str, poisoned: None) -> None:
+    for rows, columns in ((1, 32), (70, 100), (37, 1200)):
+        gate, up = (weight24(rows, columns, dtype, seed) for seed in (1, 2))
+        inputs = torch.randn(tokens, columns).to(dtype)
+        gated = inputs.double() @ gate.double().T
+        expected = gated / (1 + (-gated).exp()) * (inputs.double() @ up.double().T)
+        assert relative_error(swiglu(pack(gate), pack(up), inputs, level=level), expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+def test_swiglu_far_out() -> None:
+    """silu of large negative and positive sums: 0 and the sum itself."""
+    gate = torch.zeros(3, 32)
+    gate[:, 0] = torch.tensor([-2e4, 2e4, float("nan")])
+    up = torch.zeros(3, 32)
+    up[:, 1] = 2.0
+    found = swiglu(pack(gate), pack(up), torch.ones(1, 32))[0]
+    assert found[0] == 0 and found[1] == 4e4 and found[2].isnan()
+
+
+@pytest.mark.skipif(machine_level() != "avx512_bf16", reason="needs AVX-512 with bfloat16 products")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group_size", [32, 96, 128, 512])
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_integer_values_against_float64(tokens: int, group_size: int, bits: int, poisoned: None) -> None:
+    for seed, (rows, columns) in enumerate([(1, 4), (5, 36), (65, 288), (33, 700)]):
+        small = quantize(pack(weight24(rows, columns, torch.bfloat16, seed)), bits, group_size)
+        inputs, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16() if seed % 2 else None
+        dense = unpack(dequantize(small, torch.float64))  # q * scale is exact in float32
+        expected = inputs.double() @ dense.T + (0 if bias is None else bias.double())
+        found = matmul_integer(small, inputs, bias)
+        assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
+
+
+def test_integer_refusals() -> None:
+    small = quantize(pack(weight24(4, 32)), 4)
+    assert "bfloat16" in str(refuse_integer(small, torch.float32))
+    with pytest.raises(SparseGPTError, match="computes in bfloat16"):
+        matmul_integer(small, torch.randn(1, 32))
+
+
+@needs_compiler
+def test_huge_pages_keep_the_bits() -> None:
+    packed = pack(weight24(2048, 4096, torch.bfloat16))
+    before = packed.values.clone(), packed.meta.clone()
+    assert prepare(packed) is packed
+    assert torch.equal(packed.values, before[0]) and torch.equal(packed.meta, before[1])
 
 
 @needs_compiler
@@ -111,14 +175,15 @@ def test_few_tokens_use_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen[-1] == 100
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(64, 48), (4096, 24)])
-def test_the_table_knows_the_size(rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "larger"), [(64, False), (16384, True)])
+def test_the_table_knows_the_size(rows: int, larger: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "machine_level", lambda: "avx512_bf16")
     monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: None))
-    choice = choose(pack(torch.zeros(rows, 96, dtype=torch.bfloat16)))
-    assert (choice.few, choice.tokens) == ("cpu", tokens)
+    choice = choose(pack(torch.zeros(rows, 96, dtype=torch.float32)))
+    first, second = (row.tokens for row in MEASURED if (row.path, row.dtype) == ("avx512_bf16", torch.float32))
+    assert (choice.few, choice.tokens) == ("cpu", second if larger else first) and first < second
     monkeypatch.setattr(cpu, "machine_level", lambda: "plain")
-    assert choose(pack(torch.zeros(rows, 96, dtype=torch.bfloat16))).few == "dense"
+    assert choose(pack(torch.zeros(rows, 96, dtype=torch.float32))).few == "dense"
 
 
 def clear_caches() -> None:

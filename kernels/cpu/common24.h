@@ -1,0 +1,125 @@
+// What the CPU kernels share: number formats, where a sum goes, spreading of kept values, threads. Format: pack.py.
+//
+// One build serves every x86-64: the paths carry target attributes and the level is found at run time; other machines
+// take the plain loops. Sums are float32; bfloat16 results are rounded to nearest even.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define X86 1
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")))
+#else
+#define X86 0
+#endif
+
+namespace {
+
+enum Level { kPlain = 0, kAvx2 = 1, kAvx512Bf16 = 2 };
+
+using bf16 = uint16_t;
+
+inline float to_float(float value) { return value; }
+inline float to_float(bf16 value) {
+  uint32_t bits = uint32_t(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+inline void store(float value, float* out) { *out = value; }
+inline void store(float value, bf16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  *out = nan ? bf16(bits >> 16 | 0x40) : bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Where the sum of row n and token t goes: out[t, n], with a bias. A gated product, silu(gate) * up, comes in two
+// passes over the rows first..first + span: the gate's sums are kept, then they multiply those of `up`.
+template <class T>
+struct Output {
+  T* out;
+  const T* bias;  // or null
+  int64_t rows;
+  float* gate = nullptr;  // [tokens, span] or null
+  int64_t first = 0, span = 0;
+  bool keep = false;
+
+  void put(int64_t n, int64_t t, float sum) const {
+    if (gate) {
+      float& kept = gate[t * span + n - first];
+      if (keep) {
+        kept = sum;
+        return;
+      }
+      sum *= kept / (1 + std::exp(-kept));
+    }
+    store(bias ? sum + to_float(bias[n]) : sum, out + t * rows + n);
+  }
+};
+
+template <class Body>
+void in_parallel(int64_t rows, int threads, Body body) {
+  const int64_t pieces = threads > 1 ? 4 * threads : 1;  // a thread that others slow down takes fewer of them
+  const int64_t step = std::max<int64_t>(8, (rows / pieces + 7) / 8 * 8);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t begin = 0; begin < rows; begin += step) body(begin, std::min(begin + step, rows));
+}
+
+// `rows` (problem, begin, end) over all rows of a problem, whose member `to` is an Output.
+template <class P>
+void multiply(const P& p, int threads, void (*rows)(const P&, int64_t, int64_t)) {
+  in_parallel(p.to.rows, threads, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+}
+template <class P>
+void multiply_gated(const P& gate, const P& up, int threads, void (*rows)(const P&, int64_t, int64_t)) {
+  in_parallel(up.to.rows, threads, [&](int64_t begin, int64_t end) {
+    std::vector<float> kept(up.tokens * (end - begin));
+    for (bool keep : {true, false}) {
+      P pass = keep ? gate : up;
+      pass.to.gate = kept.data(), pass.to.first = begin, pass.to.span = end - begin, pass.to.keep = keep;
+      rows(pass, begin, end);
+    }
+  });
+}
+
+#if X86
+
+// Nibble -> bit offsets, byte by byte, that pick two 16-bit values (bits 0..31 of a lane) into two of four places; the
+// upper half of the lane is zero, so offset 32 gives zero.
+struct Offsets {
+  alignas(64) uint64_t of_nibble[16];
+  Offsets() {
+    for (int nibble = 0; nibble < 16; nibble++) {
+      uint8_t bytes[8];
+      std::memset(bytes, 32, 8);
+      int i0 = nibble & 3, i1 = nibble >> 2;
+      bytes[2 * i0] = 0, bytes[2 * i0 + 1] = 8;
+      bytes[2 * i1] = 16, bytes[2 * i1 + 1] = 24;
+      std::memcpy(&of_nibble[nibble], bytes, 8);
+    }
+  }
+};
+const Offsets kOffsets;
+
+AVX512 inline __m256i load_kept(const bf16* values) { return _mm256_loadu_si256((const __m256i*)values); }
+
+// 32 dense 16-bit values from 16 kept ones: each 64-bit lane holds a group's pair, then spreads it. `word` by reference:
+// a broadcast from memory costs no shuffle.
+AVX512 inline __m512i spread(__m256i kept, const uint32_t& word) {
+  const __m512i low = _mm512_load_si512(kOffsets.of_nibble), high = _mm512_load_si512(kOffsets.of_nibble + 8);
+  const __m512i nibble_of_lane = _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28);
+  __m512i nibbles = _mm512_srlv_epi64(_mm512_set1_epi32(word), nibble_of_lane);  // VPERMT2Q reads four bits of a lane
+  return _mm512_multishift_epi64_epi8(_mm512_permutex2var_epi64(low, nibbles, high), _mm512_cvtepu32_epi64(kept));
+}
+
+#endif  // X86
+
+}  // namespace

@@ -1,0 +1,109 @@
+"""Gated feed-forward blocks of packed models: gate and up in one kernel, silu(x Wg^T) * (x Wu^T) (Shazeer 2020).
+
+Transparent: parameters, names, `state_dict` and saving are the model's own; only the forward of the block changes, and
+only while nothing watches or has replaced its parts. A block is taken when its forward is, instruction for instruction,
+
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)); return down_proj
+
+with a SiLU and packed layers without biases; others (a scale in between, another activation) keep their own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+
+_GLOBAL_HOOKS = (module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks)
+
+
+def _reference(self, x):  # type: ignore[no-untyped-def]
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # noqa: RET504  # the very instructions of the models' own forward
+
+
+class GatedForward:
+    """The forward of one gated block: fused where a kernel does that, otherwise the block's own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.activation = block, block.act_fn
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the block's class computes, to the rounding of the dtype."""
+        modules = self.block._modules
+        gate, up = modules["gate_proj"], modules["up_proj"]
+        if modules["act_fn"] is self.activation and all(_unwatched(part) for part in (gate, up, self.activation)):
+            hidden = _fused(gate, up, x)
+            if hidden is not None:
+                output: Tensor = modules["down_proj"](hidden)  # type: ignore[misc]
+                return output
+        return type(self.block).forward(self.block, x)  # type: ignore[no-any-return]
+
+
+def fuse_gated(model: nn.Module) -> int:
+    """Give every gated block of packed layers in `model` the fused forward; returns how many there are."""
+    blocks = [module for module in model.modules() if is_gated(module)]
+    for block in blocks:
+        block.forward = GatedForward(block)
+    return len(blocks)
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether a module is a gated block in the sense of this file whose forward is still its class's own."""
+    from .linear import PackedLinear, Sparse24Linear
+
+    gate, up, down = (module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
+    if type(gate) is not Sparse24Linear or type(up) is not Sparse24Linear or not isinstance(down, PackedLinear):
+        return False
+    if "forward" in module.__dict__ or gate.bias is not None or up.bias is not None:
+        return False
+    same = (gate.in_features, gate.out_features) == (up.in_features, up.out_features)
+    return same and _is_silu(module._modules.get("act_fn")) and _same_code(type(module).forward)
+
+
+def _fused(gate: Any, up: Any, x: Tensor) -> Tensor | None:
+    """silu(gate(x)) * up(x) in one kernel, or None where no kernel does that."""
+    from .linear import Sparse24Linear
+
+    if type(gate) is not Sparse24Linear or type(up) is not Sparse24Linear:
+        return None
+    if gate.bias is not None or up.bias is not None or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    (gate_plan, x), (up_plan, _) = gate.planned(x), up.planned(x)
+    tokens = x.numel() // max(1, gate.in_features)
+    if tokens == 0:
+        return None
+    (route, gate_state), (up_route, up_state) = gate_plan.route(tokens), up_plan.route(tokens)
+    if route.swiglu is None or route is not up_route:
+        return None
+    if route.any_shape or x.ndim == 2:
+        return route.swiglu(gate_state, up_state, x.contiguous())
+    flat_TN = route.swiglu(gate_state, up_state, x.reshape(-1, gate.in_features).contiguous())
+    return flat_TN.reshape(*x.shape[:-1], gate.out_features)
+
+
+def _unwatched(module: Any) -> bool:
+    """No hooks, global or own, and no forward put over the class's."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or any(_GLOBAL_HOOKS)
+    )
+
+
+def _is_silu(module: nn.Module | None) -> bool:
+    kind = type(module)
+    return kind is nn.SiLU or (kind.__module__, kind.__name__) == ("transformers.activations", "SiLUActivation")
+
+
+def _same_code(forward: Any) -> bool:
+    code, reference = getattr(forward, "__code__", None), _reference.__code__
+    return code is not None and (code.co_code, code.co_names, code.co_varnames) == (
+        reference.co_code,
+        reference.co_names,
+        reference.co_varnames,
+    )

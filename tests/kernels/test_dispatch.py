@@ -1,0 +1,93 @@
+"""The choice of kernels: the table's rows, its limits, and what `resident` keeps."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsegpt.kernels import Packed24, cpu, dispatch, pack
+from sparsegpt.kernels.dispatch import ANY, MEASURED, ROUTES, Choice, Measured, block_rows, choose
+from sparsegpt.kernels.linear import Sparse24Linear, explain
+
+from .helpers import relative_error, weight24
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A table of two rows on a machine of the best level, whatever this one is."""
+    rows = (
+        Measured("cpu", "avx512_bf16", F32, 64 * 96, "cpu", 7, 3, "2.0"),
+        Measured("cpu", "avx512_bf16", F32, ANY, "cpu", 20, 9, "3.0"),
+    )
+    monkeypatch.setattr(dispatch, "MEASURED", rows)
+    monkeypatch.setattr(cpu, "machine_level", lambda: "avx512_bf16")
+    monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: None))
+    yield
+
+
+def packed(rows: int, columns: int = 96, dtype: torch.dtype = F32) -> Packed24:
+    return pack(weight24(rows, columns, dtype))
+
+
+def test_the_first_row_that_fits_decides(table: None) -> None:
+    small, large = choose(packed(64)), choose(packed(65))
+    assert (small.few, small.tokens, small.many) == ("cpu", 7, "dense")
+    assert [small.route(tokens) for tokens in (1, 7, 8, 1000)] == ["cpu", "cpu", "dense", "dense"]
+    assert large.tokens == 20 and "3.0 times" in large.why
+    kept = choose(packed(64), "resident")
+    assert [kept.route(tokens) for tokens in (3, 4)] == ["cpu", "resident"]
+    unknown = choose(packed(64, dtype=BF16))
+    assert unknown.route(1) == "dense" and "no sparse kernel" in unknown.why
+    assert choose(packed(64, dtype=BF16), "resident").route(1) == "resident"
+
+
+def test_a_row_needs_its_path_and_a_route_that_serves(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "machine_level", lambda: "avx2")
+    assert choose(packed(64)).few == "dense"
+    monkeypatch.setattr(cpu, "machine_level", lambda: "avx512_bf16")
+    monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: "no"))
+    assert choose(packed(64)).few == "dense"
+
+
+def test_the_measured_rows_are_in_order() -> None:
+    for row in MEASURED:
+        assert row.route in ROUTES and row.path in (*cpu.LEVELS, "cuda")
+        assert 1 <= row.resident_tokens <= row.tokens  # a kept weight is never slower than one made for the call
+    for first, second in pairwise(MEASURED):
+        if (first.path, first.dtype) == (second.path, second.dtype):
+            assert first.weights < second.weights  # otherwise the second is never reached
+
+
+def test_resident_decompresses_once(table: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(cpu, "unpack_fast", lambda weight: (made.append(weight.shape), dispatch_unpack(weight))[1])
+    dispatch_unpack = cpu.unpack
+    layer = Sparse24Linear.from_packed(packed(64), None, kernels="resident")
+    weight = weight24(64, 96)
+    for tokens in (4, 50, 50):
+        inputs = torch.randn(tokens, 96)
+        assert relative_error(layer(inputs), inputs.double() @ weight.double().T) < 2e-6
+    assert made == [(64, 96)]
+    assert "up to 3 tokens, resident above" in explain(torch.nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_in_blocks_of_rows(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "BLOCK_BYTES", 64 * 96 * 4)
+    assert [block_rows(size) for size in (1, 96 * 4, 96 * 4 + 1, 1 << 20)] == [64 * 96 * 4, 64, 64, 64]
+    weight = weight24(200, 96)
+    given: Tensor | None = torch.randn(200) if bias else None
+    layer = Sparse24Linear.from_packed(pack(weight), given, kernels="dense")
+    inputs = torch.randn(5, 96)
+    expected = inputs.double() @ weight.double().T + (0 if given is None else given.double())
+    assert relative_error(layer(inputs), expected) < 2e-6
+
+
+def test_forced_kernels_serve_every_call() -> None:
+    choice = choose(packed(64), "dense")
+    assert choice == Choice("dense", ANY, "asked for") and choice.route(10**6) == "dense"

@@ -83,7 +83,7 @@ def load_model(
     device only while it computes; this folder takes what must be converted on the way.
     Raises SparseGPTError for anything that does not load whole.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     place = pick_device(device)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -91,7 +91,7 @@ def load_model(
     source, hub = _source(name), {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         with mapped_parameters(stream_through) if stream_through else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(config).from_pretrained(
                 source, config=config, dtype=stored if stream_through else computing, output_loading_info=True, **hub
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
@@ -127,6 +127,15 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     except Exception as error:
         raise _not_loaded(name, error) from error
     return config
+
+
+def auto_class(config: "PretrainedConfig") -> Any:
+    """transformers' loader for a configuration: of a causal language model, else of a multimodal model around one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if multimodal and not causal else AutoModelForCausalLM
 
 
 def dtypes_for(config: "PretrainedConfig", dtype: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.models import auto_class
 from sparsegpt.pipeline import TOKENS_PER_STEP
 from sparsegpt.reconstruct import TOKENS_PER_BATCH
 from sparsegpt.settings import CORRECTIONS, PruneSettings
@@ -120,10 +121,8 @@ class Plan:
 
 def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
     """The shape of a model from its configuration, without its weights, which are stored as `stored`."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto_class(config).from_config(config)
     family = family_of(model)
     blocks = decoder_blocks(model, family)
     largest = max(blocks, key=_parameters)

@@ -1,0 +1,42 @@
+"""The command's way, weights in files and one block in memory, gives the bits of a model pruned whole in memory."""
+
+import pytest
+import torch
+
+from sparsegpt import mapped, prune_model
+from sparsegpt.calib_data import draw_windows, load_text
+from sparsegpt.models import load_model
+from sparsegpt.run import RunOptions, run
+from sparsegpt.settings import resolve_settings
+
+from .architectures import VARIANTS, WRAPPERS, tiny_variant, tiny_wrapper
+from .support import save_tokenizer, write_text
+
+SAMPLES, LENGTH = 6, 16
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *WRAPPERS])
+def test_a_streamed_run_saves_what_pruning_in_memory_gives(tmp_path, monkeypatch, variant):
+    monkeypatch.setattr(mapped, "SMALL", 0)  # tiny weights live in files too
+    model = tiny_wrapper(variant) if variant in WRAPPERS else tiny_variant(variant)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    text = str(write_text(tmp_path / "text.txt"))
+    run(
+        RunOptions(
+            model=str(tmp_path / "model"),
+            calibration=text,
+            evaluate=(),
+            out=tmp_path / "out",
+            samples=SAMPLES,
+            sequence_length=LENGTH,
+        ),
+        resolve_settings("2:4"),
+    )
+    loaded = load_model(str(tmp_path / "model"))
+    windows = draw_windows(load_text(text, "calibration"), loaded.tokenizer, SAMPLES, LENGTH, 0).windows
+    prune_model(loaded.model, windows, "2:4")
+    expected, found = loaded.model.state_dict(), load_model(str(tmp_path / "out")).model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

@@ -140,6 +140,21 @@ def bench_decode_command(
     _print_rows(rows, decode_table(rows), as_json=as_json)
 
 
+@bench.command(name="memory")
+def bench_memory_command(
+    blocks: Annotated[str, typer.Option(help="Numbers of blocks, comma-separated.")] = "12,24",
+    presets: Annotated[str, typer.Option(help="Presets, comma-separated.")] = "paper,default",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Private memory of whole runs on synthetic models of equal blocks, 122 MiB each, beside the plan's prediction."""
+    from sparsegpt.console import memory_table
+    from sparsegpt.eval.bench_memory import bench_memory
+
+    counts = tuple(int(count) for count in blocks.split(","))
+    rows = list(bench_memory(counts, tuple(presets.split(","))))
+    _print_rows(rows, memory_table(rows), as_json=as_json)
+
+
 @bench.command(name="gpu")
 def bench_gpu_command(
     device: Device = "cuda",

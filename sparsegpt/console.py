@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sparsegpt.eval.bench_memory import MemoryRow
 from sparsegpt.eval.bench_pipeline import PipelineRow
 from sparsegpt.eval.bench_quality import QualityRow
 from sparsegpt.eval.bench_solver import SolverRow
@@ -169,6 +170,15 @@ def pipeline_table(rows: Sequence[PipelineRow]) -> Table:
     for row in rows:
         ratio = f"{row.seconds / rows[0].seconds:.2f}x"
         table.add_row(row.order, f"{row.seconds:.1f}", f"{row.peak_memory_bytes / 2**20:.0f} MiB", ratio)
+    return table
+
+
+def memory_table(rows: Sequence[MemoryRow]) -> Table:
+    """The table of `bench memory`."""
+    table = Table("blocks", "preset", "model", "one block", "peak of private memory", "planned", "planned / peak")
+    for row in rows:
+        sizes = (row.model_bytes, row.block_bytes, row.peak_bytes, row.planned_bytes)
+        table.add_row(str(row.blocks), row.preset, *map(readable, sizes), f"{row.planned_bytes / row.peak_bytes:.2f}")
     return table
 
 

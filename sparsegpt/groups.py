@@ -45,9 +45,10 @@ class GroupSolver:
         routed: they belong to an expert. One that too few tokens reached is pruned by magnitude, without any data.
         """
         reports = []
-        for damping in dict.fromkeys(choice.damping for _, choice in linears.values()):
+        dampings = list(dict.fromkeys(choice.damping for _, choice in linears.values()))
+        for damping in dampings:
             alike = {name: pair for name, pair in linears.items() if pair[1].damping == damping}
-            reports += self._prune_alike(alike, gram, drift, routed=routed)
+            reports += self._prune_alike(alike, gram, drift, routed=routed, last=damping == dampings[-1])
         return reports
 
     def _prune_alike(
@@ -57,6 +58,7 @@ class GroupSolver:
         drift: DriftAccumulator,
         *,
         routed: bool,
+        last: bool,
     ) -> list[LayerReport]:
         name, (_, choice) = next(iter(linears.items()))
         starved = routed and gram.tokens < enough_tokens(gram.width)
@@ -65,13 +67,13 @@ class GroupSolver:
             hessian = DampedHessian(torch.eye(gram.width, device=gram.device), name=name)
         else:
             hessian = DampedHessian(gram.take(), self._damping(name, choice, gram, routed=routed), name=name)
+        targets = {name: _target(*pair, hessian, drift) for name, pair in linears.items() if not routed}
+        if last:
+            drift.release()
         reports = []
         for name, (linear, choice) in linears.items():
             started = time.perf_counter()
-            target = None
-            if choice.corrects and not routed:
-                shares = choice.error_correction, choice.residual_correction
-                target = corrected_target(linear.weight, hessian, drift, *shares)
+            target = targets.pop(name, None)
             method = "magnitude" if starved else choice.method
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
             pruned = prune_layer(weight, hessian, choice.sparsity, METHODS[method], choice.block_size, target=target)
@@ -135,3 +137,12 @@ class GroupSolver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.report.seconds[part] += time.perf_counter() - started
+
+
+def _target(
+    linear: nn.Linear, choice: LinearSettings, hessian: DampedHessian, drift: DriftAccumulator
+) -> Tensor | None:
+    """What the kept weights should imitate; None for the dense weights."""
+    if not choice.corrects:
+        return None
+    return corrected_target(linear.weight, hessian, drift, choice.error_correction, choice.residual_correction)

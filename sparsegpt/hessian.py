@@ -107,8 +107,10 @@ class DampedHessian:
 
     def matrix(self, damping: float) -> Tensor:
         """H with dead diagonals filled and `damping` times the mean diagonal added, [C, C]."""
-        diagonal = self.raw.diagonal().masked_fill(self.dead, self.mean_diagonal)
-        return self.raw.diagonal_scatter(diagonal + damping * self.mean_diagonal)
+        return self.raw.diagonal_scatter(self._diagonal(damping))
+
+    def _diagonal(self, damping: float) -> Tensor:
+        return self.raw.diagonal().masked_fill(self.dead, self.mean_diagonal) + damping * self.mean_diagonal
 
     @property
     def damping(self) -> float:
@@ -124,6 +126,11 @@ class DampedHessian:
     def damped(self) -> Tensor:
         """H + damping, positive definite, [C, C]."""
         return self.matrix(self.damping)
+
+    @property
+    def damped_diagonal(self) -> Tensor:
+        """Diagonal of `damped`, [C], without the matrix."""
+        return self._diagonal(self.damping)
 
     def solve(self, right: Tensor) -> Tensor:
         """right @ (H + damping)^-1 for right [R, C]."""
@@ -149,15 +156,20 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     The matrix's own memory is used up: a wide layer's Hessian may be larger than its block's weights. With J the
     reversal of an axis, J A J = L L^T gives U = J L^-1 J.
     """
-    lower = _reverse(matrix.contiguous())
-    # LAPACK counts by columns: what it calls the upper factor of the transposed view is the lower one here.
-    info = torch.empty((), dtype=torch.int32, device=lower.device)
-    _, failed = torch.linalg.cholesky_ex(lower.T, upper=True, out=(lower.T, info))
-    if failed:
+    lower = cholesky_in_place(_reverse(matrix.contiguous()))
+    if lower is None:
         return None
     invert_lower(lower)
     factor = _reverse(lower)
     return factor if all(torch.isfinite(rows).all() for rows in factor.split(GRAM_BLOCK)) else None
+
+
+def cholesky_in_place(matrix: Tensor) -> Tensor | None:
+    """Lower L [C, C], L L^T = matrix, in a contiguous matrix's own memory; None where it is not positive definite."""
+    # LAPACK counts by columns: what it calls the upper factor of the transposed view is the lower one here.
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    _, failed = torch.linalg.cholesky_ex(matrix.T, upper=True, out=(matrix.T, info))
+    return None if failed else matrix
 
 
 def _reverse(matrix: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def test_the_search_is_the_alternation_that_its_file_states(sparsity):
 def test_a_resolvent_that_float32_cannot_factor_is_found_in_float64(monkeypatch):
     _, raw = random_layer(1, 32)
     real = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: (matrix, torch.ones(()).int()))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix, **options: (matrix, torch.ones(()).int()))
     rescued = admm_module._resolvent(raw, 1.0)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", real)
     torch.testing.assert_close(rescued, admm_module._resolvent(raw.double(), 1.0).float())

@@ -14,7 +14,6 @@ from sparsegpt.capture import ModelInputs, run_watched
 from sparsegpt.groups import GroupSolver
 from sparsegpt.reports import PruneReport
 from sparsegpt.settings import resolve_settings
-from sparsegpt.sparsity import Unstructured
 from sparsegpt.streams import ActivationStore, Streams
 from sparsegpt.unfuse import unfused
 
@@ -134,7 +133,7 @@ class Drifted:
         solver = GroupSolver(settings, PruneReport(settings), lambda report: None)
         streams = Streams(self.inputs, ActivationStore(), [self.pruned.clone()], [self.dense.clone()])
         with unfused(self.block):
-            BlockJob(solver, streams, self.family, self.block, 1, {name: Unstructured(0.0)}).prune_linears()
+            BlockJob(solver, streams, self.family, self.block, 1, {name: settings}).prune_linears()
 
     def observe(self, hidden, name):
         """Input of a projection, and the stream behind its addition."""

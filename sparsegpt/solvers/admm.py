@@ -30,7 +30,7 @@ Dimension key: R out_features, C in_features. Weights of the search lie as [C, R
 import torch
 from torch import Tensor
 
-from sparsegpt.hessian import DampedHessian
+from sparsegpt.hessian import DampedHessian, cholesky_in_place
 from sparsegpt.masks import layer_mask, rough_mask
 from sparsegpt.solvers.products import Multiplier
 from sparsegpt.solvers.refit import descend, row_losses
@@ -62,9 +62,10 @@ def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_siz
 
 def search(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, start: Tensor) -> tuple[Tensor, Tensor]:
     """The alternation from the sparse weights `start` [R, C], and the refit on its mask. Returns (weight, mask)."""
-    inverse_diagonal_C = hessian.inverse_factor.square().sum(0)
-    scale_C = (hessian.damped.diagonal() / inverse_diagonal_C).pow(0.25)
-    scaled_CC = hessian.damped / torch.outer(scale_C, scale_C)
+    inverse_diagonal_C = torch.linalg.vector_norm(hessian.inverse_factor, dim=0).square()
+    scale_C = (hessian.damped_diagonal / inverse_diagonal_C).pow(0.25)
+    scaled_CC = (hessian.raw / scale_C).div_(scale_C[:, None])
+    scaled_CC.diagonal().copy_(hessian.damped_diagonal / scale_C.square())
     target_RC = weight * scale_C
     dense_CR = _alternate(target_RC.T.contiguous(), scaled_CC, pattern, (start * scale_C).T.contiguous())
     sparse_RC = dense_CR.T.contiguous()
@@ -92,15 +93,16 @@ def _alternate(target_CR: Tensor, hessian_CC: Tensor, pattern: Sparsity, sparse_
 def _resolvent(matrix: Tensor, rho: float) -> Tensor:
     """rho (matrix + rho)^-1 for a positive semi-definite matrix; in float64 where float32 cannot factor it."""
     shifted = matrix.diagonal_scatter(matrix.diagonal() + rho)
-    lower, failed = torch.linalg.cholesky_ex(shifted)
-    if failed:
-        lower = torch.linalg.cholesky(shifted.double())
-    return torch.cholesky_inverse(lower).mul_(rho).to(matrix.dtype)
+    lower = cholesky_in_place(shifted)
+    if lower is None:
+        lower = torch.linalg.cholesky(matrix.diagonal_scatter(matrix.diagonal() + rho).double())
+    torch.cholesky_inverse(lower.T, upper=True, out=lower.T)  # a matrix by columns needs no copy; it is symmetric
+    return lower.mul_(rho).to(matrix.dtype)
 
 
 def _damping_loss(error: Tensor, hessian: DampedHessian) -> Tensor:
     """What the damping, and the diagonal given to dead inputs, add to the loss of error [R, C]."""
-    return error.square().sum(0) @ (hessian.damped.diagonal() - hessian.raw.diagonal())
+    return error.square().sum(0) @ (hessian.damped_diagonal - hessian.raw.diagonal())
 
 
 def _loss(error: Tensor, hessian: DampedHessian) -> float:

@@ -35,6 +35,10 @@ class DriftAccumulator:
         product = _drift_product(dense, pruned, inputs)
         self.residual = product if self.residual is None else self.residual.add_(product)
 
+    def release(self) -> None:
+        """Let the sums go: every target that needs them is known."""
+        self.inputs = self.residual = None
+
 
 def corrected_target(
     weight: Tensor, hessian: DampedHessian, drift: DriftAccumulator, error_share: float, residual_share: float

@@ -22,7 +22,7 @@ class Multiplier:
     """
 
     def __init__(self, matrix: Tensor, *, quick: bool = True) -> None:
-        self.matrix = matrix
+        self.dtype = matrix.dtype
         self.rounded = matrix.to(_quick_dtype(matrix)) if quick else matrix
 
     def times(self, right: Tensor) -> Tensor:
@@ -33,19 +33,19 @@ class Multiplier:
         """left @ matrix for left [K, N]."""
         return self._product(left.to(self.rounded.dtype), self.rounded)
 
-    def after_finely(self, left: Tensor) -> Tensor:
+    def after_finely(self, left: Tensor, matrix: Tensor) -> Tensor:
         """left @ matrix with what the matrix lost in rounding added back, at the cost of two products."""
         product = self.after(left)
-        if self.rounded.dtype == self.matrix.dtype:
+        if self.rounded.dtype == self.dtype:
             return product
-        remainder = (self.matrix - self.rounded).to(self.rounded.dtype)
+        remainder = (matrix - self.rounded).to(self.rounded.dtype)
         return product.add_(self._product(left.to(remainder.dtype), remainder))
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if left.is_cuda and left.dtype != self.matrix.dtype:
-            product: Tensor = torch.mm(left, right, out_dtype=self.matrix.dtype)
+        if left.is_cuda and left.dtype != self.dtype:
+            product: Tensor = torch.mm(left, right, out_dtype=self.dtype)
             return product
-        return (left @ right).to(self.matrix.dtype)
+        return (left @ right).to(self.dtype)
 
 
 def _quick_dtype(matrix: Tensor) -> torch.dtype:

@@ -58,7 +58,7 @@ def descend(
     weight_RC = start.clone()
     jacobi_C = hessian.diagonal().clamp_min(torch.finfo(hessian.dtype).tiny).reciprocal()
     multiplier = Multiplier(hessian, quick=quick)
-    residual_RC = multiplier.after_finely(target - weight_RC).mul_(mask)
+    residual_RC = multiplier.after_finely(target - weight_RC, hessian).mul_(mask)
     preconditioned_RC = residual_RC * jacobi_C
     direction_RC = preconditioned_RC.clone()
     energy_R = (residual_RC * preconditioned_RC).sum(1)

@@ -86,12 +86,14 @@ class Measured:
     ratio: str
 
 
-# CPU rows: AMD EPYC (Zen 5), torch 2.13, candidates taking turns, shapes from 576 x 1536 to 14336 x 4096 (tables in
-# BENCHMARKS.md). `tokens` is where the decompressing route catches up; `ratio` is over torch's linear on the dense
-# weight. The AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
+# CPU rows: one core of an AMD EPYC (Zen 5), torch 2.13, candidates taking turns, shapes from 576 x 1536 to
+# 14336 x 4096 (tables in BENCHMARKS.md). `tokens` is where the decompressing route catches up; `ratio` is over torch's
+# linear on the dense weight. The AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
 MEASURED = (
-    Measured("cpu", "avx512_bf16", torch.bfloat16, ANY, "cpu", 64, 32, "2.2 to 5.5"),
-    Measured("cpu", "avx512_bf16", torch.float32, ANY, "cpu", 1024, 1024, "0.9 to 5.4"),
+    Measured("cpu", "avx512_bf16", torch.bfloat16, 1 << 23, "cpu", 64, 32, "2.2 to 3.7"),
+    Measured("cpu", "avx512_bf16", torch.bfloat16, ANY, "cpu", 32, 16, "3.0 to 3.9"),
+    Measured("cpu", "avx512_bf16", torch.float32, 1 << 23, "cpu", 1024, 1024, "0.9 to 3.1"),
+    Measured("cpu", "avx512_bf16", torch.float32, ANY, "cpu", 64, 64, "1.9 to 2.8"),
     Measured("cpu", "avx2", torch.float32, 1 << 20, "cpu", 8, 4, "0.9 to 1.2"),
     Measured("cpu", "avx2", torch.float32, ANY, "cpu", 20, 16, "1.2 to 5.4"),
 )

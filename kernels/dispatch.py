@@ -30,6 +30,7 @@ from .pack import Packed24
 
 ANY = 1 << 62  # tokens: a forced route serves every call
 _TILE_ROWS = 64
+_CPU_SWIGLU_TOKENS = 1  # 1.02 to 1.07 times two products and torch's silu; from 8 tokens on it was slower
 BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time on a CPU: what a last-level cache holds
 
 
@@ -42,7 +43,7 @@ class Route:
         prepare: the state kept beside the weight, made on first use.
         run: (state, inputs [T, K] contiguous, bias [N] or None) -> outputs [T, N].
         swiglu: (state of gate, state of up, inputs [T, K] contiguous) -> silu(x gate^T) * (x up^T) [T, N], where the
-            route has such a kernel.
+            route has such a kernel; used up to `swiglu_tokens` tokens.
         any_shape: run and swiglu take contiguous inputs [..., K] of any number of dimensions.
     """
 
@@ -51,6 +52,7 @@ class Route:
     run: Callable[[Any, Tensor, Tensor | None], Tensor]
     swiglu: Callable[[Any, Any, Tensor], Tensor] | None = None
     any_shape: bool = False
+    swiglu_tokens: int = ANY
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,14 @@ class Measured:
     ratio: str
 
 
-# CPU rows: AMD EPYC (Zen 5), torch 2.13, candidates taking turns, shapes from 576 x 1536 to 14336 x 4096 (tables in
-# BENCHMARKS.md). `tokens` is where the decompressing route catches up; `ratio` is over torch's linear on the dense
-# weight. The AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
+# CPU rows: one core of an AMD EPYC (Zen 5), torch 2.13, candidates taking turns, shapes from 576 x 1536 to
+# 14336 x 4096 (tables in BENCHMARKS.md). `tokens` is where the decompressing route catches up; `ratio` is over torch's
+# linear on the dense weight. The AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
 MEASURED = (
-    Measured("cpu", "avx512_bf16", torch.bfloat16, ANY, "cpu", 256, 64, "2.2 to 5.5"),
-    Measured("cpu", "avx512_bf16", torch.float32, 1 << 20, "cpu", 8, 4, "0.9 to 1.2"),
-    Measured("cpu", "avx512_bf16", torch.float32, ANY, "cpu", 20, 16, "1.2 to 5.4"),
+    Measured("cpu", "avx512_bf16", torch.bfloat16, 1 << 23, "cpu", 64, 32, "2.2 to 3.7"),
+    Measured("cpu", "avx512_bf16", torch.bfloat16, ANY, "cpu", 32, 16, "3.0 to 3.9"),
+    Measured("cpu", "avx512_bf16", torch.float32, 1 << 23, "cpu", 1024, 1024, "0.9 to 3.1"),
+    Measured("cpu", "avx512_bf16", torch.float32, ANY, "cpu", 64, 64, "1.9 to 2.8"),
     Measured("cpu", "avx2", torch.float32, 1 << 20, "cpu", 8, 4, "0.9 to 1.2"),
     Measured("cpu", "avx2", torch.float32, ANY, "cpu", 20, 16, "1.2 to 5.4"),
 )
@@ -208,7 +211,7 @@ def _asks(refuse: Callable[[torch.device, torch.dtype], str | None]) -> Callable
 ROUTES: dict[str, Route] = {
     "dense": Route(lambda weight: None, _prepare_dense, _run_dense),
     "resident": Route(lambda weight: None, dense_weight, _run_dense),
-    "cpu": Route(cpu.refusal, cpu.prepare, cpu.matmul, cpu.swiglu, any_shape=True),
+    "cpu": Route(cpu.refusal, cpu.prepare, cpu.matmul, cpu.swiglu, any_shape=True, swiglu_tokens=_CPU_SWIGLU_TOKENS),
     "portable": Route(_asks(refuse_portable), lambda weight: weight, _run_portable, _swiglu_portable),
     "mma_sp": Route(_asks(refuse_mma_sp), to_fragments, _run_mma_sp, _swiglu_mma_sp),
     "cutlass": Route(semi_structured.refuse_cutlass, semi_structured.prepare_cutlass, semi_structured.run_cutlass),

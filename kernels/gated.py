@@ -75,7 +75,7 @@ def _fused(gate: Any, up: Any, x: Tensor) -> Tensor | None:
     if tokens == 0:
         return None
     (route, gate_state), (up_route, up_state) = gate_plan.route(tokens), up_plan.route(tokens)
-    if route.swiglu is None or route is not up_route:
+    if route.swiglu is None or tokens > route.swiglu_tokens or route is not up_route:
         return None
     if route.any_shape or x.ndim == 2:
         return route.swiglu(gate_state, up_state, x.contiguous())

@@ -23,7 +23,7 @@ import torch
 logger = logging.getLogger("sparsegpt.kernels")
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul24.cpp", "integer24.cpp"))
-HEADER = Path(__file__).with_name("common24.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("common24.h", "block24.h"))
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
 _TIMEOUT = 120  # seconds
 
@@ -58,7 +58,7 @@ def _cached_build() -> Path:
     openmp = _openmp_options()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT).stdout
     recipe = f"{version!r} {_FLAGS} {openmp} {platform.machine()}".encode()
-    name = hashlib.sha256(b"".join(path.read_bytes() for path in (*SOURCES, HEADER)) + recipe).hexdigest()[:20]
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS)) + recipe).hexdigest()[:20]
     library = cache_folder() / f"matmul24-{name}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)

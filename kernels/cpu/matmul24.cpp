@@ -197,83 +197,11 @@ AVX512 void tile_bf16(const Problem<bf16, bf16>& p, int64_t n, int64_t first) {
 }
 AVX512 void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) { ALL_TILES(tile_bf16, 4) }
 
-// Many tokens: a block of kRows rows and kWords words is spread out once, 16 KiB beside the inputs in the first-level
-// cache; tiles of four rows and six tokens, 24 sums in registers, run over it for all tokens.
-constexpr int kRows = 8, kWords = 32;
-constexpr int64_t kManyTokens = 9;  // from here on spreading once beats spreading for every four tokens
+}  // namespace
 
-// The four sums over all lanes of a, b, c, d.
-AVX512 inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
-  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-  __m128 upper = _mm_add_ps(_mm512_extractf32x4_ps(four, 2), _mm512_extractf32x4_ps(four, 3));
-  return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(four), _mm512_extractf32x4_ps(four, 1)), upper);
-}
+#include "block24.h"
 
-// sums [tokens, kRows] += dense [4 rows of kWords words] times inputs [TOKENS, columns], over `words` words.
-template <int TOKENS>
-AVX512 void tile_dense(const bf16* dense, const bf16* inputs, int64_t columns, int64_t words, float* sums) {
-  __m512 partial[TOKENS][4];
-  for (auto& token : partial)
-    for (auto& sum : token) sum = _mm512_setzero_ps();
-  for (int64_t w = 0; w < words; w++) {
-    __m512i rows[4];
-    for (int r = 0; r < 4; r++) rows[r] = _mm512_load_si512(dense + 32 * (r * kWords + w));
-    for (int t = 0; t < TOKENS; t++) {
-      __m512i x = _mm512_loadu_si512(inputs + t * columns + 32 * w);
-      for (int r = 0; r < 4; r++) partial[t][r] = _mm512_dpbf16_ps(partial[t][r], (__m512bh)rows[r], (__m512bh)x);
-    }
-  }
-  for (int t = 0; t < TOKENS; t++) {
-    __m128 four = sum_lanes(partial[t][0], partial[t][1], partial[t][2], partial[t][3]);
-    _mm_storeu_ps(sums + t * kRows, _mm_add_ps(_mm_loadu_ps(sums + t * kRows), four));
-  }
-}
-template <int TOKENS>
-AVX512 int64_t tiles_dense(const Problem<bf16, bf16>& p, const bf16* dense, int64_t first, int64_t words, float* sums,
-                           int64_t t) {
-  for (; t + TOKENS <= p.tokens; t += TOKENS)
-    for (int r = 0; r < kRows; r += 4)
-      tile_dense<TOKENS>(dense + 32 * kWords * r, p.inputs + t * p.columns + 32 * first, p.columns, words,
-                         sums + t * kRows + r);
-  return t;
-}
-// sums [tokens, kRows] to their places, eight at once where nothing else is to be done to them.
-AVX512 void put_rows(const Output<bf16>& to, int64_t n, int64_t rows, int64_t tokens, const float* sums) {
-  const bool whole = rows == kRows && !to.gate && !to.bias;
-  for (int64_t t = 0; t < tokens; t++, sums += kRows) {
-    if (whole)
-      _mm_storeu_si128((__m128i*)(to.out + t * to.rows + n), (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(sums)));
-    else
-      for (int64_t r = 0; r < rows; r++) to.put(n + r, t, sums[r]);
-  }
-}
-AVX512 void rows_many(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
-  alignas(64) bf16 dense[32 * kWords * kRows] = {};
-  std::vector<float> sums(p.tokens * kRows);
-  for (int64_t n = begin; n < end; n += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, end - n);
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int64_t first = 0; first < p.words(); first += kWords) {
-      const int64_t words = std::min<int64_t>(kWords, p.words() - first);
-      for (int64_t r = 0; r < rows; r++) {
-        const bf16* values = p.values + (n + r) * p.kept() + 16 * first;
-        const uint32_t* meta = p.meta + (n + r) * p.words() + first;
-        for (int64_t w = 0; w < words; w++) {
-          if (w % 2 == 0) _mm_prefetch((const char*)(values + kRows * p.kept() + 16 * w), _MM_HINT_T1);
-          _mm512_store_si512(dense + 32 * (r * kWords + w), spread(load_kept(values + 16 * w), meta[w]));
-        }
-      }
-      int64_t t = tiles_dense<6>(p, dense, first, words, sums.data(), 0);
-      t = tiles_dense<3>(p, dense, first, words, sums.data(), t);
-      tiles_dense<1>(p, dense, first, words, sums.data(), t);
-    }
-    put_rows(p.to, n, rows, p.tokens, sums.data());
-  }
-}
+namespace {
 
 AVX512 void unpack_avx512(const bf16* values, const uint32_t* meta, bf16* dense, int64_t columns) {
   for (int64_t w = 0; w < columns / 32; w++)
@@ -307,12 +235,11 @@ template <class T>
 void product(const T* gate_values, const uint32_t* gate_meta, const T* values, const uint32_t* meta, const T* inputs,
              Output<T> to, int64_t columns, int64_t tokens, int threads, int level) {
 #if X86
+  Problem<T, T> gate_here{gate_values, gate_meta, inputs, columns, tokens, to};
+  Problem<T, T> up_here{values, meta, inputs, columns, tokens, to};
+  if (level >= kAvx512Bf16 && tokens >= kManyTokens<T>) return run(gate_here, up_here, threads, rows_many<T>);
   if constexpr (std::is_same_v<T, bf16>) {
-    if (level >= kAvx512Bf16) {
-      Problem<bf16, bf16> gate{gate_values, gate_meta, inputs, columns, tokens, to};
-      Problem<bf16, bf16> up{values, meta, inputs, columns, tokens, to};
-      return run(gate, up, threads, tokens < kManyTokens ? rows_few : rows_many);
-    }
+    if (level >= kAvx512Bf16) return run(gate_here, up_here, threads, rows_few);
   }
 #endif
   std::vector<float> wide(sizeof(T) == 4 ? 0 : tokens * columns);

@@ -57,7 +57,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(demo_jobs, tmp
         job, out = chance.choice(demo_jobs), tmp_path / f"out-{place}"
         old = chance.random() < 0.3
         first = STAGES[place % len(STAGES)] if kills > 3 else chance.choice(STAGES)
-        share = {"loading": 0.4, "6 blocks": 0.05, "saving": 0.05}.get(first, 0.12)
+        share = {"loading": 0.1, "6 blocks": 0.05, "saving": 0.05}.get(first, 0.12)
         while True:  # a run that ended before it was killed tells nothing
             if old:
                 put_old_result(out)

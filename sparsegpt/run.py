@@ -22,7 +22,6 @@ from sparsegpt.choices import choose_linears
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.export import write_model
-from sparsegpt.folders import new_folder
 from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
 from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_model, pick_device, sequence_length
@@ -132,13 +131,12 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         job.prune()
         job.score("pruned")
         job.listener.stage(f"saving {options.out}")
-        with new_folder(options.out, overwrite=work.replaces) as draft:
+        with work.new_result() as draft:
             write_model(job.loaded, draft)
             if options.kernels is not None:
                 job.score_through_kernels(options.kernels, draft)
             report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
             write_checked(draft / REPORT_NAME, report)
-        work.discard()
     return report
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsegpt.checkpoint import REPORT_NAME, read_checked, write_checked
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.folders import check_target, flush, is_full_disk, recover
+from sparsegpt.folders import check_target, flush, is_full_disk, new_folder, recover
 from sparsegpt.kernels.tensor_files import WEIGHTS, ShardedWriter, header_room, verify_checksums, weight_files
 from sparsegpt.pipeline import Progress
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
@@ -44,8 +44,7 @@ SAMPLE_BYTES = 4096
 class WorkFolder(Progress):
     """Keeps finished blocks for `target`. Use as a context manager: it holds the lock.
 
-    What an earlier run has finished stays until a run that may replace it has begun. `replaces`, known then: the
-    output folder may be overwritten.
+    What an earlier run has finished stays until a run that may replace it has begun.
     """
 
     def __init__(self, target: Path, *, resume: bool, overwrite: bool) -> None:
@@ -53,7 +52,7 @@ class WorkFolder(Progress):
         self.folder = _folder_for(target)
         self.lock = FileLock(self.folder / LOCK)
         self.state: dict[str, Any] = {}
-        self.replaces = False
+        self.replaces = False  # an old result, which `begin` decides
         self._done = False
 
     def __enter__(self) -> "WorkFolder":
@@ -140,8 +139,14 @@ class WorkFolder(Progress):
             write_checked(self.folder / STATE, state)
         self.state = state
 
-    def discard(self) -> None:
-        """The output is in its place: everything here goes when the lock is given back."""
+    @contextmanager
+    def new_result(self) -> Iterator[Path]:
+        """A folder to fill that becomes the target; then everything here goes when the lock is given back."""
+        try:
+            with new_folder(self.target, overwrite=self.replaces) as draft:
+                yield draft
+        except SparseGPTError as error:
+            raise SparseGPTError(f"{error}; the finished blocks are kept, go on with --resume") from error
         self._done = True
 
     def _acquire(self) -> None:

@@ -1,5 +1,6 @@
 """The unfinished run: what is kept, what is refused and how, what a damaged file costs."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -15,11 +16,10 @@ from sparsegpt.checkpoint import read_checked, write_checked, write_json
 from sparsegpt.folders import new_folder, recover
 from sparsegpt.mapped import is_mapped
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport
-from sparsegpt.run import Listener, RunOptions, run
 from sparsegpt.settings import resolve_settings
-from sparsegpt.work import WorkFolder, fingerprint, unfinished_blocks
+from sparsegpt.work import WorkFolder, unfinished_blocks
 
-from .support import refused, save_model, tiny_model
+from .support import refused
 
 SETTINGS = resolve_settings("2:4", "default", method="sparsegpt")
 IDENTITY = {"model": "abc", "settings": {"damping": 0.01, "order": "input"}, "--only": None}
@@ -99,10 +99,21 @@ def test_a_done_run_holds_the_folder_to_its_end_and_leaves_nothing(target, tmp_p
         report = PruneReport(SETTINGS)
         work.begin(IDENTITY, report)
         add_block(work, report, 0)
-        work.discard()
+        with work.new_result() as draft:
+            (draft / "file").write_text("new")
         with refused("another process"):
-            opened(target).__enter__()
-    assert not list(tmp_path.iterdir())
+            opened(target, overwrite=True).__enter__()
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "file"}
+
+
+def test_a_result_that_cannot_be_written_leaves_the_blocks_and_says_so(target):
+    report = PruneReport(SETTINGS)
+    with refused("no space left", str(target), "--resume"), opened(target) as work:
+        work.begin(IDENTITY, report)
+        add_block(work, report, 0)
+        with work.new_result():
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert unfinished_blocks(target) == 1
 
 
 def test_an_interrupt_while_a_block_is_written_keeps_those_before(target, monkeypatch):
@@ -340,140 +351,3 @@ def test_the_leftovers_of_a_killed_process_with_the_same_id_are_no_obstacle(targ
     with new_folder(target, overwrite=True) as draft:
         (draft / "file").write_text("new")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
-
-
-# The whole job
-
-
-class Stop(Listener):
-    """Ends the run behind a block, as Ctrl-C does."""
-
-    def __init__(self, blocks):
-        self.blocks = blocks
-        self.stages = []
-
-    def stage(self, text):
-        self.stages.append(text)
-
-    def block(self, report):
-        if report.index + 1 == self.blocks:
-            raise KeyboardInterrupt
-
-
-@pytest.fixture
-def options(llama_folder, text_file, target):
-    return RunOptions(str(llama_folder), str(text_file), (), target, samples=6, sequence_length=16, micro_batch=4)
-
-
-def changed(options, **changes):
-    return RunOptions(**{**vars(options), **changes})
-
-
-def interrupted(options, blocks=1):
-    with pytest.raises(KeyboardInterrupt):
-        run(options, SETTINGS, Stop(blocks))
-
-
-def weights(folder):
-    return (folder / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("preset", ["paper", "default", "best"])
-def test_an_interrupted_run_resumes_to_the_same_bits(options, tmp_path, text_file, preset):
-    settings = resolve_settings("2:4", preset, method="sparsegpt", **({"reconstruct": 1} if preset == "best" else {}))
-    options = changed(options, evaluate=(str(text_file),), eval_windows=4, include_head=True)
-    whole = run(changed(options, out=tmp_path / "whole"), settings)
-    with pytest.raises(KeyboardInterrupt):
-        run(options, settings, Stop(1))
-    listener = Stop(0)
-    # Where activations live and what is scored decide no weight.
-    resumed = run(changed(options, resume=True, activations="disk", bos="never"), settings, listener)
-    assert "going on behind block 1" in listener.stages
-    assert weights(options.out) == weights(tmp_path / "whole")
-    assert [layer["relative_error"] for layer in resumed["layers"]] == [
-        layer["relative_error"] for layer in whole["layers"]
-    ]
-    assert whole["warnings"] == resumed["warnings"]
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
-
-
-def test_the_dense_score_is_not_computed_twice(options, text_file):
-    options = changed(options, evaluate=(str(text_file),), eval_windows=4)
-    interrupted(options)
-    listener = Stop(0)
-    report = run(changed(options, resume=True), SETTINGS, listener)
-    assert [stage for stage in listener.stages if "scoring" in stage] == [f"scoring the pruned model on {text_file}"]
-    assert report["perplexity"][str(text_file)].keys() == {"dense", "pruned"}
-
-
-def test_resuming_what_is_finished_says_so_and_changes_nothing(options):
-    first = run(options, SETTINGS)
-    before = (options.out / "report.json").read_bytes()
-    listener = Stop(0)
-    again = run(changed(options, resume=True), SETTINGS, listener)
-    assert listener.stages[-1] == f"{options.out} is finished already"
-    assert again["layers"] == json.loads(json.dumps(first["layers"]))
-    assert (options.out / "report.json").read_bytes() == before
-    assert not list(options.out.parent.glob(".*"))
-    with refused("not empty", "--overwrite"):  # another run
-        run(changed(options, resume=True, seed=1), SETTINGS)
-
-
-@pytest.mark.parametrize("name", ["report.json", "model.safetensors"])
-def test_a_finished_result_that_is_damaged_is_not_taken_for_finished(options, name):
-    run(options, SETTINGS)
-    good = weights(options.out)
-    path = options.out / name
-    content = bytearray(path.read_bytes())
-    content[-30] ^= 1
-    path.write_bytes(content)
-    with refused("not empty", "--overwrite"):
-        run(changed(options, resume=True), SETTINGS)
-    run(changed(options, resume=True, overwrite=True), SETTINGS)
-    assert weights(options.out) == good
-
-
-def test_a_kill_between_the_result_and_the_clearing_up_is_finished_on_resume(options, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "discard", lambda self: None)
-        run(options, SETTINGS)
-    assert unfinished_blocks(options.out) == 2
-    before = weights(options.out)
-    run(changed(options, resume=True), SETTINGS)
-    assert weights(options.out) == before
-    assert not list(options.out.parent.glob(".*"))
-
-
-def test_other_settings_are_refused_by_their_names(options, text_file, tmp_path):
-    interrupted(options)
-    for changes, fragment in (
-        ({"seed": 1}, "calibration windows: "),
-        ({"samples": 5}, "calibration windows: "),
-        ({"only": "mlp"}, "--only: None then, mlp now"),
-        ({"micro_batch": 2}, "--micro-batch: 4 then, 2 now"),
-        ({"dtype": "bfloat16"}, "dtype: "),
-        ({"model": str(save_model(tmp_path / "other", seed=5))}, "model: "),
-    ):
-        with refused("was another one", fragment, "--overwrite instead of --resume"):
-            run(changed(options, resume=True, **changes), SETTINGS)
-    with refused("damping: "):
-        run(changed(options, resume=True), resolve_settings("2:4", "default", method="sparsegpt", damping=0.3))
-    with refused("sparsity: 2:4 then, 4:8 now"):
-        run(changed(options, resume=True), resolve_settings("4:8", "default", method="sparsegpt"))
-    assert unfinished_blocks(options.out) == 1
-
-
-def test_the_models_own_files_are_never_written_to(options, llama_folder):
-    before = {path.name: path.read_bytes() for path in llama_folder.iterdir()}
-    run(changed(options, include_head=True), SETTINGS)
-    assert {path.name: path.read_bytes() for path in llama_folder.iterdir()} == before
-
-
-def test_the_fingerprint_sees_weights_shapes_and_configuration():
-    model = tiny_model("llama")
-    first = fingerprint(model)
-    assert fingerprint(tiny_model("llama")) == first
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[-1, -1] += 1
-    others = [model, tiny_model("llama").half(), tiny_model("llama", rms_norm_eps=0.5), tiny_model("llama", seed=1)]
-    assert len({first, *map(fingerprint, others)}) == 5

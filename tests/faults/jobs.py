@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,22 +80,28 @@ class Forker:
         self.server.stdin.write(json.dumps(request).encode() + b"\n")
         return self._answer(TIMEOUT)
 
-    def finish(self, process: int, kill_after: float | None = None) -> Outcome:
-        """Wait for its end; with `kill_after`, end it by SIGKILL so many seconds after its start."""
+    def finish(self, process: int, kill_after: float | None = None, when: Callable[[], bool] = lambda: True) -> Outcome:
+        """Wait for its end; with `kill_after`, end it by SIGKILL so many seconds after `when` is true."""
         code = None
         if kill_after is not None:
-            code = self._answer(max(0.0, self.began + kill_after - time.perf_counter()))
+            while code is None and not when():
+                code = self._answer(0.003)
+            code = self._answer(kill_after) if code is None else code
             if code is None:
                 os.kill(process, signal.SIGKILL)
         if code is None:
             code = self._answer(TIMEOUT)
-        assert code is not None, "the command did not end"
+        if code is None:
+            os.kill(process, signal.SIGKILL)
+            self._answer(TIMEOUT)
+            raise AssertionError("the command did not end")
         out, err = ((self.folder / name).read_text() for name in ("out", "err"))
         return Outcome(code, out, err, time.perf_counter() - self.began)
 
-    def run(self, arguments: list[object], *, kill_after: float | None = None, **job: Any) -> Outcome:
-        """Start a command and wait for its end."""
-        return self.finish(self.start(arguments, **job), kill_after)
+    def run(self, arguments: list[object], **job: Any) -> Outcome:
+        """Start a command and wait for its end; `kill_after` and `when` as in `finish`."""
+        ending = {name: job.pop(name) for name in ("kill_after", "when") if name in job}
+        return self.finish(self.start(arguments, **job), **ending)
 
     def _answer(self, timeout: float) -> int | None:
         ready, _, _ = select.select([self.server.stdout], [], [], timeout)
@@ -125,10 +132,10 @@ class Job:
             *extra,
         ]
 
-    def run(self, out: Path, *extra: object, kill_after: float | None = None, **options: Any) -> Outcome:
-        """Run it; `fault`, `user` go to the child, other keyword arguments are flags."""
-        child = {name: options.pop(name) for name in ("fault", "user") if name in options}
-        return self.forker.run(self.arguments(out, *extra, **options), kill_after=kill_after, **child)
+    def run(self, out: Path, *extra: object, **options: Any) -> Outcome:
+        """Run it; `fault`, `user`, `kill_after` and `when` are for the server, other keyword arguments are flags."""
+        job = {name: options.pop(name) for name in ("fault", "user", "kill_after", "when") if name in options}
+        return self.forker.run(self.arguments(out, *extra, **options), **job)
 
     def resume(self, out: Path) -> None:
         """Go on after a fault, and end as an undisturbed run does.

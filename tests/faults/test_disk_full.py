@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .jobs import OLD, everything, put_old_result
+from .jobs import OLD, everything, finished_blocks, put_old_result
 
 PAGE = 4096
 
@@ -35,6 +35,7 @@ def test_a_disk_full_at_each_write_is_one_line_and_loses_nothing(tiny_job, tmp_p
             outcome.refused(str(tmp_path))
             assert "no space left" in outcome.err or "no room for" in outcome.err, (made[place], outcome.err)
             assert everything(out) == OLD, made[place]
+            assert "--resume" in outcome.err or not finished_blocks(out), made[place]
         else:
             assert outcome.err == "", made[place]
         tiny_job.resume(out) if outcome.code else tiny_job.check(out)

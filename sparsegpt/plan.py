@@ -26,15 +26,17 @@ from sparsegpt.solvers.layer import parse_method
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Python, torch and transformers themselves.
-LIBRARIES = 300 << 20
+# Python, torch and transformers, the tokenizer and its text, and what the allocator keeps.
+LIBRARIES = 400 << 20
 CUDA_CONTEXT = 600 << 20
 # Copies of [C, C] and [R, C] float32 that a method holds at its worst moment, the Hessian and its factor included.
-SOLVER_COPIES = {"magnitude": (1.0, 3.0), "wanda": (1.0, 3.0), "sparsegpt": (2.3, 5.0), "admm": (7.0, 11.0)}
+SOLVER_COPIES = {"magnitude": (1.0, 3.0), "wanda": (1.0, 3.0), "sparsegpt": (2.3, 4.0), "admm": (5.2, 10.0)}
 REFIT_COPIES = (1.0, 7.0)
-CORRECTION_COPIES = (2.0, 3.0)
+# While targets are corrected: Hessian, factor and drift; then the targets alone are left. While a pass gathers: the
+# Hessian, and with corrections the drift and a product.
+CORRECTION_COPIES, GATHERED, GATHERED_FOR_CORRECTION = (3.2, 5.0), 1, 3
 # Copies of a token's hidden state, and of its widest input, while a block computes and while it is trained.
-FORWARD_COPIES, TRAINING_COPIES = (8, 3), (24, 8)
+FORWARD_COPIES, TRAINING_COPIES = (8, 4), (24, 8)
 # Parameters in float32, gradients, two moments, the best state so far.
 TRAINED_COPIES = 5
 # A GPU takes larger micro-batches, as many tokens as fit in this share of its free memory, at most so many.
@@ -126,13 +128,14 @@ def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
     family = family_of(model)
     blocks = decoder_blocks(model, family)
     largest = max(blocks, key=_parameters)
+    groups = [tuple(_groups(block, frozenset(family.residuals))) for block in blocks]
     return ModelShape(
         blocks=len(blocks),
         block_parameters=_parameters(largest),
         outside_parameters=_parameters(model) - sum(_parameters(block) for block in blocks),
         hidden=config.get_text_config().hidden_size,
         vocabulary=config.get_text_config().vocab_size,
-        groups=tuple(_groups(largest, frozenset(family.residuals))),
+        groups=max(groups, key=lambda found: sum(inputs**2 for inputs, _ in found)),
         residual_projections=len(family.residuals),
         stored=stored,
     )
@@ -152,8 +155,8 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     width = work.computing.itemsize
     on_gpu = work.gpu_memory is not None
     block = shape.block_parameters * width
-    solve = _solve_bytes(shape, settings)
-    batch = work.micro_batch or _micro_batch(shape, work, block + solve)
+    solve, gathered = _solve_bytes(shape, settings), _gathered_bytes(shape, settings)
+    batch = work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered))
     tokens = batch * work.sequence_length
     widest = max(inputs for inputs, _ in shape.groups)
     forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
@@ -161,7 +164,7 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     if settings.reconstruct:
         trained = TRAINED_COPIES * 4 * shape.block_parameters
         training = trained + TOKENS_PER_BATCH * 4 * (TRAINING_COPIES[0] * shape.hidden + TRAINING_COPIES[1] * widest)
-    compute = {"one block": block, "solving it": max(solve + forward, training)}
+    compute = {"one block": block, "work on it": max(solve, gathered + forward, training)}
     streams = _activation_bytes(shape, settings, work)
     memory = {"libraries": LIBRARIES}
     disk = {
@@ -177,7 +180,7 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
             scoring = TOKENS_PER_STEP * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest) * width
             head = shape.vocabulary * shape.hidden * width
             logits = max(TOKENS_PER_STEP, work.sequence_length) * shape.vocabulary * width
-            memory["solving it"] = max(memory["solving it"], scoring + head + logits)
+            memory["work on it"] = max(memory["work on it"], scoring + head + logits)
     (disk if work.activations == "disk" else memory)["activations"] = streams
     return Plan(memory, gpu, disk, batch)
 
@@ -244,14 +247,25 @@ def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[tuple[int, 
 
 
 def _solve_bytes(shape: ModelShape, settings: PruneSettings) -> int:
-    """Of the hungriest group; in the published order the Hessians of all groups wait for it."""
+    """Of the hungriest group; in the published order the Hessians of the others wait meanwhile."""
     copies = [_copies(method) for method in settings.values_of("method")]
     squares, layers = max(squares for squares, _ in copies), max(layers for _, layers in copies)
-    if any(max(settings.values_of(share)) > 0 for share in CORRECTIONS):
-        squares, layers = squares + CORRECTION_COPIES[0], layers + CORRECTION_COPIES[1]
+    if _corrects(settings):
+        squares, layers = max(squares, CORRECTION_COPIES[0]), max(layers + 1, CORRECTION_COPIES[1])
     worst = max(squares * inputs**2 + layers * inputs * outputs for inputs, outputs in shape.groups)
-    waiting = sum(inputs**2 for inputs, _ in shape.groups) - max(inputs for inputs, _ in shape.groups) ** 2
-    return math.ceil(4 * (worst + (waiting if settings.order == "block" else 0)))
+    widths = [inputs**2 for inputs, _ in shape.groups]
+    return math.ceil(4 * (worst + (sum(widths) - max(widths) if settings.order == "block" else 0)))
+
+
+def _gathered_bytes(shape: ModelShape, settings: PruneSettings) -> int:
+    """What a pass sums up for the widest group, or for all of them in the published order."""
+    copies = GATHERED_FOR_CORRECTION if _corrects(settings) else GATHERED
+    widths = [inputs**2 for inputs, _ in shape.groups]
+    return 4 * copies * (sum(widths) if settings.order == "block" else max(widths))
+
+
+def _corrects(settings: PruneSettings) -> bool:
+    return any(max(settings.values_of(share)) > 0 for share in CORRECTIONS)
 
 
 def _copies(method: str) -> tuple[float, float]:
@@ -267,7 +281,7 @@ def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload
     features = shape.hidden
     if settings.needs_dense_stream:
         features += shape.hidden
-    if any(max(settings.values_of(share)) > 0 for share in CORRECTIONS):
+    if _corrects(settings):
         features += sum(inputs for inputs, _ in shape.groups)
     if max(settings.values_of("residual_correction")) > 0:
         features += shape.residual_projections * shape.hidden

@@ -1,0 +1,70 @@
+"""A GPU that runs out of memory: the run goes on behind its last finished block with half the micro-batch."""
+
+import pytest
+import torch
+
+from sparsegpt import pipeline
+from sparsegpt.models import load_model
+from sparsegpt.run import RunOptions, run
+from sparsegpt.settings import resolve_settings
+
+from .support import refused, save_model, write_text
+
+
+@pytest.fixture
+def options(tmp_path):
+    def make(out: str, micro_batch: int) -> RunOptions:
+        return RunOptions(
+            model=str(save_model(tmp_path / "model")),
+            calibration=str(write_text(tmp_path / "text.txt")),
+            evaluate=(),
+            out=tmp_path / out,
+            samples=8,
+            sequence_length=16,
+            micro_batch=micro_batch,
+        )
+
+    return make
+
+
+def exhausted(monkeypatch, fits) -> list[int]:
+    """Let a block's pruning fail unless fits(windows of a micro-batch, block); returns the sizes that were tried."""
+    tried = []
+    real = pipeline._Driver.prune_block
+
+    def prune_block(self, block, index, *arguments, **options):
+        tried.append(len(self.streams.pruned[0]))
+        if not fits(tried[-1], index):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, block, index, *arguments, **options)
+
+    monkeypatch.setattr(pipeline._Driver, "prune_block", prune_block)
+    return tried
+
+
+def weights(folder):
+    return load_model(str(folder)).model.state_dict()
+
+
+def test_from_the_first_block_on_it_is_a_run_with_the_smaller_micro_batch(options, monkeypatch, tmp_path):
+    run(options("expected", 2), resolve_settings("2:4"))
+    tried = exhausted(monkeypatch, lambda windows, index: windows <= 2)
+    report = run(options("out", 8), resolve_settings("2:4"))
+    assert tried == [8, 4, 2, 2]
+    assert sum("--micro-batch" in warning for warning in report["warnings"]) == 2
+    expected = weights(tmp_path / "expected")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "out").items())
+
+
+def test_finished_blocks_are_not_pruned_again(options, monkeypatch):
+    tried = exhausted(monkeypatch, lambda windows, index: windows <= 4 or index == 0)
+    report = run(options("out", 8), resolve_settings("2:4"))
+    assert tried == [8, 8, 4]
+    assert [block["index"] for block in report["blocks"]] == [0, 1]
+    assert len(report["layers"]) == 14
+
+
+def test_one_window_that_does_not_fit_is_refused(options, monkeypatch):
+    exhausted(monkeypatch, lambda windows, index: False)
+    with refused("out of memory", "--seqlen", "--device cpu"):
+        run(options("out", 2), resolve_settings("2:4"))

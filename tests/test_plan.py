@@ -1,0 +1,89 @@
+"""Plans: sums of named parts from shapes alone, the README's table, and refusals before any work."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsegpt import plan as plan_module
+from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, readable, shape_of
+from sparsegpt.settings import resolve_settings
+
+from .architectures import VARIANTS, block_matrices, tiny_variant
+from .support import refused, tiny_model
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+GPU = 80 * 10**9
+
+
+def planned(name: str, preset: str, activations: str = "memory") -> Plan:
+    config = published_config(name)
+    work = Workload(128, 2048, config.dtype, GPU, activations)
+    return plan(shape_of(config, config.dtype), resolve_settings("2:4", preset), work)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shapes_are_counted_without_weights(variant):
+    model = tiny_variant(variant)
+    shape = shape_of(model.config, torch.float32)
+    assert shape.parameters >= sum(parameter.numel() for parameter in model.parameters())
+    widths = {matrix.shape[1] for matrix in block_matrices(model).values()}
+    assert max(inputs for inputs, _ in shape.groups) >= max(widths)
+
+
+def test_a_plain_block_is_counted_exactly():
+    model = tiny_model("llama")
+    shape = shape_of(model.config, torch.float32)
+    block = model.model.layers[0]
+    assert shape.blocks == 2
+    assert shape.block_parameters == sum(parameter.numel() for parameter in block.parameters())
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert sorted(inputs for inputs, _ in shape.groups) == [32, 32, 32, 64]  # q k v; o; gate up; down
+
+
+def test_the_published_method_carries_one_stream_and_corrections_carry_what_they_compare():
+    shape = shape_of(tiny_model("llama").config, torch.float32)
+    work = Workload(10, 20, torch.float32)
+    token = 4 * 10 * 20
+    assert plan(shape, resolve_settings("2:4", "paper"), work).memory["activations"] == 32 * token
+    # Two streams, four inputs of shared groups, two residual streams, attention's output.
+    features = 2 * 32 + (3 * 32 + 64) + 2 * 32 + 32
+    assert plan(shape, resolve_settings("2:4"), work).memory["activations"] == features * token
+    on_disk = plan(shape, resolve_settings("2:4"), Workload(10, 20, torch.float32, activations="disk"))
+    assert "activations" not in on_disk.memory
+    assert on_disk.disk["activations"] == (features - 32) * token
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_parameters_they_are_named_for(name):
+    shape = shape_of(published_config(name), torch.float16)
+    assert shape.parameters / 1e9 == pytest.approx(float(re.search(r"(\d+)b", name)[1]), rel=0.02)
+
+
+def test_the_readme_shows_what_the_code_computes():
+    rows = re.findall(r"\| (\S+) \| (paper|default) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|\n", README)
+    assert {(model, preset) for model, preset, *_ in rows} == {(n, p) for n in PUBLISHED for p in ("paper", "default")}
+    for name, preset, memory, on_disk, gpu, disk in rows:
+        here, there = planned(name, preset), planned(name, preset, "disk")
+        assert memory == readable(here.total("memory"))
+        assert on_disk == readable(there.total("memory"))
+        assert gpu.split(",")[0] == readable(here.total("gpu"))
+        assert ("refused" in gpu) == (here.total("gpu") > GPU)
+        assert disk == f"{readable(here.total('disk'))}, {readable(there.total('disk'))}"
+
+
+def test_what_does_not_fit_is_refused_with_the_switch_that_helps(tmp_path, monkeypatch):
+    plenty = {"part": 1}
+    monkeypatch.setattr(plan_module, "available_memory", lambda: 1000)
+    check_fits(Plan({"part": 999}, {}, plenty, 1), None, tmp_path, tmp_path)
+    with refused("memory", "--activations disk"):
+        check_fits(Plan({"part": 900, "activations": 200}, {}, plenty, 1), None, tmp_path, tmp_path)
+    with refused("memory", "--samples"):
+        check_fits(Plan({"part": 1100}, {}, plenty, 1), None, tmp_path, tmp_path)
+    with refused("GPU memory", "--micro-batch", "--preset paper"):
+        check_fits(Plan({"part": 1}, {"part": 2000}, plenty, 1), 1000, tmp_path, tmp_path)
+    with refused("disk", "--out", str(tmp_path)):
+        check_fits(Plan({"part": 1}, {}, {"result": 1 << 60}, 1), None, tmp_path / "not" / "there", tmp_path)
+    with refused("disk", "--scratch"):
+        check_fits(Plan({"part": 1}, {}, {"activations": 1 << 60}, 1), None, tmp_path, tmp_path)

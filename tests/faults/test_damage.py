@@ -30,8 +30,8 @@ def damage(path: Path, chance: random.Random) -> str:
     return f"{how} at {place} of {path.name}"
 
 
-def check_pattern(out: Path) -> None:
-    """Every layer that the report lists keeps 2:4, in all shards."""
+def check_pattern(out: Path, *, exactly: bool = True) -> None:
+    """Every layer that the report lists keeps 2:4, in all shards; not exactly: some weights were zero before."""
     tensors = {}
     for path in out.glob("*.safetensors"):
         tensors |= safetensors.torch.load_file(path)
@@ -40,7 +40,9 @@ def check_pattern(out: Path) -> None:
     for layer in layers:
         weight = tensors[f"{layer['name']}.weight"]
         assert weight.isfinite().all()
-        assert_pattern(weight, "2:4")
+        assert ((weight != 0).reshape(-1, 4).sum(1) <= 2).all()
+        if exactly:
+            assert_pattern(weight, "2:4")
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +66,16 @@ def test_a_damaged_model_folder_is_refused_or_gives_exact_patterns(tiny_job, sha
         outcome = tiny_job.run(out, model=folder, method="wanda")
         try:
             if outcome.refused_or_done():
-                check_pattern(out)
+                check_pattern(out, exactly=not done.startswith("zeros"))
             else:
-                assert not out.exists() and not work_folder(out).exists()
+                assert not out.exists()
+                assert finished_blocks(out) != 0  # a huge weight of a later block shows when its turn comes
         except AssertionError as error:
             raise AssertionError(where) from error
         seen["done" if outcome.code == 0 else "refused"] += 1
         shutil.rmtree(folder)
-        shutil.rmtree(out, ignore_errors=True)
+        for leftover in (out, work_folder(out)):
+            shutil.rmtree(leftover, ignore_errors=True)
     print(f"\n{cases} damaged model folders, seed {seed}: {dict(seen)}")
 
 

@@ -156,7 +156,7 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     on_gpu = work.gpu_memory is not None
     block = shape.block_parameters * width
     solve, gathered = _solve_bytes(shape, settings), _gathered_bytes(shape, settings)
-    batch = work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered))
+    batch = min(work.samples, work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered)))
     tokens = batch * work.sequence_length
     widest = max(inputs for inputs, _ in shape.groups)
     forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)

@@ -36,6 +36,9 @@ from sparsegpt.sparsity import NM
 from sparsegpt.work import WorkFolder, fingerprint
 
 ACTIVATIONS = ("memory", "disk")
+# Bytes of a block from which freed memory goes back at once: it keeps a run within its plan, and costs small models,
+# which have no need of it, 40% more time.
+TIDY_BLOCK = 8 << 20
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 
 
@@ -116,12 +119,13 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
     if options.activations not in ACTIVATIONS:
         raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
-    give_back_freed_memory()
     with (
         WorkFolder(options.out, resume=options.resume, overwrite=options.overwrite) as work,
         PeakWatch() as memory,
     ):
         planned = plan_run(options, settings)
+        if planned.memory.get("one block", 0) >= TIDY_BLOCK:
+            give_back_freed_memory()
         check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
         job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
         job.load()

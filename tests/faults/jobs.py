@@ -56,6 +56,8 @@ class Forker:
 
     def __enter__(self) -> "Forker":
         environment = CHILD_ENVIRONMENT | {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_OFFLINE": "1"}
+        # torch refuses large tensors in new threads of a forked process: the loader must do without threads.
+        environment["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         self.server = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("forker.py"))],
             stdin=subprocess.PIPE,

@@ -6,7 +6,8 @@ shifted so that the number of zeros in the whole model is exactly the uniform on
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from sparsegpt.unfuse import unfused
 
 # Weight shape [out_features, in_features] of each selected linear of a block, by its name inside the block.
 Shapes = Mapping[str, tuple[int, int]]
+# Brings a block to where it computes for as long as it is needed there.
+Visit = Callable[[nn.Module], AbstractContextManager[None]]
 
 OUTLIER = 5.0
 SPREAD = 0.08
@@ -26,8 +29,17 @@ SPREAD = 0.08
 STEPS = 4
 
 
+def _at_home(block: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def allocate(
-    pattern: Sparsity, allocation: str, blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: ModelInputs
+    pattern: Sparsity,
+    allocation: str,
+    blocks: nn.ModuleList,
+    linears: Sequence[Shapes],
+    inputs: ModelInputs,
+    visit: Visit = _at_home,
 ) -> list[dict[str, Sparsity]]:
     """The pattern of each linear, block by block; linears[index]: the selected linears of that block.
 
@@ -37,7 +49,7 @@ def allocate(
         return [dict.fromkeys(block, pattern) for block in linears]
     if not any(linears):
         raise SparseGPTError(f"allocation {allocation!r} has no linear to spread {pattern} over: leave it out")
-    outliers = outlier_shares(blocks, linears, inputs)
+    outliers = outlier_shares(blocks, linears, inputs, visit)
     sizes = [sum(map(math.prod, block.values())) for block in linears]
     shares = block_shares(outliers, sizes, pattern.fraction)
     return _whole_zeros(shares, linears, round(pattern.fraction * sum(sizes)))
@@ -58,7 +70,9 @@ def block_shares(outliers: list[float], sizes: list[int], target: float) -> list
 
 
 @torch.no_grad()
-def outlier_shares(blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: ModelInputs) -> list[float]:
+def outlier_shares(
+    blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: ModelInputs, visit: Visit = _at_home
+) -> list[float]:
     """Share of weights per block whose |w_ij| ||x_j|| exceeds OUTLIER times the mean of their layer.
 
     An expert that nothing is sent to in these few micro-batches has none.
@@ -66,7 +80,7 @@ def outlier_shares(blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: Mod
     stream = inputs.hidden[:STEPS]
     result = []
     for index, block in enumerate(blocks):
-        with unfused(block):
+        with visit(block), unfused(block):
             norms, stream = _input_norms(block, list(linears[index]), inputs, index, stream)
             weights = {name: block.get_parameter(f"{name}.weight") for name in linears[index] if name in norms}
             outliers = sum(_outliers(weight, norms[name]) for name, weight in weights.items())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sparsegpt.allocation import Shapes, allocate
+from sparsegpt.allocation import Shapes, Visit, allocate
 from sparsegpt.blocks import decoder_blocks, family_of, prunable_linears
 from sparsegpt.capture import ModelInputs
 from sparsegpt.errors import SparseGPTError
@@ -52,21 +52,24 @@ def shapes_of(block: nn.Module) -> dict[str, tuple[int, int]]:
         return {name: (linear.out_features, linear.in_features) for name, linear in prunable_linears(block).items()}
 
 
-def check_block(block: nn.Module, prefix: str, chosen: dict[str, LinearSettings]) -> Shapes:
-    """Shapes of the chosen linears of a block; SparseGPTError, naming the linear, for one that cannot be pruned so."""
+def check_block(block: nn.Module, prefix: str, chosen: dict[str, LinearSettings], *, finite: bool) -> Shapes:
+    """Shapes of the chosen linears of a block; SparseGPTError, naming the linear, for one that cannot be pruned so.
+
+    finite: the weights are known to be.
+    """
     shapes = {}
     with unfused(block):
         for name, linear in prunable_linears(block).items():
             if prefix + name in chosen:
-                check_linear(prefix + name, linear, chosen)
+                check_linear(prefix + name, linear, chosen, finite=finite)
                 shapes[name] = (linear.out_features, linear.in_features)
     return shapes
 
 
-def check_linear(name: str, linear: nn.Linear, chosen: dict[str, LinearSettings]) -> None:
+def check_linear(name: str, linear: nn.Linear, chosen: dict[str, LinearSettings], *, finite: bool) -> None:
     """Refuse before any work what would be refused in the middle of it."""
     chosen[name].sparsity.check(linear.in_features, name)
-    if not all(torch.isfinite(part).all() for part in chunks(linear.weight)):
+    if not finite and not all(torch.isfinite(part).all() for part in chunks(linear.weight)):
         raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
 
 
@@ -76,13 +79,14 @@ def spread(
     blocks: nn.ModuleList,
     shapes: dict[str, Shapes],
     inputs: ModelInputs,
+    visit: Visit,
 ) -> None:
     """Spread the run's sparsity over the linears to which no rule gives one; shapes: by block and name in it."""
     free = [
         {name: shape for name, shape in block.items() if not sets_sparsity(settings, prefix + name)}
         for prefix, block in shapes.items()
     ]
-    patterns = allocate(settings.sparsity, settings.allocation, blocks, free, inputs)
+    patterns = allocate(settings.sparsity, settings.allocation, blocks, free, inputs, visit)
     for prefix, by_name in zip(shapes, patterns, strict=True):
         for name, pattern in by_name.items():
             chosen[prefix + name] = replace(chosen[prefix + name], sparsity=pattern)

@@ -112,10 +112,12 @@ def prune_blocks(
     by_prefix = {f"{family.blocks}.{index}.": block for index, block in enumerate(blocks)}
     choices = choose_linears(model, settings, select, only_blocks, include_head=include_head)
     chosen = {name: choice for name, choice in choices.items() if choice is not None}
-    shapes = {prefix: check_block(block, prefix, chosen) for prefix, block in by_prefix.items()}
+    # With a residence the weights come from a loader that has looked at all of them: reading them twice takes long.
+    finite = residence is not None
+    shapes = {prefix: check_block(block, prefix, chosen, finite=finite) for prefix, block in by_prefix.items()}
     head = lm_head_of(model) if "lm_head" in chosen else None
     if head is not None:
-        check_linear("lm_head", head, chosen)
+        check_linear("lm_head", head, chosen, finite=finite)
     batch = micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1])
     residence = residence or Residence(torch.device(device) if device else None, model.dtype, model.dtype)
     progress, report = progress or Progress(), report or PruneReport(settings)
@@ -129,7 +131,7 @@ def prune_blocks(
         with solver.timed("capture"):
             store = ActivationStore(scratch)
             inputs = ModelInputs(model, blocks, windows, batch, store.keep)
-            spread(settings, chosen, blocks, shapes, inputs)
+            spread(settings, chosen, blocks, shapes, inputs, residence.visit)
             streams = Streams.begin(inputs, store, with_dense=settings.needs_dense_stream)
         driver = _Driver(solver, streams, family, residence, progress)
         for index, (prefix, block) in enumerate(by_prefix.items()):

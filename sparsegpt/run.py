@@ -26,7 +26,7 @@ from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
 from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_model, pick_device, sequence_length
 from sparsegpt.pipeline import prune_blocks
-from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, shape_of
+from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, readable, shape_of
 from sparsegpt.private_memory import PeakWatch, give_back_freed_memory
 from sparsegpt.recipe import idle_rules
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
@@ -128,6 +128,8 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
             give_back_freed_memory()
         check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
         job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
+        needs = ", ".join(f"{readable(count)} of {kind}" for kind, count in planned.totals().items() if count)
+        job.listener.stage(f"needs at most about {needs}")
         job.load()
         if not job.begin():
             return read_checked(options.out / REPORT_NAME)
@@ -234,6 +236,9 @@ class _Job:
         if self.options.resume:
             blocks = self.work.finished
             self.listener.stage(f"going on behind block {blocks}" if blocks else "nothing to resume: starting anew")
+        # What a GPU's free memory allowed then: other steps would end with other bits.
+        self.micro_batch = self.work.state.get("micro_batch", self.micro_batch)
+        self.work.save_state(micro_batch=self.micro_batch)
         self.seconds = self.work.state.get("run_seconds", self.seconds)
         if self.work.state.get("evaluation") == self._evaluation():
             for data, by_model in self.work.state.get("scores", {}).items():
@@ -253,7 +258,7 @@ class _Job:
             "--skip": options.skip,
             "--blocks": options.blocks,
             "--include": options.include_head,
-            "--micro-batch": self.micro_batch,
+            "--micro-batch": options.micro_batch,
             "device": str(residence.device).split(":")[0],
             "dtype": [str(residence.dtype), str(residence.stored)],
         }
@@ -318,6 +323,8 @@ class _Job:
                 "or --device cpu"
             ) from error
         self.micro_batch //= 2
+        self.work.save_state(micro_batch=self.micro_batch)
+        del self.pruned.layers[sum(block.linears for block in self.pruned.blocks) :]  # of the block that failed
         self.warn(f"the GPU ran out of memory: going on with --micro-batch {self.micro_batch}")
         residence.unsettle()
         torch.cuda.empty_cache()

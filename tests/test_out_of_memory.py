@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsegpt import pipeline
+from sparsegpt.groups import GroupSolver
 from sparsegpt.models import load_model
 from sparsegpt.run import RunOptions, run
 from sparsegpt.settings import resolve_settings
@@ -62,6 +63,21 @@ def test_finished_blocks_are_not_pruned_again(options, monkeypatch):
     assert tried == [8, 8, 4]
     assert [block["index"] for block in report["blocks"]] == [0, 1]
     assert len(report["layers"]) == 14
+
+
+def test_what_a_failed_block_had_reported_is_forgotten(options, monkeypatch):
+    real, groups = GroupSolver.prune, []
+
+    def prune(self, *arguments, **keywords):
+        groups.append(arguments)
+        if len(groups) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(GroupSolver, "prune", prune)
+    report = run(options("out", 8), resolve_settings("2:4"))
+    names = [layer["name"] for layer in report["layers"]]
+    assert len(names) == len(set(names)) == 14
 
 
 def test_one_window_that_does_not_fit_is_refused(options, monkeypatch):

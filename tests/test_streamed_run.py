@@ -17,8 +17,21 @@ SAMPLES, LENGTH = 6, 16
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *WRAPPERS])
 def test_a_streamed_run_saves_what_pruning_in_memory_gives(tmp_path, monkeypatch, variant):
-    monkeypatch.setattr(mapped, "SMALL", 0)  # tiny weights live in files too
     model = tiny_wrapper(variant) if variant in WRAPPERS else tiny_variant(variant)
+    compare(tmp_path, monkeypatch, model, "2:4")
+
+
+@pytest.mark.parametrize("choices", [{"allocation": "owl"}, {"reconstruct": 1}], ids=str)
+def test_so_it_does_with_other_settings(tmp_path, monkeypatch, choices):
+    compare(tmp_path, monkeypatch, tiny_variant("llama"), "0.5", **choices)
+
+
+def test_so_it_does_with_a_head_of_its_own(tmp_path, monkeypatch):
+    compare(tmp_path, monkeypatch, tiny_variant("llama"), "2:4", include_head=True)
+
+
+def compare(tmp_path, monkeypatch, model, sparsity, *, include_head=False, **choices):
+    monkeypatch.setattr(mapped, "SMALL", 0)  # tiny weights live in files too
     model.save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     text = str(write_text(tmp_path / "text.txt"))
@@ -30,12 +43,13 @@ def test_a_streamed_run_saves_what_pruning_in_memory_gives(tmp_path, monkeypatch
             out=tmp_path / "out",
             samples=SAMPLES,
             sequence_length=LENGTH,
+            include_head=include_head,
         ),
-        resolve_settings("2:4"),
+        resolve_settings(sparsity, **choices),
     )
     loaded = load_model(str(tmp_path / "model"))
     windows = draw_windows(load_text(text, "calibration"), loaded.tokenizer, SAMPLES, LENGTH, 0).windows
-    prune_model(loaded.model, windows, "2:4")
+    prune_model(loaded.model, windows, sparsity, include_head=include_head, **choices)
     expected, found = loaded.model.state_dict(), load_model(str(tmp_path / "out")).model.state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

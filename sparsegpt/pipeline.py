@@ -134,8 +134,10 @@ def prune_blocks(
             spread(settings, chosen, blocks, shapes, inputs, residence.visit)
             streams = Streams.begin(inputs, store, with_dense=settings.needs_dense_stream)
         driver = _Driver(solver, streams, family, residence, progress)
+        pruned = [index for index, linears in enumerate(shapes.values()) if linears]
+        read_until = len(blocks) if head is not None else max(pruned, default=0)
         for index, (prefix, block) in enumerate(by_prefix.items()):
-            last = index + 1 == len(blocks) and head is None
+            last = index >= read_until
             if index < progress.finished:
                 driver.pass_finished(block, index, last=last)
             else:
@@ -161,13 +163,13 @@ class _Driver:
     def prune_block(
         self, block: nn.Module, index: int, blocks: int, choices: dict[str, LinearSettings], *, last: bool
     ) -> BlockReport:
-        """Prune the block and move the streams behind it; behind the last one nobody reads them."""
+        """Prune the block and move the streams behind it; behind the last one that is pruned nobody reads them."""
         started = time.perf_counter()
         report = self.solver.report
         with self.residence.visit(block):
             with unfused(block):
                 job = BlockJob(self.solver, self.streams, self.family, block, index, choices)
-                layers = job.prune_linears()
+                layers = job.prune_linears() if choices or not last else []
                 share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
                 if not last:
                     self._move_pruned(job)

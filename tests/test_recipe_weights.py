@@ -93,6 +93,14 @@ def test_a_mixed_recipe_is_pruning_each_linear_by_hand():
         assert ".layers.1." in name or (linear.weight != 0).all()
 
 
+def test_blocks_behind_the_last_pruned_one_are_not_run():
+    model, ran = tiny_model("llama"), []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda module, args, output: ran.append(module))
+    prune_model(model, random_windows(), "2:4", only_blocks="0")
+    assert set(ran) == {model.model.layers[0]}
+
+
 def pruned(*rules: dict[str, object], **options):
     model = tiny_model("llama")
     recipe = parse_rules(list(rules)) if rules else ()

@@ -1,5 +1,6 @@
 """One decoder block on its way from dense to pruned: what reads which input, in which order, under which statistics."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,19 +68,19 @@ class BlockJob:
         self.solver.tell_of_experts()
         return layers
 
-    def reconstruct(self) -> float:
-        """Train the kept weights so that the block on pruned inputs gives the dense block's outputs.
+    def reconstruct(self, ahead: Sequence[nn.Module] = ()) -> float:
+        """Train the kept weights so that the block on pruned inputs gives the dense outputs behind the blocks `ahead`.
 
-        Returns the held-out loss as a share of what it was.
+        Those are dense still and follow this one. Returns the held-out loss as a share of what it was.
         """
-        assert self.streams.dense is not None
         with self.solver.timed("reconstruct"):
             result = reconstruct_block(
                 self.block,
                 list(self.linears),
                 self.streams.pruned,
-                self.streams.dense,
-                lambda size: self.streams.inputs.call(size, self.index),
+                self._dense_behind(ahead),
+                lambda hidden: self._through(self.index, [self.block, *ahead], hidden),
+                ahead=ahead,
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
             )
@@ -92,6 +93,20 @@ class BlockJob:
                 "back to the best; lower --learning-rate"
             )
         return result.after / result.before if result.before else 1.0
+
+    def _dense_behind(self, ahead: Sequence[nn.Module]) -> list[Tensor]:
+        """The dense stream, which is behind this block, moved on through the blocks that follow."""
+        assert self.streams.dense is not None
+        if not ahead:
+            return self.streams.dense
+        moved = (self._through(self.index + 1, ahead, hidden.to(self.device)) for hidden in self.streams.dense)
+        home = self.streams.dense[0].device
+        return [self.streams.store.keep("ahead", step, hidden.to(home)) for step, hidden in enumerate(moved)]
+
+    def _through(self, first: int, blocks: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+        for index, block in enumerate(blocks, first):
+            hidden = self.streams.inputs.call(len(hidden), index).run(block, hidden)
+        return hidden
 
     def run(
         self, hidden: Tensor, watched: frozenset[str] = frozenset(), unused: Group = ()

@@ -97,6 +97,9 @@ def run(
         str | None, typer.Option(help="How a fraction is spread over the blocks: uniform or owl (by outliers).")
     ] = None,
     reconstruct: Annotated[int | None, typer.Option(help="Epochs of block-wise training of the kept weights.")] = None,
+    look_ahead: Annotated[
+        int | None, typer.Option(help="The training compares outputs so many dense blocks further on.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the block-wise training.")] = None,
     only: Annotated[str | None, typer.Option(help="Prune only modules whose full name matches this regex.")] = None,
     skip: Annotated[str | None, typer.Option(help="Leave modules dense whose full name matches this regex.")] = None,
@@ -135,6 +138,7 @@ def run(
         residual_correction=residual_correction,
         allocation=allocation,
         reconstruct=reconstruct,
+        look_ahead=look_ahead,
         learning_rate=learning_rate,
         recipe=read_recipe(recipe) if recipe else None,
     )

@@ -8,7 +8,7 @@ stream once, before anything in it is pruned; its inputs inside the block are ke
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +142,7 @@ def prune_blocks(
                 driver.pass_finished(block, index, last=last)
             else:
                 wanted = {name: chosen[prefix + name] for name in shapes[prefix]}
-                on_block(driver.prune_block(block, index, len(blocks), wanted, last=last))
+                on_block(driver.prune_block(blocks, index, wanted, last=last))
         if head is not None:
             driver.prune_head(model, blocks, head, chosen["lm_head"], windows.split(batch))
     finally:
@@ -161,23 +161,31 @@ class _Driver:
     progress: Progress
 
     def prune_block(
-        self, block: nn.Module, index: int, blocks: int, choices: dict[str, LinearSettings], *, last: bool
+        self, blocks: nn.ModuleList, index: int, choices: dict[str, LinearSettings], *, last: bool
     ) -> BlockReport:
-        """Prune the block and move the streams behind it; behind the last one that is pruned nobody reads them."""
+        """Prune a block and move the streams behind it; behind the last one that is pruned nobody reads them."""
         started = time.perf_counter()
-        report = self.solver.report
+        report, settings, block = self.solver.report, self.solver.settings, blocks[index]
         with self.residence.visit(block):
             with unfused(block):
                 job = BlockJob(self.solver, self.streams, self.family, block, index, choices)
                 layers = job.prune_linears() if choices or not last else []
-                share = job.reconstruct() if self.solver.settings.reconstruct and layers else None
+                share = self._reconstruct(job, blocks) if settings.reconstruct and layers else None
                 if not last:
                     self._move_pruned(job)
             error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
             seconds = time.perf_counter() - started
-            report.blocks.append(BlockReport(index, blocks, len(layers), error, seconds, share))
+            report.blocks.append(BlockReport(index, len(blocks), len(layers), error, seconds, share))
             self._settle(block, self.progress.keep(index, self.residence.to_store(block), report))
         return report.blocks[-1]
+
+    def _reconstruct(self, job: BlockJob, blocks: nn.ModuleList) -> float:
+        behind = job.index + 1
+        with ExitStack() as visits:
+            ahead = list(blocks[behind : behind + self.solver.settings.look_ahead])
+            for block in ahead:
+                visits.enter_context(self.residence.visit(block))
+            return job.reconstruct(ahead)
 
     def pass_finished(self, block: nn.Module, index: int, *, last: bool) -> None:
         """Put a block that was finished before in its place, and move both streams as its pruning moved them."""

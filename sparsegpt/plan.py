@@ -162,8 +162,9 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
     training = 0
     if settings.reconstruct:
-        trained = TRAINED_COPIES * 4 * shape.block_parameters
-        training = trained + TOKENS_PER_BATCH * 4 * (TRAINING_COPIES[0] * shape.hidden + TRAINING_COPIES[1] * widest)
+        parameters = (TRAINED_COPIES + settings.look_ahead) * shape.block_parameters
+        a_token = (1 + settings.look_ahead) * (TRAINING_COPIES[0] * shape.hidden + TRAINING_COPIES[1] * widest)
+        training = 4 * (parameters + TOKENS_PER_BATCH * a_token)
     compute = {"one block": block, "work on it": max(solve, gathered + forward, training)}
     streams = _activation_bytes(shape, settings, work)
     memory = {"libraries": LIBRARIES}
@@ -277,9 +278,11 @@ def _copies(method: str) -> tuple[float, float]:
 
 
 def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload) -> int:
-    """Both streams, the dense inputs that the corrections compare, outputs of attention that are not computed twice."""
+    """Both streams and the one ahead, dense inputs that corrections compare, outputs that are not computed twice."""
     features = shape.hidden
     if settings.needs_dense_stream:
+        features += shape.hidden
+    if settings.reconstruct and settings.look_ahead:
         features += shape.hidden
     if _corrects(settings):
         features += sum(inputs for inputs, _ in shape.groups)

@@ -1,23 +1,25 @@
 """Block reconstruction: train a pruned block's kept weights so that, on pruned inputs, it gives the dense outputs.
 
 After the closed-form solves each layer is optimal for itself; a few epochs of Adam let the layers of a block help one
-another. The masks stay fixed; norms and biases move too. A tenth of the calibration windows is held out: the weights
+another. The outputs may be compared some dense blocks further on, where those of its errors that the model amplifies
+weigh more. The masks stay fixed; norms and biases move too. A tenth of the calibration windows is held out: the weights
 with the lowest held-out loss win, the untrained ones included, so no block gets worse.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.capture import BlockCall
-
 HELD_OUT = 0.1
 # Windows are gathered into batches of about this many tokens: small, so that few windows still make many steps.
 TOKENS_PER_BATCH = 1024
+
+# Inputs and targets [batch, sequence, features].
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,63 +38,74 @@ def reconstruct_block(
     pruned_linears: list[str],
     inputs: list[Tensor],
     targets: list[Tensor],
-    call_for: Callable[[int], BlockCall],
+    forward: Callable[[Tensor], Tensor],
     *,
+    ahead: Sequence[nn.Module] = (),
     epochs: int,
     learning_rate: float,
 ) -> Reconstruction:
     """Train `block` in place.
 
-    pruned_linears: names inside the block, whose zeros stay zeros. inputs, targets: micro-batches
-    [batch, sequence, features] of the pruned stream before and the dense stream behind the block. call_for(size):
-    the block's other arguments for a batch of so many windows. Adam with the learning rate falling to 0 along a
-    cosine; weights in float32, products in bfloat16 where the hardware has them. If the loss stops being finite the
-    block is rolled back.
+    pruned_linears: names inside the block, whose zeros stay zeros. inputs: micro-batches [batch, sequence, features] of
+    the pruned stream before the block. forward(hidden): what the block and the modules `ahead`, which are not trained,
+    make of them; targets: what it should be. Adam with the learning rate falling to 0 along a cosine; weights in
+    float32, products in bfloat16 where the hardware has them. If the loss stops being finite the block is rolled back.
     """
     device = next(block.parameters()).device
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(block)}
-    block.float()
-    masks = {f"{name}.weight": block.get_parameter(f"{name}.weight") != 0 for name in pruned_linears}
-    trained = {name: p for name, p in block.named_parameters() if name in masks or p.ndim == 1}
-    batches = _batches(inputs, targets)
+    with _in_float32([block, *ahead]), _remembering_gradient_switches([block, *ahead]):
+        masks = {f"{name}.weight": block.get_parameter(f"{name}.weight") != 0 for name in pruned_linears}
+        trained = {name: p for name, p in block.named_parameters() if name in masks or p.ndim == 1}
+        for module in (block, *ahead):
+            module.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+
+        def loss_of(batch: Batch) -> Tensor:
+            hidden, target = (tensor.to(device, torch.float32) for tensor in batch)
+            with _autocast(device):
+                output = forward(hidden)
+            return relative_loss(output.float(), target)
+
+        return _train(trained, masks, _batches(inputs, targets), loss_of, epochs, learning_rate)
+
+
+def _train(
+    trained: dict[str, nn.Parameter],
+    masks: dict[str, Tensor],
+    batches: list[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    epochs: int,
+    learning_rate: float,
+) -> Reconstruction:
+    """Leave those values in the trained parameters whose held-out loss was the lowest."""
     held_out = batches[-max(1, round(HELD_OUT * len(batches))) :]
     training = batches[: -len(held_out)] or held_out
     steps = epochs * len(training)
     optimizer = torch.optim.Adam(trained.values(), lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
-
-    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
-        hidden, target = (tensor.to(device, torch.float32) for tensor in batch)
-        with _autocast(device):
-            output = call_for(len(hidden)).run(block, hidden)
-        return relative_loss(output.float(), target)
-
     before = best = _mean_loss(loss_of, held_out)
     best_state, best_epoch, diverged = _copy(trained), 0, False
-    with _frozen_except(block, trained):
-        for epoch in range(1, epochs + 1):
-            for place in torch.randperm(len(training), generator=generator).tolist():
-                loss = loss_of(training[place])
-                optimizer.zero_grad()
-                loss.backward()
-                for name, mask in masks.items():
-                    gradient = trained[name].grad
-                    assert gradient is not None
-                    gradient.masked_fill_(~mask, 0)  # Adam then never moves a zero
-                optimizer.step()
-                schedule.step()
-            after = _mean_loss(loss_of, held_out)
-            if not math.isfinite(after):
-                diverged = True
-                break
-            if after < best:
-                best, best_state, best_epoch = after, _copy(trained), epoch
+    for epoch in range(1, epochs + 1):
+        for place in torch.randperm(len(training), generator=generator).tolist():
+            loss = loss_of(training[place])
+            optimizer.zero_grad()
+            loss.backward()
+            for name, mask in masks.items():
+                gradient = trained[name].grad
+                assert gradient is not None
+                gradient.masked_fill_(~mask, 0)  # Adam then never moves a zero
+            optimizer.step()
+            schedule.step()
+        after = _mean_loss(loss_of, held_out)
+        if not math.isfinite(after):
+            diverged = True
+            break
+        if after < best:
+            best, best_state, best_epoch = after, _copy(trained), epoch
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best_state[name])
-        for name, tensor in _tensors(block):
-            tensor.data = tensor.data.to(dtypes[name])
     return Reconstruction(before, best, best_epoch, diverged)
 
 
@@ -106,7 +119,7 @@ def relative_loss(output: Tensor, target: Tensor) -> Tensor:
     return (error / target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)).mean()
 
 
-def _batches(inputs: list[Tensor], targets: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _batches(inputs: list[Tensor], targets: list[Tensor]) -> list[Batch]:
     """Micro-batches cut into training batches of about TOKENS_PER_BATCH tokens."""
     windows = max(1, TOKENS_PER_BATCH // inputs[0].shape[1])
     return [
@@ -117,13 +130,8 @@ def _batches(inputs: list[Tensor], targets: list[Tensor]) -> list[tuple[Tensor, 
 
 
 @torch.no_grad()
-def _mean_loss(loss_of: Callable[[tuple[Tensor, Tensor]], Tensor], batches: list[tuple[Tensor, Tensor]]) -> float:
+def _mean_loss(loss_of: Callable[[Batch], Tensor], batches: list[Batch]) -> float:
     return sum(float(loss_of(batch)) for batch in batches) / len(batches)
-
-
-def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from block.named_parameters()
-    yield from block.named_buffers()
 
 
 def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -141,14 +149,31 @@ def _autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _frozen_except(block: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Gradients for the trained parameters alone; what asked for gradients before does so again afterwards."""
-    asked = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
+def _in_float32(modules: list[nn.Module]) -> Iterator[None]:
+    """All parameters and buffers in float32, and in their own dtypes again afterwards."""
+    dtypes = [tensor.dtype for tensor in _tensors(modules)]
+    for module in modules:
+        module.float()  # puts new buffers in the place of the old ones
     try:
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_(name in trained)
         yield
     finally:
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_(asked[name])
+        for tensor, dtype in zip(_tensors(modules), dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+@contextmanager
+def _remembering_gradient_switches(modules: list[nn.Module]) -> Iterator[None]:
+    """What asked for gradients before does so again afterwards, and none is left."""
+    asked = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, before in asked:
+            parameter.requires_grad_(before)
             parameter.grad = None

@@ -112,14 +112,15 @@ class PruneSettings(LinearSettings):
     What LinearSettings holds is for every linear that no rule of the recipe changes. order: "input" solves input by
     input, each seeing what is pruned already; "block" is the published order, all linears of a block from one capture;
     "linear" gives every linear a capture and a Hessian of its own (the costly baseline of the benchmark). allocation:
-    how a fraction is spread over the blocks. reconstruct: epochs of block-wise training of the kept weights. recipe:
-    rules for single linears, see `recipe.choose`. asked: names of the settings that were given, rather than taken from
-    a preset.
+    how a fraction is spread over the blocks. reconstruct: epochs of block-wise training of the kept weights.
+    look_ahead: dense blocks behind a block at whose end its training compares outputs; 0: at its own. recipe: rules for
+    single linears, see `recipe.choose`. asked: names of the settings that were given, rather than taken from a preset.
     """
 
     order: Order = "input"
     allocation: str = "uniform"
     reconstruct: int = 0
+    look_ahead: int = 0
     learning_rate: float = 5e-4
     recipe: tuple[Rule, ...] = ()
     asked: tuple[str, ...] = field(default=(), compare=False)
@@ -137,6 +138,10 @@ class PruneSettings(LinearSettings):
             )
         if self.reconstruct < 0 or not 0 < self.learning_rate < math.inf:
             raise SparseGPTError("reconstruction needs a number of epochs >= 0 and a learning rate above 0")
+        if self.look_ahead < 0:
+            raise SparseGPTError(f"look-ahead {self.look_ahead} must be a number of blocks >= 0")
+        if "look_ahead" in self.asked and self.look_ahead and not self.reconstruct:
+            raise SparseGPTError("look-ahead is where training compares outputs: give --reconstruct EPOCHS too")
         if not all(isinstance(rule, Rule) for rule in self.recipe):
             raise SparseGPTError("a recipe is a tuple of rules: recipe.read_recipe(path) reads them from a file")
 
@@ -162,7 +167,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"method": "sparsegpt", "order": "block", "damping": 0.01},
     "fast": {"method": "admm", "order": "block"},
     "default": _CORRECTED,
-    "best": {**_CORRECTED, "reconstruct": 8},
+    "best": {**_CORRECTED, "reconstruct": 8, "look_ahead": 3},
 }
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sparsegpt import prune_model, reconstruct
+from sparsegpt import block_job, prune_model, reconstruct
 from sparsegpt.capture import ModelInputs
 from sparsegpt.reconstruct import reconstruct_block
 
@@ -44,7 +44,11 @@ def loss_of(block, inputs, targets, call_for) -> float:
 def run(job, **options):
     block, inputs, targets, call_for = job
     choices = {"epochs": 5, "learning_rate": 5e-3, **options}
-    return reconstruct_block(block, PRUNED, inputs, targets, call_for, **choices)
+
+    def forward(hidden):
+        return call_for(len(hidden)).run(block, hidden)
+
+    return reconstruct_block(block, PRUNED, inputs, targets, forward, **choices)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +134,69 @@ def test_the_same_job_gives_the_same_bits(job):
         assert torch.equal(tensor, twin.state_dict()[name]), name
 
 
+def test_what_follows_the_block_takes_part_and_stays_as_it_was(job):
+    """A linear behind the block: only what it lets through of the errors counts."""
+    block, inputs, targets, call_for = job
+    width = targets[0].shape[-1]
+    behind = torch.nn.Linear(width, width).bfloat16()
+    behind.weight.requires_grad_(False)
+    with torch.no_grad():
+        behind.weight[width // 4 :] = 0
+        behind.weight.mul_(3)
+        twin = copy.deepcopy(behind).float()
+        targets = [twin(target) for target in targets]
+    state = copy.deepcopy(behind.state_dict())
+
+    def forward(hidden, behind=behind):
+        return behind(call_for(len(hidden)).run(block, hidden))
+
+    @torch.no_grad()
+    def loss() -> float:
+        errors = (forward(inputs[-1][5:], twin) - targets[-1][5:]).double().square().sum(-1)
+        return float((errors / targets[-1][5:].double().square().sum(-1)).mean())
+
+    before = loss()
+    result = reconstruct_block(block, PRUNED, inputs, targets, forward, ahead=[behind], epochs=5, learning_rate=5e-3)
+    assert result.before == pytest.approx(before, rel=0.05)
+    assert result.after == pytest.approx(loss(), rel=0.05)
+    assert result.after < 0.9 * before
+    assert [parameter.requires_grad for parameter in behind.parameters()] == [False, True]
+    for name, parameter in behind.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.grad is None
+        assert torch.equal(parameter, state[name])
+
+
 # Through the driver
+
+
+def test_looking_ahead_aims_at_the_dense_stream_behind_the_blocks_that_follow(monkeypatch):
+    model, windows = tiny_model("llama", num_hidden_layers=4), random_windows(6)
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        states = dense.model(windows, output_hidden_states=True).hidden_states  # the last one is normed
+    seen = []
+    real = block_job.reconstruct_block
+
+    def spy(block, linears, inputs, targets, forward, **options):
+        place = len(seen)
+        ahead = options["ahead"]
+        assert [id(b) for b in ahead] == [id(b) for b in model.model.layers[place + 1 : place + 3]]
+        if place + len(ahead) + 1 < 4:
+            torch.testing.assert_close(torch.cat(targets), states[place + len(ahead) + 1], rtol=1e-4, atol=1e-5)
+        inputs_of = ModelInputs(model, model.model.layers, windows, 6)
+        hidden = torch.cat(inputs)
+        expected = hidden
+        with torch.no_grad():
+            for index, one in enumerate([block, *dense.model.layers[place + 1 : place + 3]], place):
+                expected = inputs_of.call(6, index).run(one, expected)
+            torch.testing.assert_close(forward(hidden), expected, rtol=1e-4, atol=1e-5)
+        seen.append(block)
+        return real(block, linears, inputs, targets, forward, **options)
+
+    monkeypatch.setattr(block_job, "reconstruct_block", spy)
+    prune_model(model, windows, "2:4", preset="fast", reconstruct=1, look_ahead=2)
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])

@@ -21,7 +21,7 @@ def test_a_streamed_run_saves_what_pruning_in_memory_gives(tmp_path, monkeypatch
     compare(tmp_path, monkeypatch, model, "2:4")
 
 
-@pytest.mark.parametrize("choices", [{"allocation": "owl"}, {"reconstruct": 1}], ids=str)
+@pytest.mark.parametrize("choices", [{"allocation": "owl"}, {"reconstruct": 1, "look_ahead": 1}], ids=str)
 def test_so_it_does_with_other_settings(tmp_path, monkeypatch, choices):
     compare(tmp_path, monkeypatch, tiny_variant("llama"), "0.5", **choices)
 

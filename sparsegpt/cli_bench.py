@@ -115,6 +115,9 @@ def bench_kernels_command(
         rounds=rounds,
     )
     _print_rows(found.rows, kernels_table(found), as_json=as_json)
+    for failed in found.failed:
+        case = f"{failed.rows} x {failed.columns}, {failed.tokens} tokens, {failed.dtype}"
+        print(f"bench kernels: {failed.kernel} failed at {case}: {failed.reason}", file=sys.stderr)
 
 
 @bench.command(name="decode")

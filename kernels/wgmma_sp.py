@@ -2,13 +2,13 @@
 
 A Gluon kernel that issues PTX `wgmma.mma_async.sp.m64nNk32`, for which Gluon has no operation of its own. The weight is
 operand A, from registers, and lies in memory as fragments.py orders it: a warpgroup is four warps, and warp w of it
-multiplies the pair of 16-row tiles w, the upper tile with selector 0, the lower with selector 1. The inputs are
-operand B, [N = tokens, K = columns], 64 columns a step, in shared memory in rows of 128 bytes:
+multiplies the w-th pair of 16-row tiles, the upper tile with selector 0, the lower with selector 1. The inputs are
+operand B, 64 columns a step, in shared memory as a row of 128 bytes for each token n:
 
-    chunk c of 16 bytes of row n lies at   128 n + 16 (c ^ (n % 8))           128-byte swizzle, repeats after 8 rows
-    descriptor of operand B                start / 16 | 1 << 16 | 1024 / 16 << 32 | 1 << 62
-                                           (leading offset unused, 1; 1024 bytes to the next 8 rows; swizzle mode 1)
-    next 32 columns                        start + 64 bytes, still in the same rows: the swizzle follows the address
+    chunk c of 16 bytes of row n lies at   128 n + 16 (c ^ (n % 8)): 128-byte swizzle, which repeats after 8 rows
+    descriptor of operand B                start / 16 | 1 << 16 | 1024 / 16 << 32 | 1 << 62: leading offset (unused),
+                                           bytes to the next 8 rows, swizzle mode
+    the step's other 32 columns            start + 64, within the same rows: the swizzle follows the address
 
     A, register r of lane 4 g + q          row g + 8 (r % 2), kept pair q + 4 (r // 2)
     metadata, lane 4 g + 2 s + h           rows g and g + 8, columns 16 h to 16 h + 15, for selector s
@@ -17,16 +17,17 @@ operand B, [N = tokens, K = columns], 64 columns a step, in shared memory in row
 The products are asynchronous, and the compiler does not know: it may move registers that they still use. So one block
 of assembly is their whole life: fence, four products (two tiles, 32 columns twice), commit, wait. Meanwhile the next
 step's weights are on their way to registers, and the inputs of STAGES - 1 steps to shared memory. They are written by
-cp.async and read through the asynchronous proxy; from a copy's arrival to the stage's next use the order is
+cp.async and read through the asynchronous proxy, so a stage goes through
 
-    wait for own copies | proxy fence | barrier | products, waited for | (next step) barrier | copies into the stage
+    copies, each waited for by its thread | proxy fence | barrier | products, waited for | next step's barrier | copies
 
 Needs compute capability 9.0 exactly (Hopper; Blackwell has no wgmma). Compiled for sm_90a without spills, sparse
 instructions present in the machine code; body run on the CPU with the instructions, the descriptor, shared memory and
 the order above emulated. It has not been run on a GPU, so nothing chooses it by itself.
-Sources: PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Instructions" (matrix descriptor, canonical layouts, sparse
-matrix storage, wgmma.fence, async proxy); the same layouts in CUTLASS: ALayout_64x32, CLayout_64xN of
-cute/atom/mma_traits_sm90_gmma.hpp, ELayout_64x32 of mma_traits_sm90_gmma_sparse.hpp, make_gmma_desc."""
+Sources: PTX ISA 9.1, 9.7.15 "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions" (async proxy,
+register fragments, canonical layouts, matrix descriptor, sparse matrix storage, wgmma.fence); the same layouts in
+CUTLASS's cute/atom: ALayout_64x32 and CLayout_64xN of mma_traits_sm90_gmma.hpp, ELayout_64x32 of
+mma_traits_sm90_gmma_sparse.hpp."""
 
 # mypy: disable-error-code="no-untyped-def,no-any-return,attr-defined,untyped-decorator"
 # Gluon is not typed: bodies of jitted functions are programs in it, not Python.
@@ -49,7 +50,7 @@ from .fragments import Fragments
 from .mma_sp import check_operands, ptx_type, store
 
 STEP_COLUMNS = 64  # 128 bytes of 16-bit inputs: a row of the swizzle
-# Triton 3.6 has the first names, 3.8 the second; 3.9 can tell the address of shared memory.
+# Triton 3.6 has these two under the second name, 3.8 under the first; from 3.9 on it tells where shared memory lies.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 TELLS_ADDRESS = hasattr(gl, "inline_asm")
@@ -142,9 +143,10 @@ def wgmma_kernel(
     stages = gl.allocate_shared_memory(
         inputs.dtype.element_ty, [STAGES, TILE, 64], gl.NVMMASharedLayout(128, element_bitwidth=16, rank=2)
     )
+    # a swizzle pattern begins at a multiple of 1024 bytes: Triton places this layout so, for its own products as well
     if TOLD:
         base = gl.inline_asm("mov.b32 $0, $1;", "=r,r", (stages,), gl.int32)
-    else:
+    else:  # nothing else is in shared memory, as `matmul` makes sure
         base = gl.inline_asm_elementwise("mov.b32 $0, global_smem;", "=r,r", [WORDS], gl.int32, is_pure=True, pack=1)
     for step in gl.static_range(STAGES - 1):
         copy(stages.index(step), x + step * 64, mask=(token < TOKENS) & (step < STEPS))
@@ -154,10 +156,11 @@ def wgmma_kernel(
     lower = upper
     a0, a1, a2, a3, e0, e1 = _weights(A, E, pair, 0, lane, register, PAIRS, WORDS)
     for step in range(0, STEPS):
-        b0, b1, b2, b3, f0, f1 = _weights(A, E, pair, step + 1, lane, register, PAIRS, WORDS)
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         barrier()
+        # behind the fence, which would wait for them
+        b0, b1, b2, b3, f0, f1 = _weights(A, E, pair, step + 1, lane, register, PAIRS, WORDS)
         ahead = step + STAGES - 1
         copy(stages.index(ahead % STAGES), x + ahead * 64, mask=(token < TOKENS) & (ahead < STEPS))
         async_copy.commit_group()
@@ -167,7 +170,7 @@ def wgmma_kernel(
             dtype=(gl.float32, gl.float32), is_pure=False, pack=SUMS,
         )  # fmt: skip
         a0, a1, a2, a3, e0, e1 = b0, b1, b2, b3, f0, f1
-    # what follows may use the stages' memory; the copies behind the last step, of nothing, still write zeros there
+    # the compiler may use the stages' memory from here on, where the masked copies behind the last step write zeros
     async_copy.wait_group(0)
     barrier()
 

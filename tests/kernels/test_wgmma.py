@@ -24,8 +24,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # float32 sums and one 
 # ---------------------------------------------------------------- compiled ahead of time
 
 
-@pytest.mark.parametrize("told", [True, False] if wgmma_sp.TELLS_ADDRESS else [False])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("dtype", "told"), [("bf16", wgmma_sp.TELLS_ADDRESS), ("fp16", False)])
 @pytest.mark.parametrize("tile", [SMALL, LARGE], ids=["small", "large"])
 def test_sparse_warpgroup_products_without_spills(tile: Tile, dtype: str, told: bool) -> None:
     types = {

@@ -159,7 +159,7 @@ def wgmma_kernel(
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         barrier()
-        # behind the fence, which would wait for them
+        # the next step's weights are asked for behind the fence, which would wait for them
         b0, b1, b2, b3, f0, f1 = _weights(A, E, pair, step + 1, lane, register, PAIRS, WORDS)
         ahead = step + STAGES - 1
         copy(stages.index(ahead % STAGES), x + ahead * 64, mask=(token < TOKENS) & (ahead < STEPS))
@@ -201,7 +201,7 @@ class Tile:
         return self.stages * self.blocks * 8 * 2 * STEP_COLUMNS
 
 
-# The sums fill the registers: two warpgroups with 128 x 128 each. The tests compile both for sm_90a without spilling.
+# The large tile's sums fill the registers, 128 for each thread. The tests compile both for sm_90a without spilling.
 SMALL, LARGE = Tile(4, 8, 4), Tile(8, 16, 8)
 
 

@@ -49,6 +49,15 @@ def test_sparse_warpgroup_products_without_spills(tile: Tile, dtype: str, told: 
         assert len(re.findall(r"LDG\.E\.128", built.sass)) == 2 * 4 + tile.warps // 4
 
 
+def test_sizes_of_one_are_constants_to_the_compiler() -> None:
+    types = {**dict.fromkeys(("A", "E"), "*i32"), **dict.fromkeys(("inputs", "bias", "out"), "*fp16"), "stride": "i32"}
+    sizes = dict.fromkeys(("TOKENS", "ROWS", "PAIRS", "WORDS", "STEPS"), 1)
+    constants = {"WARPS": SMALL.warps, "BLOCKS": SMALL.blocks, "STAGES": SMALL.stages, "TYPE": "f16", **sizes}
+    constants |= {"BIAS": False, "ACTIVATION": "none", "TOLD": wgmma_sp.TELLS_ADDRESS}
+    built = compile_for(wgmma_sp.wgmma_kernel, 90, types, constants, SMALL.warps)
+    assert built.stack == built.local == 0 and built.shared == SMALL.shared_bytes
+
+
 # ---------------------------------------------------------------- emulated lane by lane
 
 

@@ -14,7 +14,7 @@ import functools
 import gc
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +26,9 @@ from torch.nn import functional
 
 from . import cpu
 from .dispatch import ROUTES, choose
-from .pack import Packed24, packed_shapes, unpack
+from .pack import Packed24, unpack
 from .quantized import quantize
+from .trial import UNTRIED, failure, random_packed, trial
 
 try:
     import resource
@@ -36,7 +37,6 @@ except ImportError:  # Windows
 
 SHAPES = ((14336, 4096), (4096, 14336))
 TOKENS = (1, 4, 16, 64)
-_NIBBLES = (4, 8, 9, 12, 13, 14)  # the six pairs i0 < i1
 _FLUSH_BYTES = 1 << 28
 
 
@@ -62,12 +62,25 @@ class KernelRow:
 
 
 @dataclass(frozen=True)
+class KernelFailure:
+    """A candidate that was not timed, as its result was wrong or it did not run."""
+
+    kernel: str
+    dtype: str
+    rows: int
+    columns: int
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class KernelBench:
-    """Rows of `bench_kernels`, and the copy bandwidth of the device in GB/s (read plus written)."""
+    """Rows of `bench_kernels`, what failed, and the copy bandwidth of the device in GB/s (read plus written)."""
 
     device: str
     bandwidth: float
     rows: tuple[KernelRow, ...]
+    failed: tuple[KernelFailure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,17 +103,23 @@ def bench_kernels(
     rounds: int = 31,
     copy_bytes: int = 1 << 28,
 ) -> KernelBench:
-    """Time the library's dense product and every route that can serve, for each shape, dtype and number of tokens."""
+    """Time the library's dense product and every route that can serve, for each shape, dtype and number of tokens.
+
+    A route whose result is wrong, or that does not run, is reported and not timed.
+    """
     target = torch.device(device)
     tokens = tuple(tokens)
+    sample = random_packed((32, 32), dtypes[0], target)
+    tried = {name: trial(name, target) for name in UNTRIED if ROUTES[name].refusal(sample) is None}
     rows: list[KernelRow] = []
+    failed: list[KernelFailure] = []
     for shape in shapes:
         weights = {dtype: random_packed(shape, dtype, target) for dtype in dtypes}
         dense = {dtype: unpack(weight) for dtype, weight in weights.items()}
         for count in tokens:
-            rows += _bench_one(weights, dense, count, rounds)
+            rows += _bench_one(weights, dense, count, rounds, tried, failed)
         del weights, dense
-    return KernelBench(str(target), copy_bandwidth(target, copy_bytes), tuple(rows))
+    return KernelBench(str(target), copy_bandwidth(target, copy_bytes), tuple(rows), tuple(failed))
 
 
 def bench_decode(
@@ -147,7 +166,7 @@ def bench_decode(
     ]
 
 
-def time_in_turns(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+def time_in_turns(runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
     """Seconds of each run: the candidates take turns, so that what disturbs the machine disturbs them alike."""
     taken: dict[str, list[tuple[float, bool]]] = {name: [] for name in runs}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
@@ -181,32 +200,32 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / seconds / 1e9
 
 
-def random_packed(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Packed24:
-    """A packed weight of normal values and uniformly random patterns."""
-    generator = torch.Generator(device).manual_seed(seed)
-    values_shape, (rows, words) = packed_shapes(shape)
-    values = torch.randn(values_shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-    values[:, shape[1] // 2 :] = 0  # padding
-    table = torch.tensor(_NIBBLES, dtype=torch.uint8, device=device)
-    nibbles = table[torch.randint(6, (rows, 8 * words), generator=generator, device=device)]
-    meta = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int32)
-    return Packed24(values, meta, shape)
-
-
 @dataclass(frozen=True)
 class _Candidate:
-    run: Callable[[], object]
+    run: Callable[[], Tensor]
     bytes_read: int
 
 
 def _bench_one(
-    weights: dict[torch.dtype, Packed24], dense: dict[torch.dtype, Tensor], tokens: int, rounds: int
+    weights: dict[torch.dtype, Packed24],
+    dense: dict[torch.dtype, Tensor],
+    tokens: int,
+    rounds: int,
+    tried: dict[str, str | None],
+    failed: list[KernelFailure],
 ) -> list[KernelRow]:
     candidates: dict[tuple[str, torch.dtype], _Candidate] = {}
     for dtype, weight in weights.items():
         inputs = torch.randn(tokens, weight.shape[1], device=weight.values.device).to(dtype)
         candidates["library", dtype] = _Candidate(_library(inputs, dense[dtype]), dense[dtype].nbytes)
-        for name, candidate in {**_routed(weight, inputs), **_integer(weight, inputs)}.items():
+        expected = functional.linear(inputs.float(), dense[dtype].float())
+        for name, candidate in _routed(weight, inputs).items():
+            reason = tried.get(name) or failure(candidate.run, expected)
+            if reason is None:
+                candidates[name, dtype] = candidate
+            else:
+                failed.append(KernelFailure(name, _name(dtype), *weight.shape, tokens, reason))
+        for name, candidate in _integer(weight, inputs).items():
             candidates[name, dtype] = candidate
     device = next(iter(weights.values())).values.device
     seconds = _by_key(candidates, device, rounds)
@@ -230,7 +249,7 @@ def _row(
     choice = choose(weight)
     return KernelRow(
         kernel=name,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         rows=weight.shape[0],
         columns=weight.shape[1],
         tokens=tokens,
@@ -243,6 +262,10 @@ def _row(
     )
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _by_key(
     candidates: dict[tuple[str, torch.dtype], _Candidate], device: torch.device, rounds: int
 ) -> dict[tuple[str, torch.dtype], float]:
@@ -251,7 +274,7 @@ def _by_key(
     return {(name, dtype): seconds[f"{name} {dtype}"] for name, dtype in candidates}
 
 
-def _library(inputs: Tensor, weight: Tensor) -> Callable[[], object]:
+def _library(inputs: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     return lambda: functional.linear(inputs, weight)
 
 

@@ -204,6 +204,21 @@ def _swiglu_mma_sp(gate: Fragments, up: Fragments, inputs: Tensor) -> Tensor:
     return mma_sp.swiglu(gate, up, inputs)
 
 
+def refuse_wgmma_sp(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the wgmma.sp kernel cannot multiply in `dtype` on a device, or None."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return f"wgmma.sp needs an NVIDIA GPU and Triton; the weight is on {device.type}"
+    from . import wgmma_sp
+
+    return wgmma_sp.refuse(device, dtype)
+
+
+def _run_wgmma_sp(weight: Fragments, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    from . import wgmma_sp
+
+    return wgmma_sp.matmul(weight, inputs, bias)
+
+
 def _asks(refuse: Callable[[torch.device, torch.dtype], str | None]) -> Callable[[Packed24], str | None]:
     return lambda weight: refuse(weight.values.device, weight.values.dtype)
 
@@ -214,6 +229,7 @@ ROUTES: dict[str, Route] = {
     "cpu": Route(cpu.refusal, cpu.prepare, cpu.matmul, cpu.swiglu, any_shape=True, swiglu_tokens=_CPU_SWIGLU_TOKENS),
     "portable": Route(_asks(refuse_portable), lambda weight: weight, _run_portable, _swiglu_portable),
     "mma_sp": Route(_asks(refuse_mma_sp), to_fragments, _run_mma_sp, _swiglu_mma_sp),
+    "wgmma_sp": Route(_asks(refuse_wgmma_sp), to_fragments, _run_wgmma_sp),
     "cutlass": Route(semi_structured.refuse_cutlass, semi_structured.prepare_cutlass, semi_structured.run_cutlass),
     "cusparselt": Route(
         semi_structured.refuse_cusparselt, semi_structured.prepare_cusparselt, semi_structured.run_cusparselt

@@ -12,8 +12,9 @@ These words are CUTLASS's reordered metadata up to a transposition of tiles.
 
     A [N/16, K/32, 32 lanes * 4 registers] int32        E [N/32, K/32, 32 lanes] int32
 
-Rows are padded with zeros to a multiple of 32. Checked on the CPU: mma_sp.py runs on these buffers with the instruction
-emulated lane by lane."""
+Rows are padded with zeros to a multiple of 32. A warpgroup of four warps reads the same registers for
+wgmma.mma_async.sp.m64nNk32, each warp a pair of tiles (wgmma_sp.py). Checked on the CPU: both kernels run on these
+buffers with their instructions emulated lane by lane."""
 
 from __future__ import annotations
 

@@ -202,8 +202,9 @@ def prepare(weight: Packed24) -> Fragments:
     return to_fragments(weight)
 
 
-def _launch(weight: Fragments, up: Fragments | None, inputs: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    (rows, columns), tokens = weight.shape, inputs.shape[0]
+def check_operands(weight: Fragments, inputs: Tensor, activation: str) -> None:
+    """Raise SparseGPTError for an unknown activation or inputs of another shape or type."""
+    columns = weight.shape[1]
     if activation not in ACTIVATIONS:
         raise SparseGPTError(f"activation: expected one of {', '.join(ACTIVATIONS)}; found {activation!r}")
     if inputs.ndim != 2 or inputs.shape[1] != columns or inputs.dtype != weight.dtype:
@@ -211,6 +212,11 @@ def _launch(weight: Fragments, up: Fragments | None, inputs: Tensor, bias: Tenso
             f"weight {weight.shape} {weight.dtype} expects inputs [T, {columns}] of its dtype; "
             f"found {tuple(inputs.shape)} {inputs.dtype}"
         )
+
+
+def _launch(weight: Fragments, up: Fragments | None, inputs: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    check_operands(weight, inputs, activation)
+    (rows, columns), tokens = weight.shape, inputs.shape[0]
     out = inputs.new_empty(tokens, rows)
     if tokens == 0:
         return out

@@ -115,6 +115,7 @@ def bench_kernels_command(
         rounds=rounds,
     )
     _print_rows(found.rows, kernels_table(found), as_json=as_json)
+    _print_failed([asdict(failed) for failed in found.failed])
 
 
 @bench.command(name="decode")
@@ -168,6 +169,8 @@ def bench_gpu_command(
     silence_libraries()
     results = GpuBench(pick_device(device), out, small).run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
     print(json.dumps(results, indent=2))
+    if isinstance(results["kernels"], dict):
+        _print_failed(results["kernels"]["failed"])
     if isinstance(results["correctness"], dict) and results["correctness"]["exit_code"]:
         raise SparseGPTError(
             f"the GPU tests failed: {results['correctness']['summary']}; see {out / 'correctness.log'}"
@@ -179,6 +182,13 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
         return tuple((int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in text.split(",")))
     except ValueError as error:
         raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096") from error
+
+
+def _print_failed(products: Sequence[dict[str, Any]]) -> None:
+    """Products that were wrong or did not run, one a line."""
+    for failed in products:
+        case = "{rows} x {columns}, {tokens} tokens, {dtype}".format_map(failed)
+        print(f"sparsegpt: {failed['kernel']} failed at {case}: {failed['reason']}", file=sys.stderr)
 
 
 def _print_rows(rows: Sequence[Any], table: Table, *, as_json: bool) -> None:

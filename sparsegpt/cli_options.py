@@ -21,7 +21,7 @@ BosChoice = Annotated[
     str, typer.Option(help="Beginning-of-sequence token before each scored window: auto, always, never.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new is whole.")]
-KERNEL_NAMES = "auto, dense, resident, cpu, portable, mma_sp, cutlass or cusparselt"
+KERNEL_NAMES = "auto, dense, resident, cpu, portable, mma_sp, wgmma_sp, cutlass or cusparselt"
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
 
 

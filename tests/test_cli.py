@@ -8,14 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from sparsegpt import blocks, cli
-from sparsegpt.kernels import tensor_files
+from sparsegpt import blocks, cli, cli_options
+from sparsegpt.kernels import dispatch, tensor_files
 from sparsegpt.settings import PRESETS
 
 from .support import (
@@ -554,3 +555,18 @@ def test_ctrl_c_during_pruning_exits_with_130_and_leaves_the_old_result(llama_fo
     assert re.search("interrupted .*; nothing was written", err)
     assert (out / "old").read_text() == "old"
     assert listing(tmp_path) == {"out"}
+
+
+def test_kernels_that_fail_are_named_beside_the_measurements_of_the_others(run_cli, monkeypatch):
+    wrong = replace(dispatch.ROUTES["dense"], run=lambda weight, inputs, bias: inputs.new_zeros(len(inputs), 32))
+    monkeypatch.setitem(dispatch.ROUTES, "wrong", wrong)
+    outcome = run_cli("bench", "kernels", "--shapes", "32x64", "--tokens", "3", "--rounds", "1", "--json")
+    assert outcome.code == 0
+    kernels = [json.loads(line)["kernel"] for line in outcome.out.splitlines()]
+    assert {"library", "dense"} <= set(kernels) and "wrong" not in kernels
+    for dtype in ("bfloat16", "float32"):
+        assert f"sparsegpt: wrong failed at 32 x 64, 3 tokens, {dtype}: relative error 1" in outcome.err
+
+
+def test_the_help_names_every_kernel():
+    assert re.split(r", | or ", cli_options.KERNEL_NAMES) == list(dispatch.KERNELS)

@@ -48,10 +48,10 @@ def read(compiled: Any) -> Built:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = run(TOOLS / "cuobjdump", "-res-usage", cubin)
-        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage or "")
-        registers, stack, shared, local = map(int, found.groups()) if found else (0, 0, 0, 0)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage or "")
+        registers, stack, local = map(int, found.groups()) if found else (0, 0, 0)
         sass = run(TOOLS / "nvdisasm", "-c", cubin)
-    return Built(compiled.asm["ptx"], sass, registers, stack, local, shared)
+    return Built(compiled.asm["ptx"], sass, registers, stack, local, compiled.metadata.shared)
 
 
 def run(*command: object) -> str | None:

@@ -122,29 +122,31 @@ def language(program: list[int]) -> SimpleNamespace:
 
 @dataclass(frozen=True)
 class Emulated:
-    """Stands for a jitted kernel: `kernel[grid](...)` runs its body once for each block."""
+    """Stands for a jitted kernel: `kernel[grid](...)` runs its body once for each block and returns `launched`."""
 
     body: Callable[..., None]
     program: list[int]
+    launched: Any
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*operands: Any, num_warps: int, **constants: Any) -> None:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*operands: Any, num_warps: int, **constants: Any) -> Any:
             given = [Pointer(x.view(-1)) if isinstance(x, Tensor) else x for x in operands]
             for block in itertools.product(*map(range, grid)):
                 self.program[:] = block
                 self.body(*given, **constants)
+            return self.launched
 
         return launch
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
-    """Put the emulator in place of Gluon in these modules, for one test."""
+def emulate(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType, launched: Any = None, **more: Any) -> None:
+    """Put the emulator in place of Gluon in these modules, for one test; `more` adds names to it or replaces them."""
     program = [0, 0]
-    fake = language(program)
+    fake = SimpleNamespace(**{**vars(language(program)), **more})
     for module in modules:
         monkeypatch.setattr(module, "gl", fake)
         for name, value in list(vars(module).items()):
             body = getattr(value, "fn", None)
             if type(value).__name__ in ("GluonJITFunction", "ConstexprFunction") and body is not None:
                 kernel = name.endswith("_kernel")
-                monkeypatch.setattr(module, name, Emulated(body, program) if kernel else body)
+                monkeypatch.setattr(module, name, Emulated(body, program, launched) if kernel else body)

@@ -1,14 +1,18 @@
 """The benchmarks run, compare like with like, and count bytes as the format says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparsegpt.kernels import pack, unpack
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels import bench, pack, trial, unpack
 from sparsegpt.kernels.archive import pack_folder
-from sparsegpt.kernels.bench import bench_decode, bench_kernels, random_packed, time_in_turns, typical_seconds
+from sparsegpt.kernels.bench import bench_decode, bench_kernels, time_in_turns, typical_seconds
+from sparsegpt.kernels.dispatch import ROUTES
 from sparsegpt.kernels.hf import register
+from sparsegpt.kernels.trial import random_packed
 
 from .test_hf import pruned_model
 
@@ -22,11 +26,11 @@ def test_random_weights_are_valid() -> None:
 
 
 def test_kernel_rows() -> None:
-    bench = bench_kernels(shapes=[(64, 96), (32, 64)], tokens=(1, 40), rounds=2, copy_bytes=1 << 16)
-    assert bench.bandwidth > 0 and bench.device == "cpu"
-    found = {(row.kernel, row.dtype, row.rows, row.tokens) for row in bench.rows}
+    measured = bench_kernels(shapes=[(64, 96), (32, 64)], tokens=(1, 40), rounds=2, copy_bytes=1 << 16)
+    assert measured.bandwidth > 0 and measured.device == "cpu" and measured.failed == ()
+    found = {(row.kernel, row.dtype, row.rows, row.tokens) for row in measured.rows}
     assert {("library", "bfloat16", 64, 1), ("dense", "float32", 32, 40)} <= found
-    for row in bench.rows:
+    for row in measured.rows:
         assert row.microseconds > 0 and row.gigabytes_per_second > 0
         if row.kernel == "library":
             assert row.speedup == row.ceiling == 1 and row.speedup_over_best_dense <= 1
@@ -36,8 +40,46 @@ def test_kernel_rows() -> None:
             assert row.ceiling == pytest.approx(16 * row.columns / (kept + row.columns + scales))
         else:
             assert row.ceiling == pytest.approx(16 / 9 if row.dtype == "bfloat16" else 32 / 17)
-    for case in {(row.dtype, row.rows, row.tokens) for row in bench.rows}:
-        assert sum(row.chosen for row in bench.rows if (row.dtype, row.rows, row.tokens) == case) == 1
+    for case in {(row.dtype, row.rows, row.tokens) for row in measured.rows}:
+        assert sum(row.chosen for row in measured.rows if (row.dtype, row.rows, row.tokens) == case) == 1
+
+
+def test_what_is_wrong_or_does_not_run_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(weight, inputs, bias):
+        return 2 * ROUTES["dense"].run(weight, inputs, bias)
+
+    def broken(weight, inputs, bias):
+        raise RuntimeError("no such instruction")
+
+    dense = replace(ROUTES["dense"], prepare=lambda weight: weight)
+    for name, run in {"doubled": doubled, "broken": broken, "untried": dense.run}.items():
+        monkeypatch.setitem(ROUTES, name, replace(dense, run=run))
+    monkeypatch.setattr(bench, "UNTRIED", ("untried", "wgmma_sp"))  # the second refuses a CPU, so nobody tries it
+    asked = []
+    monkeypatch.setattr(bench, "trial", lambda *given: asked.append(given) or "wrong")
+    found = bench_kernels(shapes=[(32, 64)], tokens=(2,), dtypes=[torch.float32], rounds=1, copy_bytes=1 << 16)
+    assert asked == [("untried", torch.device("cpu"))]
+    reasons = {failed.kernel: failed.reason for failed in found.failed}
+    assert reasons.keys() == {"doubled", "broken", "untried"} and not reasons.keys() & {
+        row.kernel for row in found.rows
+    }
+    assert "relative error 1" in reasons["doubled"] and reasons["broken"] == "RuntimeError: no such instruction"
+    assert {"library", "dense"} <= {row.kernel for row in found.rows}
+
+
+def test_a_trial_is_a_process_of_its_own() -> None:
+    cpu = torch.device("cpu")
+    assert trial.trial("dense", cpu) is None
+    assert "KeyError" in str(trial.trial("missing", cpu))
+    assert trial.trial("dense", cpu, seconds=0.01) == "not done after 0 s"
+
+
+def test_a_trial_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTES, "ones", replace(ROUTES["dense"], run=lambda w, x, b: x.new_ones(len(x), w.shape[0])))
+    with pytest.raises(SparseGPTError, match=r"ones .* 1 tokens: relative error"):
+        trial.try_route("ones", torch.device("cpu"))
+    assert trial.failure(lambda: torch.full((2, 3), float("nan")), torch.ones(2, 3)) is not None
+    assert trial.failure(lambda: torch.ones(2, 2), torch.ones(2, 3)) == "shape (2, 2) instead of (2, 3)"
 
 
 def test_candidates_take_turns() -> None:

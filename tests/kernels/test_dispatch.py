@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsegpt.kernels import Packed24, cpu, dispatch, pack
 from sparsegpt.kernels.dispatch import ANY, MEASURED, ROUTES, Choice, Measured, block_rows, choose
 from sparsegpt.kernels.linear import Sparse24Linear, explain
+from sparsegpt.kernels.trial import UNTRIED
 
 from .helpers import relative_error, weight24
 
@@ -61,6 +62,11 @@ def test_the_measured_rows_are_in_order() -> None:
     for first, second in pairwise(MEASURED):
         if (first.path, first.dtype) == (second.path, second.dtype):
             assert first.weights < second.weights  # otherwise the second is never reached
+
+
+def test_untried_kernels_are_never_chosen_by_themselves() -> None:
+    assert {"wgmma_sp"} == set(UNTRIED) <= ROUTES.keys()
+    assert not set(UNTRIED) & {row.route for row in MEASURED}
 
 
 def test_resident_decompresses_once(table: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,11 +97,43 @@ def test_mma_sp_int4(shape: tuple[int, int], dtype: torch.dtype, poisoned: None)
         assert relative_error(found, expected) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("kernels", ["auto", "dense", "portable", "mma_sp", "cutlass", "cusparselt"])
+@pytest.fixture(scope="module")
+def wgmma_sp_tried() -> None:
+    """A process of its own first: a fault would make every later test here fail."""
+    from sparsegpt.kernels import wgmma_sp
+    from sparsegpt.kernels.trial import trial
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    if refused := wgmma_sp.refuse(device, torch.float16):
+        pytest.skip(refused)
+    if reason := trial("wgmma_sp", device):
+        pytest.fail(reason)
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN)
-def test_layer(dtype: torch.dtype, kernels: str) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES, (200, 1312)])
+def test_wgmma_sp(shape: tuple[int, int], dtype: torch.dtype, wgmma_sp_tried: None, poisoned: None) -> None:
+    from sparsegpt.kernels import wgmma_sp
+    from sparsegpt.kernels.fragments import to_fragments
+
+    for tokens in (*TOKENS, 128, 300, 2048):
+        packed, inputs, bias, expected = operands(shape, tokens, dtype)
+        fragments = to_fragments(packed)
+        assert relative_error(wgmma_sp.matmul(fragments, inputs), expected) < TOLERANCE[dtype]
+        for activation, apply in reference.ACTIVATIONS.items():
+            found = wgmma_sp.matmul(fragments, inputs, bias, activation)
+            assert relative_error(found, apply(expected + bias.double())) < 2 * TOLERANCE[dtype]
+        again = [wgmma_sp.matmul(fragments, inputs) for _ in range(20)]
+        assert all(torch.equal(again[0], other) for other in again)  # a race would show now and then
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense", "portable", "mma_sp", "wgmma_sp", "cutlass", "cusparselt"])
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_layer(dtype: torch.dtype, kernels: str, request: pytest.FixtureRequest) -> None:
     dense = nn.Linear(256, 128, dtype=dtype).requires_grad_(False)
     dense.weight.copy_(weight24(128, 256, dtype))
+    if kernels == "wgmma_sp":
+        request.getfixturevalue("wgmma_sp_tried")
     layer = Sparse24Linear.from_linear(dense).cuda()
     layer.kernels = kernels
     try:

@@ -138,7 +138,7 @@ def test_packing_the_linears_of_a_model() -> None:
         set_kernels(model, "fastest")
 
 
-@pytest.mark.parametrize("kernels", ["portable", "mma_sp", "cutlass", "cusparselt"])
+@pytest.mark.parametrize("kernels", ["portable", "mma_sp", "wgmma_sp", "cutlass", "cusparselt"])
 def test_forced_gpu_kernels_say_why_they_cannot_serve(kernels: str) -> None:
     with pytest.raises(
         SparseGPTError, match=rf"kernels={kernels}: .*the weight is on cpu; use --kernels auto or dense"

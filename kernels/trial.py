@@ -1,0 +1,88 @@
+"""Is a kernel right? Asked before it is timed.
+
+    relative error = ||found - expected|| / ||expected||, expected in float32 on the dense weight
+
+A kernel of UNTRIED has never run on a GPU. It is asked in a process of its own first: a fault on a GPU ends all later
+work of the process, and a kernel that waits for ever ends nothing. `python -m sparsegpt.kernels.trial ROUTE DEVICE` is
+that process.
+
+Dimension key: N out_features, K in_features, T tokens."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsegpt.errors import SparseGPTError
+
+from .dispatch import ROUTES
+from .pack import Packed24, packed_shapes, unpack
+
+UNTRIED = ("wgmma_sp",)
+# one rounding of the result, twice; float32 sums in any order
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-5}
+_SECONDS = 180.0  # loading torch, compiling, and a kernel that hangs
+_SHAPES = ((256, 256), (200, 1312))
+_TOKENS = (1, 33, 64, 65, 300)
+_NIBBLES = (4, 8, 9, 12, 13, 14)  # the six pairs i0 < i1
+
+
+def failure(run: Callable[[], Tensor], expected: Tensor) -> str | None:
+    """What is wrong with a product [T, N], or None; what it raises is wrong too."""
+    try:
+        found = run()
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+    if found.shape != expected.shape:
+        return f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    error = float((found.float() - expected).norm() / expected.norm())
+    if not error < TOLERANCE[found.dtype]:  # also where it is not a number
+        return f"relative error {error:.2g}, above {TOLERANCE[found.dtype]}"
+    return None
+
+
+def trial(route: str, device: torch.device, seconds: float = _SECONDS) -> str | None:
+    """Why a route fails in a process of its own on a device, or None."""
+    command = [sys.executable, "-m", "sparsegpt.kernels.trial", route, str(device)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} s"
+    lines = done.stderr.strip().splitlines()
+    return None if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
+
+
+def try_route(route: str, device: torch.device) -> None:
+    """Raise SparseGPTError where a route gives a wrong product in bfloat16 or float16 on a few small shapes."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for shape in _SHAPES:
+            weight = random_packed(shape, dtype, device)
+            state, dense = ROUTES[route].prepare(weight), unpack(weight).float()
+            for tokens in _TOKENS:
+                inputs = torch.randn(tokens, shape[1], device=device).to(dtype)
+                expected = functional.linear(inputs.float(), dense)
+                reason = failure(functools.partial(ROUTES[route].run, state, inputs, None), expected)
+                if reason is not None:
+                    raise SparseGPTError(f"{route} {dtype} {shape}, {tokens} tokens: {reason}")
+
+
+def random_packed(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Packed24:
+    """A packed weight of normal values and uniformly random patterns."""
+    generator = torch.Generator(device).manual_seed(seed)
+    values_shape, (rows, words) = packed_shapes(shape)
+    values = torch.randn(values_shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+    values[:, shape[1] // 2 :] = 0  # padding
+    table = torch.tensor(_NIBBLES, dtype=torch.uint8, device=device)
+    nibbles = table[torch.randint(6, (rows, 8 * words), generator=generator, device=device)]
+    meta = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int32)
+    return Packed24(values, meta, shape)
+
+
+if __name__ == "__main__":
+    try_route(sys.argv[1], torch.device(sys.argv[2]))

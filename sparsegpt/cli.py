@@ -231,7 +231,8 @@ def evaluate_model(
 
 def _use_kernels(model: Any, kernels: str) -> str:
     """Pack what is 2:4 and dense in memory, set the kernels of all packed layers, say what was chosen."""
-    from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
+    from sparsegpt.kernels.in_place import pack_linears
+    from sparsegpt.kernels.linear import explain, set_kernels
 
     pack_linears(model, kernels=kernels)
     if not set_kernels(model, kernels):

@@ -290,7 +290,8 @@ def _check_promised(source: Path, promised: Iterable[str], found: list[Matrix]) 
     there = {matrix.layer for matrix in found}
     for layer in promised:
         if layer not in there:
-            raise SparseGPTError(f"{source}: report.json lists {layer}, but the weights hold no {layer}.weight")
+            form = f"no {layer}.weight, nor experts that can be packed as this; remove report.json to pack the rest"
+            raise SparseGPTError(f"{source}: report.json lists {layer}, but the weights hold {form}")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.experts import is_conv1d
 
 from .archive import check_parts, verify_files
 from .experts import PackedExperts
 from .gated import fuse_gated
-from .linear import PackedLinear, Sparse24Linear, explain, packed_layers, set_kernels
-from .model_names import Bank, ModelNames
-from .packed_config import (
-    FORMAT_VERSION,
-    PATTERN,
-    QUANT_METHOD,
-    IntegerValues,
-    PackedConfig,
-    members,
-    read_packed_config,
-    stack_name,
-)
-from .quantized_linear import Quantized24Linear
+from .linear import explain, packed_layers, set_kernels
+from .packed_config import FORMAT_VERSION, PATTERN, QUANT_METHOD, IntegerValues, PackedConfig, read_packed_config
+from .replace import install_packed, remove_packed
 from .tensor_files import CHECKSUMS, read_header, tensor_checksum
 
 logger = logging.getLogger("sparsegpt.kernels")
@@ -82,7 +70,7 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         packing = self._packing()
         _check_files(kwargs.get("checkpoint_files") or [], packing)
-        _replace_modules(model, packing)
+        install_packed(model, packing)
 
     def _packing(self) -> PackedConfig:
         return read_packed_config(self.quantization_config.to_dict(), "packed model")
@@ -103,12 +91,8 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         """Back to dense layers (`model.dequantize()`)."""
         if isinstance(dtype, str):  # the config holds a name once the model has been saved
             dtype = getattr(torch, dtype)
-        dtype = dtype or model.dtype
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedExperts):
-                model.set_submodule(name, module.dense(dtype))
-        for name, layer in packed_layers(model).items():
-            model.set_submodule(name, _dense_layer(layer, dtype))
+        assert not isinstance(dtype, str)
+        remove_packed(model, dtype or model.dtype)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -151,92 +135,6 @@ def _check_files(paths: list[str], packing: PackedConfig) -> None:
     verify_files(files)
     if paths:
         check_parts(files, packing, Path(paths[0]).parent)
-
-
-def _replace_modules(model: Any, packing: PackedConfig) -> None:
-    """Put empty packed layers where the packed weights of a folder belong."""
-    names = ModelNames(model)
-    banks: dict[Bank, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    linears = {}
-    for name, shape in packing.modules.items():
-        tensor = stack_name(name) if name in packing.stacked else f"{next(members(name, shape))}.weight"
-        place = names.place(tensor)
-        if place is not None and place.bank is not None and "*" in name:
-            banks[place.bank][name.rpartition(".")[2]] = shape
-        elif place is not None and place.module is not None and _size(place.module) is not None:
-            linears[name] = place
-        else:
-            raise SparseGPTError(f"packed module {name}: {type(model).__name__} has no such Linear; unpack the folder")
-    for name, place in linears.items():
-        path = place.parameter.removesuffix(".weight")
-        model.set_submodule(path, _empty_linear(path, place.module, packing.modules[name], packing.values))
-    for bank, shapes in banks.items():
-        _replace_experts(model, bank, shapes, packing.values)
-
-
-def _replace_experts(
-    model: Any, bank: Bank, shapes: Mapping[str, tuple[int, ...]], values: IntegerValues | None
-) -> None:
-    """Give a projection of experts packed layers of these shapes {part: (E, N, K)}."""
-    experts = model.get_submodule(bank.experts)
-    if not isinstance(experts, PackedExperts):
-        experts = PackedExperts(bank.experts, experts)
-        model.set_submodule(bank.experts, experts)
-    weight = getattr(experts, bank.projection)
-    count, *size = weight.mT.shape if experts.form.transposed else weight.shape
-    packed = [shapes.get(part, (0, 0, 0)) for part in bank.parts]
-    rows = sum(shape[1] for shape in packed)
-    if any((shape[0], rows, shape[2]) != (count, *size) for shape in packed):
-        raise SparseGPTError(
-            f"{bank.experts}.{bank.projection}: packed as {dict(shapes)}, the model's config says {tuple(weight.shape)}"
-        )
-
-    def layer(_: int, part: str) -> PackedLinear:
-        made = _empty_layer(shapes[part][1:], False, weight.dtype, values)
-        made.transposed = bank.transposed
-        return made
-
-    experts.take(bank.projection, bank.parts, layer, stacked=bank.stacked)
-
-
-def _empty_linear(name: str, module: nn.Module, shape: tuple[int, ...], values: IntegerValues | None) -> PackedLinear:
-    """A packed layer for a Linear or Conv1D."""
-    if _size(module) != shape:
-        raise SparseGPTError(f"{name}: packed as {shape}, the model's config says {module}")
-    layer = _empty_layer(shape, module.bias is not None, module.weight.dtype, values)  # type: ignore[arg-type]
-    layer.transposed = is_conv1d(module)
-    return layer
-
-
-def _size(module: nn.Module) -> tuple[int, int] | None:
-    """(out_features, in_features) of a Linear or Conv1D; None for other modules."""
-    if is_conv1d(module):
-        return module.nf, module.nx  # type: ignore[return-value]
-    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
-
-
-def _empty_layer(shape: tuple[int, ...], bias: bool, dtype: torch.dtype, values: IntegerValues | None) -> PackedLinear:
-    """A packed layer of a dense shape (N, K) on the meta device, to be loaded."""
-    size = (shape[1], shape[0], bias)
-    if values is None:
-        return Sparse24Linear(*size, dtype=dtype, device="meta")
-    return Quantized24Linear(*size, bits=values.bits, group_size=values.group_size, dtype=dtype, device="meta")
-
-
-def _dense_layer(layer: PackedLinear, dtype: torch.dtype) -> nn.Module:
-    """The Linear or Conv1D that a packed layer stands for."""
-    weight = layer.weight.to(dtype)
-    if layer.transposed:
-        from transformers.pytorch_utils import Conv1D
-
-        dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
-        weight = weight.T.contiguous()
-    else:
-        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-    return dense
 
 
 def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,12 +35,12 @@ def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str]
     return replaced
 
 
-def _pack_linear(model: nn.Module, name: str, module: nn.Module, kernels: str) -> list[str]:
+def _pack_linear(model: nn.Module, name: str, module: Any, kernels: str) -> list[str]:
     transposed = is_conv1d(module)
     weight = _weight(module.weight, transposed)
     if not keeps_pattern(weight):
         return []
-    layer = Sparse24Linear.from_packed(pack(weight, name), module.bias, kernels=kernels)  # type: ignore[arg-type]
+    layer = Sparse24Linear.from_packed(pack(weight, name), module.bias, kernels=kernels)
     layer.transposed = transposed
     model.set_submodule(name, layer)
     return [name]

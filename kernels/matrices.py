@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.experts import is_conv1d
 
 from .model_names import Bank, ModelNames, Place, model_without_weights
@@ -59,13 +60,20 @@ class Matrix:
 def checkpoint_matrices(folder: Path, shapes: Mapping[str, Sequence[int]], layers: Iterable[str] = ()) -> list[Matrix]:
     """Every weight matrix among the tensors {name: shape} of a folder.
 
-    layers: names that report.json uses. transformers is asked what the model calls a tensor only where there are
-    experts, or a layer of no tensor's name. Raises SparseGPTError when it does not know the model then.
+    layers: names that report.json uses. transformers is asked what the model calls a tensor only where names may not
+    say: experts, other 3-D weights, a layer of no tensor's name. Raises SparseGPTError when it does not know a model
+    with experts or such layers.
     """
     plain = list(plain_matrices(folder, shapes))
-    if not any(map(_OF_EXPERTS.search, shapes)) and {matrix.name for matrix in plain}.issuperset(layers):
+    needed = any(map(_OF_EXPERTS.search, shapes)) or not {matrix.name for matrix in plain}.issuperset(layers)
+    if not needed and all(len(shape) != 3 for shape in shapes.values()):
         return plain
-    names = ModelNames(model_without_weights(folder))
+    try:
+        names = ModelNames(model_without_weights(folder))
+    except SparseGPTError:
+        if needed:
+            raise
+        return plain
     return [matrix for tensor, shape in shapes.items() for matrix in _of_tensor(names.place(tensor), tensor, shape)]
 
 
@@ -88,9 +96,9 @@ def _of_tensor(place: Place | None, tensor: str, shape: Sequence[int]) -> Iterat
             layer = f"{bank.experts}.{expert}.{bank.projection}"
             yield Matrix(f"{path}.{expert}.{part}", layer, tensor, expert, bank.transposed, bank)
     elif place is not None and bank is not None:
-        expert = _EXPERT_NUMBER.search(name)
-        assert expert is not None
-        yield Matrix(name, f"{bank.experts}.{expert[0]}.{bank.projection}", tensor, bank=bank)
+        number = _EXPERT_NUMBER.search(name)
+        assert number is not None
+        yield Matrix(name, f"{bank.experts}.{number[0]}.{bank.projection}", tensor, bank=bank)
     elif _is_weight(tensor, shape):
         module = place.module if place else None
         transposed = module is not None and is_conv1d(module)

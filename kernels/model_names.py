@@ -73,8 +73,19 @@ class ModelNames:
         owner, _, last = parameter.rpartition(".")
         module = self.model.get_submodule(owner)
         if self._state[parameter].ndim == 3:
-            return Place(parameter, None, _bank(owner, last, module, converter))
-        return Place(parameter, module if last == "weight" and converter is None else None, None)
+            bank = _bank(owner, last, module, converter)
+            reached = bank is not None and all(self._leads(*pair) for pair in _expert_paths(bank, tensor))
+            return Place(parameter, None, bank if reached else None)
+        whole = last == "weight" and converter is None and self._leads(tensor.removesuffix(".weight"), owner)
+        return Place(parameter, module if whole else None, None)
+
+    def _leads(self, linear: str, path: str) -> bool:
+        """Whether the loader puts the parts of a packed linear, called so in checkpoints, into the module at `path`."""
+        from transformers.core_model_loading import rename_source_key
+
+        found, source = rename_source_key(f"{linear}.meta", self._renamings, self._converters)
+        prefix = f"{self.model.base_model_prefix}."
+        return source is None and found.removeprefix(prefix) == f"{path}.meta".removeprefix(prefix)
 
     def _rename(self, tensor: str) -> tuple[str, str | None]:
         """The parameter's name and the converter's pattern that matched, as the loader finds them."""
@@ -101,6 +112,16 @@ def _bank(path: str, projection: str, experts: nn.Module, converter: Any) -> Ban
     found = [_EXPERT_TENSOR.search(source.replace("*", "0")) for source in converter.source_patterns]
     parts = tuple(match[2] for match in found if match)
     return Bank(path, projection, parts, stacked=False) if len(parts) == len(found) else None
+
+
+def _expert_paths(bank: Bank, tensor: str) -> list[tuple[str, str]]:
+    """What a linear of this tensor is called in a packed checkpoint, and where it belongs; none for other tensors."""
+    if bank.stacked:
+        path, _, part = tensor.rpartition(".")
+        return [(f"{path}.0.{part}", f"{bank.experts}.0.{bank.projection}")]
+    found = _EXPERT_TENSOR.search(tensor)
+    assert found is not None
+    return [(tensor.removesuffix(".weight"), f"{bank.experts}.{found[1]}.{found[2]}")]
 
 
 def model_without_weights(folder: Path) -> Any:

@@ -251,7 +251,8 @@ def pack(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes, fewer with --values."""
-    from sparsegpt.kernels.archive import IntegerValues, pack_folder
+    from sparsegpt.kernels.archive import pack_folder
+    from sparsegpt.kernels.packed_config import IntegerValues
 
     if values not in (None, "int8", "int4"):
         raise SparseGPTError(f"--values {values!r} is not known: expected int8 or int4")

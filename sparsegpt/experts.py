@@ -54,14 +54,16 @@ def fused_experts(name: str, experts: nn.Module) -> FusedExperts:
     return FusedExperts(len(own[DOWN]), up, transposed, biased=biases <= own.keys())
 
 
-def activate(experts: nn.Module, form: FusedExperts, hidden: Tensor) -> Tensor:
+def activate(experts: Any, form: FusedExperts, hidden: Tensor) -> Tensor:
     """What stands between the projections: hidden [T, 2 I], or [T, I] without a gate, to [T, I]."""
     if form.up == "up_proj":
-        return experts.act_fn(hidden)  # type: ignore[no-any-return]
-    if hasattr(experts, "_apply_gate"):
-        return experts._apply_gate(hidden)  # type: ignore[no-any-return]
-    gate, up = hidden.chunk(2, dim=-1)
-    return experts.act_fn(gate) * up  # type: ignore[no-any-return]
+        activated = experts.act_fn(hidden)
+    elif hasattr(experts, "_apply_gate"):
+        activated = experts._apply_gate(hidden)
+    else:
+        gate, up = hidden.chunk(2, dim=-1)
+        activated = experts.act_fn(gate) * up
+    return activated  # type: ignore[no-any-return]
 
 
 def run_experts(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +73,16 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         packing = self._packing()
         _check_files(kwargs.get("checkpoint_files") or [], packing)
         install_packed(model, packing)
+        self._dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
 
     def _packing(self) -> PackedConfig:
         return read_packed_config(self.quantization_config.to_dict(), "packed model")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, tensor in _tensors(model):  # transformers 5.17 leaves what it renames in the dtype of the file
+            wanted = self._dtypes.get(name, tensor.dtype)
+            if tensor.dtype != wanted and not any(re.search(kept, name) for kept in model._get_dtype_plan(wanted)):
+                tensor.data = tensor.data.to(wanted)
         fuse_gated(model)
         logger.info(explain(model))
         return model
@@ -135,6 +142,10 @@ def _check_files(paths: list[str], packing: PackedConfig) -> None:
     verify_files(files)
     if paths:
         check_parts(files, packing, Path(paths[0]).parent)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

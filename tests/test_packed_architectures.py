@@ -156,6 +156,21 @@ def test_half_precision_stays_what_it_was(folder, tmp_path):
     assert_same_logits(packed, loaded(tmp_path / "half", dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["deepseek_v3", "mixtral", "gemma3"])
+def test_other_tensors_get_the_dtypes_of_an_ordinary_loading(variant, dtype, tmp_path):
+    """DeepSeek keeps a router's bias in float32 whatever is asked for; Mixtral's and Gemma 3's files use other names."""
+    save_pruned(tmp_path / "pruned", variant)
+    pack_folder(tmp_path / "pruned", tmp_path / "packed")
+    expected, found = (
+        {name: tensor.dtype for name, tensor in loaded(tmp_path / folder, dtype=dtype).state_dict().items()}
+        for folder in ("pruned", "packed")
+    )
+    same = expected.keys() & found.keys()
+    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    assert {tensor for name, tensor in found.items() if name.endswith(".values")} == {dtype}
+
+
 def test_the_model_without_its_head(folder):
     from transformers import AutoModel
 

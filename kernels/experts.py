@@ -67,11 +67,10 @@ class PackedExperts(nn.Module):
         for key, parameter in self.named_parameters(recurse=False):
             setattr(original, key, parameter)
         for projection, parts in self.parts.items():
-            weights = [
-                torch.cat([layer.weight for layer in self._layers(place, parts)]) for place in range(self.form.count)
-            ]
-            whole = torch.stack([weight.T if self.form.transposed else weight for weight in weights])
-            setattr(original, projection, nn.Parameter(whole.to(dtype), requires_grad=False))
+            layers = [self._layers(place, parts) for place in range(self.form.count)]
+            whole = torch.stack([torch.cat([layer.weight for layer in expert]) for expert in layers])
+            weight = whole.mT.contiguous() if self.form.transposed else whole
+            setattr(original, projection, nn.Parameter(weight.to(dtype), requires_grad=False))
         return original
 
     def _expert(self, place: int, inputs: Tensor) -> Tensor:
@@ -84,7 +83,8 @@ class PackedExperts(nn.Module):
             weight = getattr(self, projection)[place]
             outputs = functional.linear(inputs, weight.T if self.form.transposed else weight)
         else:
-            outputs = torch.cat([layer(inputs) for layer in self._layers(place, parts)], dim=-1)
+            found = [layer(inputs) for layer in self._layers(place, parts)]
+            outputs = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
         return outputs + getattr(self, f"{projection}_bias")[place] if self.form.biased else outputs
 
     def _layers(self, place: int, parts: Sequence[str]) -> list[PackedLinear]:

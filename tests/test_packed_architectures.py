@@ -159,7 +159,7 @@ def test_half_precision_stays_what_it_was(folder, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["deepseek_v3", "mixtral", "gemma3"])
 def test_other_tensors_get_the_dtypes_of_an_ordinary_loading(variant, dtype, tmp_path):
-    """DeepSeek keeps a router's bias in float32 whatever is asked for; Mixtral's and Gemma 3's files use other names."""
+    """DeepSeek keeps a router's bias in float32 whatever is asked for; Mixtral and Gemma 3 are renamed on loading."""
     save_pruned(tmp_path / "pruned", variant)
     pack_folder(tmp_path / "pruned", tmp_path / "packed")
     expected, found = (

@@ -114,7 +114,7 @@ def test_no_weight_is_dense_in_memory(folder):
 
 
 @pytest.mark.parametrize("variant", FORMS)
-def test_without_a_report_whatever_keeps_the_pattern_is_packed(variant, tmp_path, folder):
+def test_without_a_report_whatever_keeps_the_pattern_is_packed(variant, tmp_path):
     save_pruned(tmp_path / "pruned", variant)
     (tmp_path / "pruned" / "report.json").unlink()
     report = pack_folder(tmp_path / "pruned", tmp_path / "packed")
@@ -335,7 +335,7 @@ def test_a_model_in_memory_is_packed_where_it_is(folder):
     assert pack_linears(model) == []
 
 
-@pytest.mark.parametrize("kernels", ["dense", "resident", "auto"])
+@pytest.mark.parametrize("kernels", ["dense", "resident"])
 def test_every_kernel_serves(folder, kernels):
     packed = loaded(folder / "packed")
     set_kernels(packed, kernels)

@@ -3,75 +3,54 @@
     <module>.weight [N, K]  <->  <module>.values [N, Kp / 2] + <module>.meta [N, Kp / 32]      (format: pack.py)
 
 or, with integer values (quantized.py), words, scales (float16 bits in int16) and meta. Rounding to integers is storage,
-to nearest; unpacking gives the rounded weights.
+to nearest; unpacking gives the rounded weights. Conv1D's transposed weights are packed as [N, K]; of experts that are
+all in one tensor <path>.<part> each becomes a linear <path>.<expert>.<part>.
 
-Packed are the weights of linear layers that keep 2:4 exactly. `report.json`, when it lies in the folder, says which
-layers were pruned; without it every candidate that keeps the pattern is packed (a dense weight does not, by chance).
-`config.json` gets a `quantization_config` of our own, which transformers' quantizer interface reads (hf.py). The target
-appears whole or not at all."""
+Packed are the weights of linear layers that keep 2:4 exactly; of experts a projection is packed when those of all of
+them do. `report.json`, when it lies in the folder, says which layers were pruned; without it every candidate that keeps
+the pattern is packed (a dense weight does not, by chance). `config.json` gets a `quantization_config` of our own
+(packed_config.py), which transformers' quantizer interface reads (hf.py). The target appears whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.folders import new_folder
 
-from .pack import Packed24, pack, unpack
-from .quantized import Quantized24, check_settings, dequantize, quantize
+from .matrices import Matrix, checkpoint_matrices
+from .pack import Packed24, keeps_pattern, pack
+from .packed_config import PATTERN, IntegerValues, PackedConfig, members, read_packed_config
+from .quantized import Quantized24, quantize
 from .tensor_files import (
     DEFAULT_SHARD_BYTES,
     INDEX,
+    OpenTensors,
     ShardedWriter,
     header_room,
-    read_header,
     read_json,
     verify_checksums,
     weight_files,
 )
 
-QUANT_METHOD = "sparsegpt"
-FORMAT_VERSION = 1
-PATTERN = "2:4"
-# Weights of these model types are stored transposed, [in, out] (transformers' Conv1D): their groups run down columns.
-TRANSPOSED_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-_NOT_LINEAR = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared|lm_head|embed_out|\w*norm\w*|ln_\w+)\.weight$")
-_MERGED_EXPERTS = re.compile(r"\.experts\.\d+\.")  # transformers 5 loads all experts into one 3-D parameter
 _WEIGHTS_OF_OTHERS = re.compile(
     r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf)$|.*\.(bin|safetensors)\.index\.json$"
 )
 
 
 @dataclass(frozen=True)
-class IntegerValues:
-    """Kept values stored as integers of `bits`, one scale for `group_size` columns; `dtype` is what they were."""
-
-    bits: int
-    group_size: int = 128
-    dtype: torch.dtype = torch.bfloat16
-
-    def __str__(self) -> str:
-        return f"int{self.bits}, groups of {self.group_size}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it."""
-        return {"bits": self.bits, "group_size": self.group_size, "dtype": str(self.dtype).removeprefix("torch.")}
-
-
-@dataclass(frozen=True)
 class PackReport:
-    """What `pack_folder` did: module names packed, {weight name: why} left dense, bytes of the packed linears."""
+    """What `pack_folder` did: linears packed, {tensor: why} left dense, bytes of the packed linears."""
 
     packed: tuple[str, ...]
     left_dense: Mapping[str, str]
@@ -79,17 +58,60 @@ class PackReport:
     packed_bytes: int
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be tried: {tensor: its matrices}, why others are not, and which layers are promised to keep 2:4."""
+
+    matrices: Mapping[str, list[Matrix]]
+    left_dense: dict[str, str]
+    promised: frozenset[str]
+
+
 @dataclass
-class _Tally:
-    packed: dict[str, list[int]] = field(default_factory=dict)  # module name -> dense shape
-    left_dense: dict[str, str] = field(default_factory=dict)
+class _Packer:
+    """Writes tensors of `plan` packed, others as they are, and counts what it has done."""
+
+    plan: _Plan
+    tensors: OpenTensors
+    writer: ShardedWriter
+    values: IntegerValues | None
+    packed: list[Matrix] = field(default_factory=list)
+    modules: dict[str, tuple[int, ...]] = field(default_factory=dict)  # as in config.json
     dense_bytes: int = 0
     packed_bytes: int = 0
 
-    def count(self, module: str, dense: Tensor, packed: Packed24 | Quantized24) -> None:
-        self.packed[module] = list(packed.shape)
+    def write(self, tensor: str) -> None:
+        matrices = self.plan.matrices.get(tensor, ())
+        if not matrices or not all(self._pack(matrix) for matrix in matrices):
+            self.writer.add((tensor, self.tensors[tensor]))
+
+    def _pack(self, matrix: Matrix) -> bool:
+        """Whether the matrix keeps the pattern and is packed now; a promised one that breaks it is an error."""
+        weight = matrix.read(self.tensors)
+        try:
+            packed = pack(weight, f"{matrix.name}.weight")
+        except SparseGPTError:
+            if matrix.layer in self.plan.promised:
+                raise
+            self.plan.left_dense[matrix.tensor] = "does not keep 2:4"
+            return False
+        values = self.values
+        form = packed if values is None else quantize(packed, values.bits, values.group_size)
+        self.writer.add(*_named_parts(matrix.name, form))
+        self._count(matrix, weight, form)
+        return True
+
+    def _count(self, matrix: Matrix, dense: Tensor, packed: Packed24 | Quantized24) -> None:
+        self.packed.append(matrix)
+        experts = self.modules.get(matrix.group, (0,))[0] + 1
+        self.modules[matrix.group] = packed.shape if matrix.bank is None else (experts, *packed.shape)
         self.dense_bytes += dense.nbytes
         self.packed_bytes += packed.nbytes
+
+    def config(self) -> PackedConfig:
+        transposed = frozenset(matrix.group for matrix in self.packed if matrix.transposed)
+        stacked = frozenset(matrix.group for matrix in self.packed if matrix.expert is not None)
+        return PackedConfig(self.modules, transposed, stacked, self.values)
 
 
 def pack_folder(
@@ -106,34 +128,35 @@ def pack_folder(
 
     Raises:
         SparseGPTError: no safetensors weights or config.json in `source`; already quantised or packed; a layer that
-            report.json calls 2:4 breaks the pattern (names tensor and first bad group); nothing to pack; `target`
-            exists and is not empty.
+            report.json calls 2:4 breaks the pattern (names tensor and first bad group); nothing to pack; experts of a
+            model that transformers does not know; `target` exists and is not empty.
     """
     source, target = Path(source), Path(target)
     config = _read_config(source)
     if config.get("quantization_config"):
         raise SparseGPTError(f"{source}: already packed or quantised (config.json has quantization_config)")
     files = weight_files(source)
-    for path in set(files.values()):
-        read_header(path)  # a truncated file is refused before anything is written
-    listed = _reported_layers(source)
-    _check_listed(source, listed, files)
-    transposed = config.get("model_type") in TRANSPOSED_MODEL_TYPES
-    if values is not None:
-        values = replace(values, dtype=_stored_dtype(files))
-    with new_folder(target, overwrite=overwrite) as stage:
-        tally = _write_packed(files, stage, shard_bytes, listed, transposed, values)
-        if not tally.packed:
-            raise SparseGPTError(f"{source}: no linear layer keeps 2:4; prune with --sparsity 2:4 first")
-        _copy_the_rest(source, stage)
-        _write_config(stage, {**config, "quantization_config": _packed_config(tally.packed, values)})
-    return PackReport(tuple(tally.packed), tally.left_dense, tally.dense_bytes, tally.packed_bytes)
+    with OpenTensors(files) as tensors:
+        plan = _plan(source, tensors)
+        if values is not None:
+            values = replace(values, dtype=_stored_dtype(tensors))
+        with new_folder(target, overwrite=overwrite) as stage:
+            with ShardedWriter(stage, _room(tensors, plan), shard_bytes) as writer:
+                packer = _Packer(plan, tensors, writer, values)
+                for tensor in tensors:
+                    packer.write(tensor)
+            if not packer.packed:
+                raise SparseGPTError(f"{source}: no linear layer keeps 2:4; prune with --sparsity 2:4 first")
+            _copy_the_rest(source, stage)
+            _write_config(stage, {**config, "quantization_config": packer.config().to_dict()})
+    names = tuple(matrix.name for matrix in packer.packed)
+    return PackReport(names, plan.left_dense, packer.dense_bytes, packer.packed_bytes)
 
 
 def unpack_folder(
     packed: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
 ) -> tuple[str, ...]:
-    """Write the ordinary dense-with-zeros form of a packed folder to `target`; returns the module names unpacked.
+    """Write the ordinary dense-with-zeros form of a packed folder to `target`; returns the linears unpacked.
 
     Integer values come back as what they stand for, q * scale in the dtype of the model, not as what they were rounded
     from.
@@ -143,69 +166,25 @@ def unpack_folder(
     """
     packed, target = Path(packed), Path(target)
     config = _read_config(packed)
-    settings = config.pop("quantization_config", None)
-    modules, values = read_packed_config(settings, packed), read_values(settings, packed)
+    packing = read_packed_config(config.pop("quantization_config", None), packed)
     files = weight_files(packed)
     verify_files(files)
-    check_modules(files, modules, packed, values)
+    check_parts(files, packing, packed)
+    linears = packing.linears()
+    parts = {f"{linear}.{part}" for linear in linears for part in packing.parts}
     with new_folder(target, overwrite=overwrite) as stage:
-        with ShardedWriter(stage, header_room(files), shard_bytes, checksums=False) as writer, _Open(files) as tensors:
+        with (
+            ShardedWriter(stage, header_room(files), shard_bytes, checksums=False) as writer,
+            OpenTensors(files) as tensors,
+        ):
             for name in files:
-                module, _, kind = name.rpartition(".")
-                if module in modules and kind == "meta":
-                    weight = unpack(packed_module(tensors.__getitem__, module, modules[module], values))
-                    writer.add((f"{module}.weight", weight))
-                elif module not in modules or kind not in part_names(values):
+                if name not in parts:
                     writer.add((name, tensors[name]))
+            for named in packing.ordinary_weights(tensors.__getitem__):
+                writer.add(named)
         _copy_the_rest(packed, stage)
         _write_config(stage, config)
-    return tuple(modules)
-
-
-def read_packed_config(settings: Any, where: object) -> dict[str, tuple[int, int]]:
-    """{module name: dense (N, K)} of a `quantization_config`; refuses other methods and newer format versions."""
-    if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
-        raise SparseGPTError(f'{where}: not packed here: config.json lacks quantization_config "{QUANT_METHOD}"')
-    version = settings.get("format_version")
-    if version != FORMAT_VERSION or settings.get("pattern") != PATTERN:
-        raise SparseGPTError(
-            f"{where}: packed format version {version} with pattern {settings.get('pattern')}; this package reads "
-            f"version {FORMAT_VERSION} with {PATTERN}: update sparsegpt"
-        )
-    try:
-        return {name: (int(shape[0]), int(shape[1])) for name, shape in settings["modules"].items()}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise SparseGPTError(f"{where}: quantization_config has no readable modules; pack the model again") from error
-
-
-def read_values(settings: Mapping[str, Any], where: object) -> IntegerValues | None:
-    """How the kept values of a packed folder are stored: integers, or None for floating point."""
-    values = settings.get("values")
-    if values is None:
-        return None
-    try:
-        found = IntegerValues(int(values["bits"]), int(values["group_size"]), getattr(torch, values["dtype"]))
-        check_settings(found.bits, found.group_size)
-    except (KeyError, TypeError, ValueError, AttributeError, SparseGPTError) as error:
-        raise SparseGPTError(f"{where}: values {values} are not known to this package: update sparsegpt") from error
-    return found
-
-
-def part_names(values: IntegerValues | None) -> tuple[str, ...]:
-    """Names of the tensors of a packed module."""
-    return ("values", "meta") if values is None else ("words", "scales", "meta")
-
-
-def packed_module(
-    tensor: Callable[[str], Tensor], module: str, shape: tuple[int, int], values: IntegerValues | None
-) -> Packed24:
-    """A packed module of a folder in floating point, from a look-up of tensors by name."""
-    parts = [tensor(f"{module}.{part}") for part in part_names(values)]
-    if values is None:
-        return Packed24(parts[0], parts[1], shape)
-    words, scales, meta = parts
-    whole = Quantized24(words, scales.view(torch.float16), meta, shape, values.bits, values.group_size)
-    return dequantize(whole, values.dtype)
+    return tuple(linears)
 
 
 def verify_files(files: Mapping[str, Path]) -> None:
@@ -217,49 +196,65 @@ def verify_files(files: Mapping[str, Path]) -> None:
             raise SparseGPTError(f"{path}: the index promises {missing[0]}, which is not there; copy the folder again")
 
 
-def check_modules(
-    names: Container[str], modules: Iterable[str], where: object, values: IntegerValues | None = None
-) -> None:
-    """Refuse a packed folder that lacks one of the tensors of a packed module."""
-    for name in (f"{module}.{part}" for module in modules for part in part_names(values)):
-        if name not in names:
-            raise SparseGPTError(f"{where}: config.json promises {name}, which is not in the weights; pack again")
+def check_parts(names: Container[str], packing: PackedConfig, where: object) -> None:
+    """Refuse a packed folder that lacks one of the tensors of a packed linear."""
+    for group, shape in packing.modules.items():
+        for name in (f"{linear}.{part}" for linear in members(group, shape) for part in packing.parts):
+            if name not in names:
+                raise SparseGPTError(f"{where}: config.json promises {name}, which is not in the weights; pack again")
 
 
-def _write_packed(
-    files: Mapping[str, Path],
-    stage: Path,
-    shard_bytes: int,
-    listed: Mapping[str, str] | None,
-    transposed: bool,
-    values: IntegerValues | None,
-) -> _Tally:
-    tally = _Tally()
-    room = header_room([*files, *files, *files])  # a packed weight becomes two or three tensors
-    with ShardedWriter(stage, room, shard_bytes) as writer:
-        for name, tensor in _tensors(files):
-            reason = _why_dense(name, tensor, listed, transposed)
-            packed = None if reason else _try_pack(name, tensor, listed)
-            if packed is not None:
-                module = name.removesuffix(".weight")
-                form = packed if values is None else quantize(packed, values.bits, values.group_size)
-                writer.add(*_named_parts(module, form))
-                tally.count(module, tensor, form)
+def _plan(source: Path, tensors: OpenTensors) -> _Plan:
+    """Which matrices to pack: those that report.json lists, of experts a projection of all or of none."""
+    listed = _reported_layers(source)
+    shapes = tensors.shapes()  # a truncated file is refused here, before anything is written
+    found = checkpoint_matrices(source, shapes, listed or ())
+    promised = frozenset(layer for layer, sparsity in (listed or {}).items() if sparsity == PATTERN)
+    _check_promised(source, promised, found)
+    left_dense = {name: _why_no_matrix(name) for name, shape in shapes.items() if len(shape) in (2, 3)}
+    plan: dict[str, list[Matrix]] = defaultdict(list)
+    for group in _groups(found):
+        reason = _why_dense(group, listed, promised, tensors)
+        for matrix in group:
+            if reason is None:
+                plan[matrix.tensor].append(matrix)
+                left_dense.pop(matrix.tensor, None)
             else:
-                writer.add((name, tensor))
-                if tensor.ndim == 2:
-                    tally.left_dense[name] = reason or "does not keep 2:4"
-    return tally
+                left_dense[matrix.tensor] = reason
+    return _Plan(plan, left_dense, promised)
 
 
-def _try_pack(name: str, tensor: Tensor, listed: Mapping[str, str] | None) -> Packed24 | None:
-    """The packed weight; None where the pattern is not kept, which is an error for a layer reported as 2:4."""
-    try:
-        return pack(tensor, name)
-    except SparseGPTError:
-        if listed is not None and listed[name.removesuffix(".weight")] == PATTERN:
-            raise
+def _groups(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
+    """What is packed together or not at all: one linear, or a projection of all experts."""
+    groups: dict[object, list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        groups[matrix.bank or matrix.name].append(matrix)
+    return groups.values()
+
+
+def _why_dense(
+    group: list[Matrix], listed: Mapping[str, str] | None, promised: Container[str], tensors: OpenTensors
+) -> str | None:
+    """Why the matrices of a group are not even tried, or None."""
+    if not group[0].linear:
+        return _why_no_matrix(group[0].tensor)
+    if listed is not None and not all(matrix.layer in listed for matrix in group):
+        return "not pruned" if group[0].bank is None else "not all experts of the layer were pruned"
+    if group[0].bank is None or all(matrix.layer in promised for matrix in group):
         return None
+    return None if all(keeps_pattern(matrix.read(tensors)) for matrix in group) else "not every expert keeps 2:4"
+
+
+def _why_no_matrix(tensor: str) -> str:
+    if "experts." in tensor and not tensor.endswith("_bias"):
+        return "experts in a form that is not known: no linear of the loaded model has this weight"
+    return "not the weight of a linear layer"
+
+
+def _room(tensors: OpenTensors, plan: _Plan) -> int:
+    """Header space for every tensor that may come: a packed weight becomes two or three."""
+    matrices = [matrix for group in plan.matrices.values() for matrix in group]
+    return header_room([*tensors, *(matrix.name for matrix in matrices for _ in range(3))])
 
 
 def _named_parts(module: str, form: Packed24 | Quantized24) -> list[tuple[str, Tensor]]:
@@ -269,27 +264,12 @@ def _named_parts(module: str, form: Packed24 | Quantized24) -> list[tuple[str, T
     return [(f"{module}.words", form.words), (f"{module}.scales", scales), (f"{module}.meta", form.meta)]
 
 
-def _stored_dtype(files: Mapping[str, Path]) -> torch.dtype:
+def _stored_dtype(tensors: OpenTensors) -> torch.dtype:
     """The dtype of the model's matrices; the first one decides."""
-    with _Open(files) as tensors:
-        for name in files:
-            tensor = tensors[name]
-            if tensor.ndim == 2 and tensor.is_floating_point():
-                return tensor.dtype
+    for name, shape in tensors.shapes().items():
+        if len(shape) == 2 and (dtype := tensors[name].dtype).is_floating_point:
+            return dtype
     return torch.bfloat16
-
-
-def _why_dense(name: str, tensor: Tensor, listed: Mapping[str, str] | None, transposed: bool) -> str | None:
-    """Why this tensor is not even tried, or None."""
-    module = name.removesuffix(".weight")
-    if module == name or tensor.ndim != 2 or _NOT_LINEAR.search(name):
-        return "not the weight of a linear layer"
-    if listed is not None and module not in listed:
-        return "not pruned"
-    if transposed or _MERGED_EXPERTS.search(name):
-        kind = "stored transposed (Conv1D)" if transposed else "an expert that transformers merges when loading"
-        return f"{kind}: no Linear of the loaded model has this weight"
-    return None
 
 
 def _reported_layers(source: Path) -> dict[str, str] | None:
@@ -306,48 +286,12 @@ def _reported_layers(source: Path) -> dict[str, str] | None:
         ) from error
 
 
-def _check_listed(source: Path, listed: Mapping[str, str] | None, files: Mapping[str, Path]) -> None:
-    for module, sparsity in (listed or {}).items():
-        if sparsity == PATTERN and f"{module}.weight" not in files and not _MERGED_EXPERTS.search(f"{module}."):
-            raise SparseGPTError(f"{source}: report.json lists {module}, but the weights hold no {module}.weight")
-
-
-class _Open:
-    """Tensors of several safetensors files by name, each file mapped once, each tensor read when asked for."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
-        self._stack = ExitStack()
-        self._open: dict[Path, Any] = {}
-
-    def __enter__(self) -> _Open:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def __getitem__(self, name: str) -> Tensor:
-        path = self._files[name]
-        if path not in self._open:
-            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        tensor: Tensor = self._open[path].get_tensor(name)
-        return tensor
-
-
-def _tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    with _Open(files) as tensors:
-        for name in files:
-            yield name, tensors[name]
-
-
-def _packed_config(modules: Mapping[str, list[int]], values: IntegerValues | None) -> dict[str, Any]:
-    config = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "pattern": PATTERN,
-        "modules": dict(modules),
-    }
-    return config if values is None else {**config, "values": values.to_dict()}
+def _check_promised(source: Path, promised: Iterable[str], found: list[Matrix]) -> None:
+    there = {matrix.layer for matrix in found}
+    for layer in promised:
+        if layer not in there:
+            form = f"no {layer}.weight, nor experts that can be packed as this; remove report.json to pack the rest"
+            raise SparseGPTError(f"{source}: report.json lists {layer}, but the weights hold {form}")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +26,38 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsegpt.errors import SparseGPTError
 
-from .archive import (
-    FORMAT_VERSION,
-    PATTERN,
-    QUANT_METHOD,
-    IntegerValues,
-    check_modules,
-    read_packed_config,
-    read_values,
-    verify_files,
-)
+from .archive import check_parts, verify_files
+from .experts import PackedExperts
 from .gated import fuse_gated
-from .linear import PackedLinear, Sparse24Linear, explain, packed_layers, set_kernels
-from .quantized_linear import Quantized24Linear
+from .linear import explain, packed_layers, set_kernels
+from .packed_config import FORMAT_VERSION, PATTERN, QUANT_METHOD, IntegerValues, PackedConfig, read_packed_config
+from .replace import install_packed, remove_packed
 from .tensor_files import CHECKSUMS, read_header, tensor_checksum
 
 logger = logging.getLogger("sparsegpt.kernels")
 
 
 class Sparse24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
-    """The `quantization_config` of a packed folder: format version, pattern, {module name: dense shape}, values."""
+    """The `quantization_config` of a packed folder: see packed_config.py."""
 
     def __init__(
         self,
         modules: Mapping[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
         pattern: str = PATTERN,
-        values: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.pattern = pattern
         self.modules = {name: list(shape) for name, shape in (modules or {}).items()}
-        if values is not None:
-            self.values = dict(values)
+        for name in ("transposed", "stacked", "values"):
+            if name in others:
+                setattr(self, name, others[name])
+
+    def take(self, packing: PackedConfig) -> None:
+        """Become the config of another packing."""
+        self.__init__(**packing.to_dict())  # type: ignore[misc]
 
 
 class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped here
@@ -68,39 +67,39 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse another format version before anything is built."""
-        settings = self.quantization_config.to_dict()
-        read_packed_config(settings, "packed model")
-        read_values(settings, "packed model")
+        self._packing()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        settings = self.quantization_config.to_dict()
-        shapes, values = read_packed_config(settings, "packed model"), read_values(settings, "packed model")
-        _check_files(kwargs.get("checkpoint_files") or [], shapes, values)
-        _replace_linears(model, shapes, values)
+        packing = self._packing()
+        _check_files(kwargs.get("checkpoint_files") or [], packing)
+        install_packed(model, packing)
+        self._dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+
+    def _packing(self) -> PackedConfig:
+        return read_packed_config(self.quantization_config.to_dict(), "packed model")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, tensor in _tensors(model):  # transformers 5.17 leaves what it renames in the dtype of the file
+            wanted = self._dtypes.get(name, tensor.dtype)
+            if tensor.dtype != wanted and not any(re.search(kept, name) for kept in model._get_dtype_plan(wanted)):
+                tensor.data = tensor.data.to(wanted)
         fuse_gated(model)
         logger.info(explain(model))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Checksums of what transformers is about to save, for the files' headers."""
-        layers = packed_layers(model)
-        self.quantization_config.modules = {n: [m.out_features, m.in_features] for n, m in layers.items()}
-        tensors = _tensors_as_saved(model)
-        return None, {CHECKSUMS: json.dumps({name: tensor_checksum(tensor) for name, tensor in tensors.items()})}
+        state = model.state_dict()
+        saved = _as_saved(model, state)
+        self.quantization_config.take(_packing_of(model, state, saved, self._packing().values))
+        return None, {CHECKSUMS: json.dumps({name: tensor_checksum(tensor) for name, tensor in saved.items()})}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        """Back to dense `nn.Linear` layers (`model.dequantize()`)."""
+        """Back to dense layers (`model.dequantize()`)."""
         if isinstance(dtype, str):  # the config holds a name once the model has been saved
             dtype = getattr(torch, dtype)
-        dtype = dtype or model.dtype
-        for name, layer in packed_layers(model).items():
-            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-            linear.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
-            if layer.bias is not None:
-                linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-            model.set_submodule(name, linear)
+        assert not isinstance(dtype, str)
+        remove_packed(model, dtype or model.dtype)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -137,52 +136,49 @@ def load_packed(folder: str | Path, *, kernels: str = "auto", **kwargs: Any) -> 
     return model
 
 
-def _check_files(paths: list[str], shapes: Mapping[str, tuple[int, int]], values: IntegerValues | None) -> None:
-    """Every checksum, and that each packed module has all its tensors, before transformers reads one."""
+def _check_files(paths: list[str], packing: PackedConfig) -> None:
+    """Every checksum, and that each packed linear has all its tensors, before transformers reads one."""
     files = {name: Path(path) for path in paths for name in read_header(Path(path)).entries}
     verify_files(files)
     if paths:
-        check_modules(files, shapes, Path(paths[0]).parent, values)
+        check_parts(files, packing, Path(paths[0]).parent)
 
 
-def _replace_linears(model: Any, shapes: Mapping[str, tuple[int, int]], values: IntegerValues | None) -> None:
-    found = set()
-    for name, module in list(model.named_modules()):
-        listed = _listed_name(name, model.base_model_prefix, shapes) if isinstance(module, nn.Linear) else None
-        if listed is None:
-            continue
-        if (module.out_features, module.in_features) != shapes[listed]:
-            raise SparseGPTError(f"{name}: packed as {shapes[listed]}, the model's config says {module}")
-        model.set_submodule(name, _empty_layer(module, values))
-        found.add(listed)
-    if len(found) < len(shapes):
-        missing = sorted(set(shapes) - found)[0]
-        raise SparseGPTError(f"packed module {missing}: {type(model).__name__} has no such Linear; unpack the folder")
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
 
 
-def _empty_layer(linear: nn.Linear, values: IntegerValues | None) -> PackedLinear:
-    """A packed layer on the meta device, to be loaded."""
-    size, dtype = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight.dtype
-    if values is None:
-        return Sparse24Linear(*size, dtype=dtype, device="meta")
-    return Quantized24Linear(*size, bits=values.bits, group_size=values.group_size, dtype=dtype, device="meta")
-
-
-def _listed_name(name: str, prefix: str, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-    """The packed folder's name of a module: a base model and its head model differ by `prefix`."""
-    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((candidate for candidate in candidates if candidate in shapes), None)
-
-
-def _tensors_as_saved(model: Any) -> dict[str, Tensor]:
+def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the names `save_pretrained` writes (some architectures rename or split parameters)."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    state: dict[str, Tensor] = model.state_dict()
     if any(tensor.device.type == "meta" for tensor in state.values()):
         raise SparseGPTError("a packed model with offloaded layers cannot be saved; load it on one device first")
     saved: dict[str, Tensor] = revert_weight_conversion(model, state)
     return saved
+
+
+def _packing_of(
+    model: nn.Module, state: Mapping[str, Tensor], saved: Mapping[str, Tensor], values: IntegerValues | None
+) -> PackedConfig:
+    """What config.json says of a packed model once it is saved."""
+    saved_names = {id(tensor): name.removesuffix(".meta") for name, tensor in saved.items()}
+    experts = {path: module for path, module in model.named_modules() if isinstance(module, PackedExperts)}
+    modules: dict[str, tuple[int, ...]] = {}
+    transposed, stacked = set(), set()
+    for path, layer in packed_layers(model).items():
+        name, size = saved_names[id(state[f"{path}.meta"])], (layer.out_features, layer.in_features)
+        owner = experts.get(path.rsplit(".", 2)[0])
+        if owner is None:
+            modules[name] = size
+        else:
+            start, _, part = name.rsplit(".", 2)
+            name = f"{start}.*.{part}"
+            modules[name] = (owner.form.count, *size)
+            stacked |= {name} if owner.is_stacked(path.rpartition(".")[2]) else set()
+        if layer.transposed:
+            transposed.add(name)
+    return PackedConfig(modules, frozenset(transposed), frozenset(stacked), values)
 
 
 register()

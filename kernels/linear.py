@@ -5,7 +5,7 @@ the weight itself does not train: unpack the model for that"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from sparsegpt.errors import SparseGPTError
 
 from .dispatch import KERNELS, ROUTES, Choice, Route, choose, dense_weight
-from .gated import fuse_gated
-from .pack import GROUP, Packed24, first_violation, pack, packed_shapes
+from .pack import Packed24, pack, packed_shapes
 
 
 class PackedLinear(nn.Module):
     """What linear layers with packed weights share: the choice of kernels, the checks, the gradient for the input.
 
     Input [..., in_features], any number of leading dimensions, any strides. A subclass has the buffers and `_current`.
-    Raises SparseGPTError for an unknown `kernels` and for inputs of another width, dtype or device.
+    transposed: ordinary checkpoints keep its weight as [in, out] (Conv1D, some experts). Raises SparseGPTError for an
+    unknown `kernels` and for inputs of another width, dtype or device.
     """
 
     bias: Tensor | None
+    transposed = False
 
     def __init__(self, in_features: int, out_features: int, kernels: str) -> None:
         super().__init__()
@@ -214,23 +215,6 @@ class _PackedProduct(torch.autograd.Function):
         return grads[0] @ ctx.plan.dense(), None, *(None for _ in parts)
 
 
-def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str] = ("lm_head",)) -> list[str]:
-    """Replace in place every `nn.Linear` of `model` that keeps 2:4 by a packed one; returns their names.
-
-    `skip` lists the last name components left alone. Weights that another module shares are left alone too.
-    """
-    shared = _shared_parameters(model)
-    replaced = []
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name.rpartition(".")[2] not in skip and id(module.weight) not in shared:
-            weight = module.weight.detach()
-            if weight.shape[1] % GROUP == 0 and first_violation(weight) is None:
-                model.set_submodule(name, Sparse24Linear.from_linear(module, kernels=kernels, name=name))
-                replaced.append(name)
-    fuse_gated(model)
-    return replaced
-
-
 def set_kernels(model: nn.Module, kernels: str) -> int:
     """Make every packed layer of `model` use these kernels ("auto" or a name of KERNELS); returns how many there are.
 
@@ -261,11 +245,3 @@ def _say(choice: Choice) -> str:
         return f"{choice.few} ({choice.why})"
     limit = "" if choice.tokens >= 1 << 62 else f" up to {choice.tokens} tokens, {choice.many} above"
     return f"{choice.few}{limit} ({choice.why})"
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared

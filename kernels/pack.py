@@ -125,6 +125,11 @@ def first_violation(weight: Tensor) -> tuple[int, int] | None:
     return None
 
 
+def keeps_pattern(weight: Tensor) -> bool:
+    """Whether a dense weight [N, K] can be packed."""
+    return weight.shape[1] % GROUP == 0 and first_violation(weight) is None
+
+
 def words_to_nibbles(meta: Tensor) -> Tensor:
     """Nibbles [N, Kp / 4] uint8 of the metadata words [N, Kp / 32] int32."""
     bytes_NB = meta.contiguous().view(torch.uint8)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
@@ -122,6 +124,50 @@ def read_json(path: Path) -> Any:
 def header_room(names: Iterable[str]) -> int:
     """Bytes of header that surely suffice for these tensors in one file."""
     return 4096 + sum(_BYTES_PER_ENTRY + 2 * len(json.dumps(name)) for name in names)
+
+
+class OpenTensors:
+    """Tensors of several files {tensor name: file}, each file mapped once, each tensor read when asked for.
+
+    Use as a context manager; iterates over the names.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> OpenTensors:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file(name).get_tensor(name)
+        return tensor
+
+    def row(self, name: str, index: int) -> Tensor:
+        """`self[name][index]`, without reading the rest of the tensor."""
+        tensor: Tensor = self._file(name).get_slice(name)[index]
+        return tensor
+
+    def shapes(self) -> dict[str, list[int]]:
+        """{tensor name: shape}, from the headers; SparseGPTError for a file that is cut short or lacks a tensor."""
+        headers = {path: read_header(path).entries for path in dict.fromkeys(self._files.values())}
+        try:
+            return {name: headers[path][name]["shape"] for name, path in self._files.items()}
+        except KeyError as error:
+            raise SparseGPTError(f"the index promises {error}, which is not there; copy the folder again") from error
+
+    def _file(self, name: str) -> Any:
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._open[path]
 
 
 @dataclass

@@ -235,7 +235,8 @@ def evaluate_model(
 
 def _use_kernels(model: Any, kernels: str) -> str:
     """Pack what is 2:4 and dense in memory, set the kernels of all packed layers, say what was chosen."""
-    from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
+    from sparsegpt.kernels.in_place import pack_linears
+    from sparsegpt.kernels.linear import explain, set_kernels
 
     pack_linears(model, kernels=kernels)
     if not set_kernels(model, kernels):
@@ -254,7 +255,8 @@ def pack(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes, fewer with --values."""
-    from sparsegpt.kernels.archive import IntegerValues, pack_folder
+    from sparsegpt.kernels.archive import pack_folder
+    from sparsegpt.kernels.packed_config import IntegerValues
 
     if values not in (None, "int8", "int4"):
         raise SparseGPTError(f"--values {values!r} is not known: expected int8 or int4")

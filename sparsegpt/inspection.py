@@ -4,8 +4,10 @@ A weight that report.json lists must keep the pattern it was pruned to. Weights 
 described by the patterns that they happen to satisfy.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,11 @@ from torch import Tensor
 
 from sparsegpt.checkpoint import REPORT_NAME
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.archive import (
-    QUANT_METHOD,
-    IntegerValues,
-    packed_module,
-    read_packed_config,
-    read_values,
-    verify_files,
-)
+from sparsegpt.kernels.archive import check_parts, verify_files
+from sparsegpt.kernels.matrices import Matrix, checkpoint_matrices, plain_matrices
 from sparsegpt.kernels.pack import unpack
-from sparsegpt.kernels.tensor_files import read_json, weight_files
+from sparsegpt.kernels.packed_config import QUANT_METHOD, PackedConfig, read_packed_config
+from sparsegpt.kernels.tensor_files import OpenTensors, read_header, read_json, weight_files
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 from sparsegpt.stages import expert_of
 
@@ -39,7 +36,7 @@ class TensorFinding:
     """One weight matrix. pattern: promised by the report, or found; ok: whether it holds; problem: where it breaks.
 
     stored: how the file holds it: its dtype, or "packed" with the dtype or the integers of the kept values.
-    An expert's weight that the files keep in another form is not checked, and `problem` says so.
+    An expert of a model that transformers does not know cannot be found in the files: `problem` says "not checked".
     """
 
     name: str
@@ -52,69 +49,85 @@ class TensorFinding:
 
 
 def inspect_folder(folder: Path) -> list[TensorFinding]:
-    """Check every 2-D weight in the safetensors files of a folder, one tensor in memory at a time.
+    """Check every weight matrix in the safetensors files of a folder, one pruned layer in memory at a time.
 
+    A layer whose weight the files keep in several tensors (experts' gate and up projections) is checked as a whole.
     Packed weights are checked in their dense form, after the checksums of their files. Raises SparseGPTError when the
     folder has no such files, one is damaged, or a listed layer is missing.
     """
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise SparseGPTError(f"{folder} has no safetensors files: expected a model folder, as `run` writes it")
-    packed, values = _packed_modules(folder)
+    files = _files(folder)
+    packing = _packing(folder)
     promised = _promised_layers(folder)
-    turned = _model_type(folder) == "gpt2"
-    findings = []
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name, weight, stored in _weights(tensors, packed, values):
-                    layer = promised.pop(name, None)
-                    # GPT-2's Conv1D keeps [in, out]; the head does not.
-                    seen = weight.T if layer and turned and name != "lm_head" else weight
-                    found = _examine(name, seen, layer["sparsity"] if layer else None)
-                    findings.append(replace(found, stored=stored))
-        except SafetensorError as error:
-            raise SparseGPTError(f"{path} is truncated or damaged ({error}): write it again") from error
-    lost = [name for name in promised if expert_of(name) is None]
-    if lost:
-        raise SparseGPTError(f"{folder / REPORT_NAME} lists {lost[0]}, but no file holds its weight")
-    return findings + [_unchecked(layer) for layer in promised.values()]
+    with OpenTensors(files) as tensors:
+        reader = _Reader(tensors, packing)
+        matrices = _matrices(folder, reader.shapes(), promised)
+        layers: dict[str, list[Matrix]] = defaultdict(list)
+        for matrix in matrices:
+            layers[matrix.layer if matrix.layer in promised else matrix.name].append(matrix)
+        lost = [name for name in promised if name not in layers]
+        if any(expert_of(name) is None for name in lost):
+            raise SparseGPTError(f"{folder / REPORT_NAME} lists {lost[0]}, but no file holds its weight")
+        findings = [_examine(name, reader, parts, promised.get(name)) for name, parts in layers.items()]
+    return findings + [_unchecked(promised[name]) for name in lost]
 
 
-def _packed_modules(folder: Path) -> tuple[dict[str, tuple[int, int]], IntegerValues | None]:
-    """Dense shape of each packed module, none for an ordinary folder, and how values are stored; checksums first."""
+def _files(folder: Path) -> dict[str, Path]:
+    """{tensor: file} of every safetensors file in a folder."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise SparseGPTError(f"{folder} has no safetensors files: expected a model folder, as `run` writes it")
+    return {name: path for path in paths for name in sorted(read_header(path).entries)}
+
+
+def _packing(folder: Path) -> PackedConfig:
+    """How a packed folder keeps its weights, its checksums compared; nothing for an ordinary folder."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    packing = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(packing, dict) or packing.get("quant_method") != QUANT_METHOD:
-        return {}, None
-    verify_files(weight_files(folder))
-    return read_packed_config(packing, folder), read_values(packing, folder)
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
+        return PackedConfig({})
+    packing, files = read_packed_config(settings, folder), weight_files(folder)
+    verify_files(files)
+    check_parts(files, packing, folder)
+    return packing
 
 
-def _weights(
-    tensors: Any, packed: dict[str, tuple[int, int]], values: IntegerValues | None
-) -> Iterator[tuple[str, Tensor, str]]:
-    """Module name, dense weight and form of storage of every 2-D weight in an open file."""
-    for key in sorted(tensors.keys()):
-        module, _, kind = key.rpartition(".")
-        if kind == "meta" and module in packed:
-            form = packed_module(tensors.get_tensor, module, packed[module], values)
-            yield module, unpack(form), f"packed {values or str(form.values.dtype).removeprefix('torch.')}"
-        elif kind == "weight" and len(tensors.get_slice(key).get_shape()) == 2:
-            weight = tensors.get_tensor(key)
-            yield module, weight, str(weight.dtype).removeprefix("torch.")
+def _matrices(folder: Path, shapes: dict[str, Sequence[int]], promised: Iterable[str]) -> list[Matrix]:
+    """The matrices of an ordinary folder; of a model that transformers does not know, those that names alone tell."""
+    try:
+        return checkpoint_matrices(folder, shapes, promised)
+    except SparseGPTError:
+        return list(plain_matrices(folder, shapes))
 
 
-def _model_type(folder: Path) -> str:
-    path = folder / "config.json"
-    return str(read_json(path).get("model_type")) if path.is_file() else ""
+@dataclass(frozen=True)
+class _Reader:
+    """Matrices of an ordinary folder, read from its own tensors or from packed ones."""
+
+    tensors: OpenTensors
+    packing: PackedConfig
+
+    @cached_property
+    def packed(self) -> dict[str, tuple[int, int]]:
+        return self.packing.linears()
+
+    def shapes(self) -> dict[str, Sequence[int]]:
+        """Shapes of the tensors that the ordinary folder has, or had."""
+        parts = {f"{linear}.{part}" for linear in self.packed for part in self.packing.parts}
+        kept = {name: shape for name, shape in self.tensors.shapes().items() if name not in parts}
+        return {**kept, **self.packing.ordinary_shapes()}
+
+    def read(self, matrix: Matrix) -> tuple[Tensor, str]:
+        """The dense weight [out, in] and the form in which it is stored."""
+        if matrix.name not in self.packed:
+            weight = matrix.read(self.tensors)
+            return weight, str(weight.dtype).removeprefix("torch.")
+        form = self.packing.packed(self.tensors.__getitem__, matrix.name, self.packed[matrix.name])
+        return unpack(form), f"packed {self.packing.values or str(form.values.dtype).removeprefix('torch.')}"
 
 
 def _unchecked(layer: dict[str, Any]) -> TensorFinding:
-    """What the report says of an expert's weight: the files keep it cut or joined, under other names."""
+    """What the report says of an expert's weight that was not found: files may keep it under other names."""
     return TensorFinding(
         layer["name"], layer["shape"], layer["zeros"], layer["sparsity"], ok=True, problem="not checked"
     )
@@ -139,7 +152,13 @@ def _promised_layers(folder: Path) -> dict[str, dict[str, Any]]:
         raise SparseGPTError(f"{path} is damaged ({error}): remove it to inspect the weights alone") from error
 
 
-def _examine(name: str, weight: Tensor, promised: str | None) -> TensorFinding:
+def _examine(name: str, reader: _Reader, parts: list[Matrix], layer: dict[str, Any] | None) -> TensorFinding:
+    weights, forms = zip(*map(reader.read, parts), strict=True)
+    finding = _check(name, torch.cat(weights), layer["sparsity"] if layer else None)
+    return replace(finding, stored=forms[0])
+
+
+def _check(name: str, weight: Tensor, promised: str | None) -> TensorFinding:
     rows, columns = weight.shape
     zeros = float((weight == 0).sum()) / max(1, weight.numel())
     if promised is None:

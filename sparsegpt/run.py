@@ -23,7 +23,8 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.export import write_model
 from sparsegpt.kernels.dispatch import KERNELS
-from sparsegpt.kernels.linear import explain, pack_linears, set_kernels
+from sparsegpt.kernels.in_place import pack_linears
+from sparsegpt.kernels.linear import explain, set_kernels
 from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_model, pick_device, sequence_length
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, readable, shape_of

@@ -6,12 +6,16 @@ test, stands here too: which matrices are routers, and which are kept transposed
     python -m tests.architectures     # prints README's table of architectures
 """
 
+import json
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sparsegpt.blocks import FAMILIES, Family
+from sparsegpt.masks import layer_mask
+from sparsegpt.sparsity import NM
 
 from .support import VOCABULARY, tiny_model, unsettled
 
@@ -206,6 +210,22 @@ def block_matrices(model: nn.Module) -> dict[str, Tensor]:
             for expert, matrix in enumerate(tensor):
                 found[f"{path}.{expert}.{last}"] = matrix.T if turned else matrix
     return {name: matrix for name, matrix in found.items() if not name.endswith("_bias")}
+
+
+@torch.no_grad()
+def save_pruned(folder: Path, variant: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A variant's or wrapper's tiny model, pruned to 2:4 by magnitude, in a folder with the report `run` would leave.
+
+    Returned with the weight matrices of its blocks.
+    """
+    model = tiny_variant(variant) if variant in VARIANTS else tiny_wrapper(variant)
+    matrices = block_matrices(model)
+    for matrix in matrices.values():
+        matrix.masked_fill_(~layer_mask(matrix.abs(), NM(2, 4)), 0)
+    model.save_pretrained(folder)
+    layers = [{"name": name, "sparsity": "2:4", "shape": list(matrix.shape)} for name, matrix in matrices.items()]
+    (folder / "report.json").write_text(json.dumps({"layers": layers}))
+    return model, matrices
 
 
 def stored_keys(matrices: dict[str, Tensor]) -> set[str]:

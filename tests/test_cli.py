@@ -19,6 +19,7 @@ from sparsegpt import blocks, cli, cli_options
 from sparsegpt.kernels import dispatch, tensor_files
 from sparsegpt.settings import PRESETS
 
+from .architectures import tiny_variant
 from .support import (
     BROKEN_FOLDERS,
     CHILD_ENVIRONMENT,
@@ -26,6 +27,7 @@ from .support import (
     block_linears,
     broken_folder,
     save_model,
+    save_tokenizer,
     write_text,
 )
 
@@ -318,6 +320,33 @@ def test_a_2_4_folder_packs_inspects_scores_and_unpacks(prune, run_cli, tmp_path
     score = ["--data", text_file, "--seqlen", WINDOW, "--json"]
     dense, small = (json.loads(run_cli("eval", "--model", folder, *score).out)[0] for folder in (out, packed))
     assert small["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-4)
+    assert run_cli("unpack", packed, unpacked).code == 0
+    before, after = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (out, unpacked))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("variant", "linears"), [("gpt2", 8), ("mixtral", 2 * (4 + 3 * 4)), ("gpt_oss", 2 * (4 + 2 * 4))]
+)
+def test_transposed_weights_and_experts_go_the_whole_way(variant, linears, prune, run_cli, tmp_path, text_file):
+    """run with --kernels, pack, inspect, eval of the packed folder, unpack: one perplexity, the same bits."""
+    dense, out, packed, unpacked = (tmp_path / name for name in ("dense", "out", "packed", "unpacked"))
+    tiny_variant(variant).save_pretrained(dense)
+    save_tokenizer(dense)
+    outcome = prune(model=dense, eval=text_file, kernels="auto")
+    assert outcome.code == 0, outcome.err
+    score = json.loads((out / "report.json").read_text())["perplexity"][str(text_file)]
+    assert score["kernels"] == pytest.approx(score["pruned"], rel=1e-3)
+    for values in ((), ("--values", "int8")):
+        outcome = run_cli("pack", out, packed, *values, "--overwrite")
+        assert outcome.code == 0, outcome.err
+        assert f"packed {linears} linears" in outcome.out
+        assert all(finding["ok"] for finding in json.loads(run_cli("inspect", packed, "--json").out))
+        arguments = ["eval", "--model", packed, "--data", text_file, "--seqlen", WINDOW, "--json", "--kernels", "dense"]
+        [found] = json.loads(run_cli(*arguments).out)
+        assert found["perplexity"] == pytest.approx(score["pruned"], rel=0.02 if values else 1e-3)
+    run_cli("pack", out, packed, "--overwrite")
     assert run_cli("unpack", packed, unpacked).code == 0
     before, after = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (out, unpacked))
     assert before.keys() == after.keys()

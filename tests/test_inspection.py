@@ -8,10 +8,11 @@ import torch
 
 from sparsegpt import prune_model
 from sparsegpt.inspection import first_bad_group, inspect_folder
+from sparsegpt.kernels.archive import pack_folder
 from sparsegpt.masks import layer_mask
 from sparsegpt.sparsity import NM, parse_sparsity
 
-from .architectures import tiny_variant
+from .architectures import save_pruned, tiny_variant
 from .support import random_windows, refused
 
 
@@ -111,7 +112,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     folder = write(tmp_path / "m", {"fc1": sparse("2:4")})
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    with refused(str(path), "truncated or damaged"):
+    with refused(str(path), "damaged or truncated"):
         inspect_folder(folder)
 
 
@@ -140,17 +141,17 @@ def test_the_first_bad_group_is_the_first_of_the_first_row():
     assert "do not divide" in first_bad_group(torch.zeros(2, 6), NM(2, 4))
 
 
-def pruned_folder(folder, variant):
+def pruned_folder(folder, variant, sparsity):
     """A tiny model as `run` would leave it: its files, and the report of its layers."""
     model = tiny_variant(variant)
-    report = prune_model(model, random_windows(), "2:4", preset="paper")
+    report = prune_model(model, random_windows(), sparsity, preset="paper")
     model.save_pretrained(folder)
     (folder / "report.json").write_text(json.dumps(report.as_dict()))
     return folder, report
 
 
 def test_gpt2s_transposed_weights_are_checked_along_their_inputs(tmp_path):
-    folder, report = pruned_folder(tmp_path, "gpt2")
+    folder, report = pruned_folder(tmp_path, "gpt2", "2:4")
     findings = {finding.name: finding for finding in inspect_folder(folder)}
     for layer in report.layers:
         assert findings[layer.name].ok
@@ -164,9 +165,40 @@ def test_gpt2s_transposed_weights_are_checked_along_their_inputs(tmp_path):
     ]
 
 
-def test_experts_kept_in_another_form_are_shown_as_not_checked(tmp_path):
-    """OLMoE's files keep gate and up projection apart, and every expert's down projection by its own name."""
-    folder, report = pruned_folder(tmp_path, "olmoe")
+# Packed or not, and whatever the files call them: gate and up apart (OLMoE), w1 and w3 (Mixtral), all experts in one
+# tensor, transposed (GPT-OSS, Llama 4), under a tower's other name (Gemma 3).
+@pytest.mark.parametrize("variant", ["gpt2", "olmoe", "mixtral", "gpt_oss", "llama4_text", "gemma3", "llava"])
+def test_every_pruned_layer_is_checked_under_the_name_that_the_report_gives_it(variant, tmp_path):
+    _, matrices = save_pruned(tmp_path / "m", variant)
+    pack_folder(tmp_path / "m", tmp_path / "packed")
+    for folder, stored in (("m", "float32"), ("packed", "packed float32")):
+        findings = {finding.name: finding for finding in inspect_folder(tmp_path / folder)}
+        for name, matrix in matrices.items():
+            found = findings[name]
+            assert (found.ok, found.problem, found.pattern, found.stored) == (True, "", "2:4", stored)
+            assert (found.shape, found.zeros) == (matrix.shape, 0.5)
+    assert not any(finding.ok for finding in _broken_copies(tmp_path / "m", matrices))
+
+
+def _broken_copies(folder, matrices):
+    """What is found for each layer when every tensor of the folder is full of ones."""
+    path = folder / "model.safetensors"
+    tensors = {name: torch.ones_like(tensor) for name, tensor in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    return [finding for finding in inspect_folder(folder) if finding.name in matrices]
+
+
+def test_an_experts_fraction_counts_over_gate_and_up_together(tmp_path):
+    """Zeros are counted over the layer that was pruned, though files keep its halves apart."""
+    folder, report = pruned_folder(tmp_path, "olmoe", "0.5")
+    findings = {finding.name: finding for finding in inspect_folder(folder)}
+    assert all(findings[layer.name].ok and findings[layer.name].shape == layer.shape for layer in report.layers)
+
+
+def test_experts_of_an_unknown_model_are_shown_as_not_checked(tmp_path):
+    folder, report = pruned_folder(tmp_path, "olmoe", "2:4")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
     findings = {finding.name: finding for finding in inspect_folder(folder)}
     for layer in report.layers:
         assert findings[layer.name].ok

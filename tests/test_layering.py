@@ -16,6 +16,7 @@ FOLDERS["calib_data"] = "sparsegpt.calib_data"
 FLOORS = {
     "errors": 0,
     "sparsity": 0,
+    "experts": 1,
     "masks": 1,
     "hessian": 1,
     "solvers": 2,
@@ -61,7 +62,7 @@ FLOORS = {
 LIGHT = {"torch", "einops", "sparsegpt"} | set(sys.stdlib_module_names)
 # The fused kernel is loaded only for tensors on a GPU, as the test of loaded modules below shows.
 LIGHT_EXCEPTIONS = {"sparsegpt.solvers.fused": {"triton"}}
-KERNELS_MAY_USE = {"errors", "folders", "sparsity", "masks", "hessian"}
+KERNELS_MAY_USE = {"errors", "experts", "folders", "sparsity", "masks", "hessian"}
 
 
 def modules() -> dict[str, Path]:

@@ -126,10 +126,47 @@ def test_listed_layer_that_is_absent(tmp_path: Path) -> None:
         pack_folder(source, tmp_path / "packed")
 
 
-def test_transposed_weights_stay_dense(tmp_path: Path) -> None:
-    source = folder(tmp_path / "source", tensors(), "gpt2", [{"name": Q, "sparsity": "2:4"}])
-    with pytest.raises(SparseGPTError, match="no linear layer keeps 2:4"):
-        pack_folder(source, tmp_path / "packed")
+def test_transposed_weights_are_packed_along_their_inputs(tmp_path: Path) -> None:
+    """GPT-2 keeps [in, out]; the packed form is that of [out, in], and unpacking gives the layout back."""
+    name, weight = "transformer.h.0.mlp.c_fc", weight24(48, 64, torch.bfloat16, 2)
+    weights = {f"{name}.weight": weight.T.contiguous(), "transformer.wte.weight": weight24(50, 64, torch.bfloat16, 1)}
+    source = folder(tmp_path / "source", weights, "gpt2", [{"name": name, "sparsity": "2:4"}])
+    assert pack_folder(source, tmp_path / "packed").packed == (name,)
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert (settings["modules"], settings["transposed"]) == ({name: [48, 64]}, [name])
+    found = load_file(tmp_path / "packed" / WEIGHTS)
+    assert torch.equal(unpack(Packed24(found[f"{name}.values"], found[f"{name}.meta"], (48, 64))), weight)
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    back = load_file(tmp_path / "back" / WEIGHTS)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("transposed", ["model.ghost"]),
+        ("stacked", [Q]),
+        ("transposed", 3),
+        ("modules", {"experts.*.up": [64, 64]}),
+        ("modules", {"experts.*.up": [0, 64, 64]}),
+        ("modules", {Q: [2, 64, 64]}),
+    ],
+)
+def test_modules_that_make_no_sense_are_refused(packed: Path, tmp_path: Path, key: str, value: object) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SparseGPTError, match="no readable modules"):
+        unpack_folder(packed, tmp_path / "back")
+
+
+def test_more_experts_than_the_weights_hold_are_refused_at_once(packed: Path, tmp_path: Path) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["modules"]["model.experts.*.up"] = [10**15, 64, 64]
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SparseGPTError, match=r"promises model\.experts\.0\.up\.values"):
+        unpack_folder(packed, tmp_path / "back")
 
 
 def test_shards_in_and_out(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from sparsegpt.kernels import cpu, dispatch
 from sparsegpt.kernels.archive import pack_folder
 from sparsegpt.kernels.gated import GatedForward, fuse_gated, is_gated
 from sparsegpt.kernels.hf import load_packed, register
-from sparsegpt.kernels.linear import Sparse24Linear, pack_linears, set_kernels
+from sparsegpt.kernels.in_place import pack_linears
+from sparsegpt.kernels.linear import Sparse24Linear, set_kernels
 
 from .helpers import relative_error, weight24
 from .test_hf import TOKENS, pruned_model

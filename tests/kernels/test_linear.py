@@ -10,7 +10,8 @@ from torch import nn
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import pack, semi_structured
 from sparsegpt.kernels.dispatch import KERNELS, choose
-from sparsegpt.kernels.linear import Sparse24Linear, explain, pack_linears, packed_layers, set_kernels
+from sparsegpt.kernels.in_place import pack_linears
+from sparsegpt.kernels.linear import Sparse24Linear, explain, packed_layers, set_kernels
 
 from .helpers import relative_error, weight24
 

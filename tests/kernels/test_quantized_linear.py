@@ -14,9 +14,10 @@ from sparsegpt.cli import app
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.inspection import inspect_folder
 from sparsegpt.kernels import cpu, dequantize, pack, quantize, unpack
-from sparsegpt.kernels.archive import IntegerValues, pack_folder, unpack_folder
+from sparsegpt.kernels.archive import pack_folder, unpack_folder
 from sparsegpt.kernels.hf import load_packed, register
 from sparsegpt.kernels.linear import packed_layers, set_kernels
+from sparsegpt.kernels.packed_config import IntegerValues
 from sparsegpt.kernels.quantized_linear import Quantized24Linear
 from sparsegpt.kernels.tensor_files import WEIGHTS
 

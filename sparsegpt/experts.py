@@ -1,0 +1,109 @@
+"""Mixtures of experts as transformers keeps them: the weights of all experts in one 3-D parameter a projection.
+
+    up    gate_up_proj [E, 2 I, H], or up_proj [E, I, H] without a gate      biases, if any: <name>_bias [E, out]
+    down  down_proj    [E, H, I]                                            transposed: [E, in, out] instead
+
+Here stands what everybody who takes the experts apart must know: the form of such a module, what its experts compute
+between the two projections, and how tokens reach them. GPT-2's Conv1D, the other linear in disguise, is told here too.
+Dimension key: E experts, H hidden width, I width inside an expert, T tokens, K experts a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt.errors import SparseGPTError
+
+DOWN = "down_proj"
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """The form of a module of experts.
+
+    count: experts. up: "gate_up_proj", or "up_proj" without a gate. transposed: weights are [E, in, out]. biased: each
+    projection has a parameter <name>_bias [E, out].
+    """
+
+    count: int
+    up: str
+    transposed: bool
+    biased: bool
+
+    @property
+    def projections(self) -> tuple[str, str]:
+        """Names of the two parameters, in the order in which tokens pass them."""
+        return self.up, DOWN
+
+
+def fused_experts(name: str, experts: nn.Module) -> FusedExperts:
+    """The form of a module that holds 3-D parameters; SparseGPTError, with `name`, for one that is not known."""
+    own = dict(experts.named_parameters())
+    up = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
+    biases = {f"{up}_bias", f"{DOWN}_bias"}
+    if not {up, DOWN} <= own.keys() <= {up, DOWN} | biases:
+        raise SparseGPTError(
+            f"{name}: expected experts with gate_up_proj (or up_proj) and down_proj in {type(experts).__name__}, "
+            f"found {', '.join(own)}: weights of this form cannot be pruned"
+        )
+    transposed = _is_transposed(experts, own[up], own[DOWN], gated=up == "gate_up_proj")
+    return FusedExperts(len(own[DOWN]), up, transposed, biased=biases <= own.keys())
+
+
+def activate(experts: Any, form: FusedExperts, hidden: Tensor) -> Tensor:
+    """What stands between the projections: hidden [T, 2 I], or [T, I] without a gate, to [T, I]."""
+    if form.up == "up_proj":
+        activated = experts.act_fn(hidden)
+    elif hasattr(experts, "_apply_gate"):
+        activated = experts._apply_gate(hidden)
+    else:
+        gate, up = hidden.chunk(2, dim=-1)
+        activated = experts.act_fn(gate) * up
+    return activated  # type: ignore[no-any-return]
+
+
+def run_experts(
+    expert: Callable[[int, Tensor], Tensor], count: int, hidden_states: Tensor, *routing: Any, **named_routing: Any
+) -> Tensor:
+    """The sum over each token's experts; an expert that no token is sent to is not called.
+
+    expert: (which, inputs [t, H]) -> outputs [t, H]. hidden_states: [T, H], with each token's experts and their shares
+    [T, K] as routing; without routing [E * T, H], expert by expert (Llama 4).
+    """
+    if not routing and not named_routing:
+        return _run_sorted(expert, count, hidden_states)
+    chosen, shares = (*routing, *named_routing.values())
+    result = torch.zeros_like(hidden_states)
+    for place in chosen.unique().tolist():
+        if place < count:  # with experts on several machines, those elsewhere have the number `count`
+            token, rank = torch.where(chosen == place)
+            outputs = expert(place, hidden_states[token]) * shares[token, rank, None]
+            result.index_add_(0, token, outputs.to(result.dtype))
+    return result
+
+
+def _run_sorted(expert: Callable[[int, Tensor], Tensor], count: int, hidden_states: Tensor) -> Tensor:
+    """Every expert is given every token, multiplied by 0 where it was not chosen."""
+    parts = hidden_states.view(count, -1, hidden_states.shape[-1])
+    result = torch.zeros_like(parts)
+    for place in range(count):
+        (token,) = torch.where(parts[place].any(-1))
+        if len(token):
+            result[place, token] = expert(place, parts[place, token]).to(result.dtype)
+    return result.view(-1, hidden_states.shape[-1])
+
+
+def _is_transposed(experts: nn.Module, up: Tensor, down: Tensor, *, gated: bool) -> bool:
+    """Whether weights are [E, in, out]; where the module does not say, its gate doubles up's outputs."""
+    if hasattr(experts, "is_transposed"):
+        return bool(experts.is_transposed)
+    return gated and up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D: a linear whose weight is [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and {"nf", "nx"} <= vars(module).keys()

@@ -1,11 +1,13 @@
 """`bench quality`: perplexity of every method at every sparsity on one model, as a table and as a figure."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsegpt.calib_data import draw_windows, load_text
+from sparsegpt.checkpoint import read_checked, write_checked
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import score_text
 from sparsegpt.models import LoadedModel, load_model
 from sparsegpt.pipeline import prune_blocks
@@ -48,12 +50,35 @@ class QualityBench:
     device: str = "auto"
     max_windows: int | None = None
 
-    def run(self, methods: tuple[str, ...], patterns: tuple[str, ...]) -> Iterator[QualityRow]:
-        """One row at a time, the dense model first."""
-        yield QualityRow("dense", "-", self._score(load_model(self.model, device=self.device)), 0.0)
+    def run(
+        self, methods: tuple[str, ...], patterns: tuple[str, ...], known: list[QualityRow] | None = None
+    ) -> Iterator[QualityRow]:
+        """One new row at a time, the dense model first; what is known already is not measured again."""
+        there = {(row.method, row.pattern) for row in known or []}
+        if ("dense", "-") not in there:
+            yield QualityRow("dense", "-", self._score(load_model(self.model, device=self.device)), 0.0)
         for pattern in patterns:
             for method in methods:
-                yield self._prune(method, pattern)
+                if (method, pattern) not in there:
+                    yield self._prune(method, pattern)
+
+    def read(self, path: Path) -> list[QualityRow]:
+        """The rows that `write` left in a file; none without one. SparseGPTError if they were measured otherwise."""
+        if not path.exists():
+            return []
+        content = read_checked(path)
+        for name, value in asdict(self).items():
+            if content["bench"].get(name) != value:
+                raise SparseGPTError(
+                    f"{path} holds rows of another measurement ({name} {content['bench'].get(name)} there, {value} "
+                    "now): give another --out or remove it"
+                )
+        return [QualityRow(**row) for row in content["rows"]]
+
+    def write(self, path: Path, rows: list[QualityRow]) -> None:
+        """Write the rows, and what they were measured on, so that a later call need not measure them again."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checked(path, {"bench": asdict(self), "rows": [asdict(row) for row in rows]})
 
     def _prune(self, method: str, pattern: str) -> QualityRow:
         loaded = load_model(self.model, device=self.device)

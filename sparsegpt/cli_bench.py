@@ -65,10 +65,12 @@ def bench_quality_command(
     methods: Annotated[str | None, typer.Option(help="Rows of the ladder, comma-separated; default all.")] = None,
     patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,4:8,0.5,0.6,0.7",
     device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="Figure to write, as .png and .svg.")] = Path("quality.png"),
+    out: Annotated[
+        Path, typer.Option(help="Figure to write, as .png and .svg; rows are kept beside it as .json.")
+    ] = Path("quality.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
 ) -> None:
-    """Perplexity of every method at every sparsity, as a table and a figure."""
+    """Perplexity of every method at every sparsity, as a table and a figure; what was measured before is kept."""
     from sparsegpt.console import quality_table
     from sparsegpt.eval.bench_quality import LADDER, QualityBench, draw
     from sparsegpt.run import default_data
@@ -87,9 +89,11 @@ def bench_quality_command(
         device,
         eval_windows,
     )
-    rows = []
-    for row in job.run(chosen, tuple(patterns.split(","))):
+    kept = out.with_suffix(".json")
+    rows = job.read(kept)
+    for row in job.run(chosen, tuple(patterns.split(",")), rows):
         rows.append(row)
+        job.write(kept, rows)
         print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
     _print_rows(rows, quality_table(rows), as_json=as_json)
     print(f"drawn: {', '.join(str(path) for path in draw(rows, f'{model}: {job.evaluation}', out))}", file=sys.stderr)

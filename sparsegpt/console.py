@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sparsegpt.eval.bench_memory import MemoryRow
 from sparsegpt.eval.bench_pipeline import PipelineRow
-from sparsegpt.eval.bench_quality import QualityRow
+from sparsegpt.eval.bench_quality import LADDER, QualityRow
 from sparsegpt.eval.bench_solver import SolverRow
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
@@ -185,10 +185,10 @@ def memory_table(rows: Sequence[MemoryRow]) -> Table:
 def quality_table(rows: Sequence[QualityRow]) -> Table:
     """The table of `bench quality`: methods down, patterns across, perplexity and seconds in the cells."""
     dense, *pruned = rows
-    patterns = list(dict.fromkeys(row.pattern for row in pruned))
+    patterns = sorted({row.pattern for row in pruned}, key=lambda pattern: (":" not in pattern, pattern))
     table = Table("method", *patterns, title=f"perplexity (seconds of the prune); dense {dense.perplexity:.2f}")
     cells = {(row.method, row.pattern): f"{row.perplexity:.2f} ({row.seconds:.0f})" for row in pruned}
-    for method in dict.fromkeys(row.method for row in pruned):
+    for method in sorted({row.method for row in pruned}, key=list(LADDER).index):
         table.add_row(method, *(cells.get((method, pattern), "") for pattern in patterns))
     return table
 

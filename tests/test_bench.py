@@ -1,14 +1,17 @@
 """The benchmarks run, measure what they name, and agree with one another; tiny, for the machinery alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsegpt.eval import bench_gpu, bench_pipeline, bench_solver
-from sparsegpt.eval.bench_quality import LADDER, QualityRow, draw
+from sparsegpt.eval.bench_quality import LADDER, QualityBench, QualityRow, draw
 from sparsegpt.settings import resolve_settings
 from sparsegpt.sparsity import parse_sparsity
+
+from .support import refused
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
@@ -37,6 +40,21 @@ def test_every_rung_of_the_ladder_resolves():
     for pattern in ("2:4", "0.6"):
         for options in LADDER.values():
             assert resolve_settings(pattern, **options).sparsity == parse_sparsity(pattern)
+
+
+def test_rows_measured_before_are_kept_and_not_measured_again(llama_folder, text_file, tmp_path, monkeypatch):
+    job = QualityBench(str(llama_folder), str(text_file), str(text_file), 2, 16)
+    path = tmp_path / "new" / "rows.json"
+    assert job.read(path) == []
+    first = list(job.run(("magnitude",), ("2:4",)))
+    assert [(row.method, row.pattern) for row in first] == [("dense", "-"), ("magnitude", "2:4")]
+    job.write(path, first)
+    assert job.read(path) == first
+    assert list(job.run(("magnitude",), ("2:4",), first)) == []
+    more = list(job.run(("magnitude", "wanda"), ("2:4",), first))
+    assert [(row.method, row.pattern) for row in more] == [("wanda", "2:4")]
+    with refused("rows.json", "seed", "--out"):
+        replace(job, seed=1).read(path)
 
 
 def test_figure_has_a_line_a_method(tmp_path):

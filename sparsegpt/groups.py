@@ -68,7 +68,7 @@ class GroupSolver:
         else:
             hessian = DampedHessian(gram.take(), self._damping(name, choice, gram, routed=routed), name=name)
         targets = _targets({} if routed else linears, hessian, drift, last=last)
-        reports = []
+        reports: list[LayerReport] = []
         for name, (linear, choice) in linears.items():
             started = time.perf_counter()
             target = targets.pop(name, None)

@@ -128,7 +128,8 @@ class DampedHessian:
     @functools.cached_property
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of (H + damping)^-1, [C]."""
-        return torch.linalg.vector_norm(self.inverse_factor, dim=0).square()
+        lengths_C: Tensor = torch.linalg.vector_norm(self.inverse_factor, dim=0)
+        return lengths_C.square()
 
     def release_factor(self) -> None:
         """Let the inverse factor go, unless it is to be kept; what was derived from it stays known.

@@ -37,7 +37,7 @@ def target_of(dense, pruned, stream, pruned_stream, weight, shares, damping=0.01
 
 @pytest.mark.parametrize("shares", [(1.0, 0.0), (0.0, 1.0), (0.75, 0.5), (0.0, 0.0)])
 @pytest.mark.parametrize("damping", [0.01, 0.5])
-@pytest.mark.parametrize("piece", [1, 3 * 12, 1 << 20])
+@pytest.mark.parametrize("piece", [1, 3 * 12, 1 << 21])
 def test_target_is_the_formula_with_a_dense_inverse(shares, damping, piece, monkeypatch):
     monkeypatch.setattr(products, "PIECE", piece)
     dense, pruned, stream, pruned_stream, weight = streams()

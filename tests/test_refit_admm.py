@@ -40,7 +40,7 @@ def rounded_products():
 # refit
 
 
-@pytest.mark.parametrize("piece", [1, 5 * 64, 1 << 20])
+@pytest.mark.parametrize("piece", [1, 5 * 64, 1 << 21])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_refit_converges_to_the_dense_solve_of_each_row(sparsity, piece, monkeypatch):
     monkeypatch.setattr(products, "PIECE", piece)
@@ -109,7 +109,7 @@ def test_a_refitted_method_imitates_the_corrected_target(method):
     )
 
 
-@pytest.mark.parametrize("piece", [1, 7 * 64, 1 << 20])
+@pytest.mark.parametrize("piece", [1, 7 * 64, 1 << 21])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_a_descent_with_rounded_products_comes_within_a_thousandth_of_the_optimum(sparsity, piece, monkeypatch):
     monkeypatch.setattr(products, "PIECE", piece)
@@ -213,7 +213,7 @@ def test_the_mask_of_the_search_has_the_exact_pattern(sparsity):
     assert not found.signbit()[~mask].any()
 
 
-@pytest.mark.parametrize("piece", [1, 3 * 48, 1 << 20])
+@pytest.mark.parametrize("piece", [1, 3 * 48, 1 << 21])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_the_search_is_the_alternation_that_its_file_states(sparsity, piece, monkeypatch):
     """Each minimisation by the eigenvectors of the scaled Hessian; U is the multiplier itself, V = U / rho."""

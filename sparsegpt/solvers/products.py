@@ -22,7 +22,7 @@ Symmetric = Tensor | ScaledHessian
 # Below this width the conversions eat what the products save.
 QUICK_WIDTH = 256
 # Elements of a piece. A CPU multiplies pieces of any size as fast; a GPU wants enough of them to be busy.
-PIECE, PIECE_ON_GPU = 1 << 20, 1 << 26
+PIECE, PIECE_ON_GPU = 1 << 21, 1 << 26
 
 
 class Multiplier:

@@ -32,10 +32,8 @@ def open_console() -> Console:
 
 
 def silence_libraries() -> None:
-    """Progress bars and advice of the libraries below would break the display; their errors still come through."""
-    import datasets
+    """Progress bars and advice of transformers would break the display; its errors still come through."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()

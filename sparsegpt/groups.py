@@ -13,7 +13,7 @@ from sparsegpt.hessian import DampedHessian, HessianAccumulator
 from sparsegpt.reports import LayerReport, PruneReport
 from sparsegpt.settings import LinearSettings, PruneSettings
 from sparsegpt.solvers import METHODS, prune_layer
-from sparsegpt.solvers.correction import DriftAccumulator, corrected_target
+from sparsegpt.solvers.correction import DriftAccumulator, corrected_target, drift_pull
 from sparsegpt.stages import enough_tokens, expert_of
 
 
@@ -67,13 +67,12 @@ class GroupSolver:
             hessian = DampedHessian(torch.eye(gram.width, device=gram.device), name=name)
         else:
             hessian = DampedHessian(gram.take(), self._damping(name, choice, gram, routed=routed), name=name)
-        targets = {name: _target(*pair, hessian, drift) for name, pair in linears.items() if not routed}
-        if last:
-            drift.release()
-        reports = []
+        targets = _targets({} if routed else linears, hessian, drift, last=last)
+        reports: list[LayerReport] = []
         for name, (linear, choice) in linears.items():
             started = time.perf_counter()
             target = targets.pop(name, None)
+            hessian.keep_factor = len(reports) + 1 < len(linears)
             method = "magnitude" if starved else choice.method
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
             pruned = prune_layer(weight, hessian, choice.sparsity, METHODS[method], choice.block_size, target=target)
@@ -139,10 +138,17 @@ class GroupSolver:
         self.report.seconds[part] += time.perf_counter() - started
 
 
-def _target(
-    linear: nn.Linear, choice: LinearSettings, hessian: DampedHessian, drift: DriftAccumulator
-) -> Tensor | None:
-    """What the kept weights should imitate; None for the dense weights."""
-    if not choice.corrects:
-        return None
-    return corrected_target(linear.weight, hessian, drift, choice.error_correction, choice.residual_correction)
+def _targets(
+    linears: dict[str, tuple[nn.Linear, LinearSettings]], hessian: DampedHessian, drift: DriftAccumulator, *, last: bool
+) -> dict[str, Tensor]:
+    """What the kept weights of the linears that are corrected should imitate. last: nobody else needs the drift."""
+    corrected = {name: pair for name, pair in linears.items() if pair[1].corrects}
+    pulls = {
+        name: drift_pull(
+            linear.weight.to(hessian.raw.dtype), drift, choice.error_correction, choice.residual_correction
+        )
+        for name, (linear, choice) in corrected.items()
+    }
+    if last:
+        drift.release()  # before the factor takes as much
+    return {name: corrected_target(linear.weight, hessian, pulls[name]) for name, (linear, _) in corrected.items()}

@@ -89,6 +89,8 @@ class DampedHessian:
     Inputs that never fired (H_jj = 0, `dead`) get the mean diagonal, so that they neither break nor bend the rest.
     Raises SparseGPTError, naming the layer, when H has NaN or inf, or when no step of damping makes it positive
     definite (steps: 1x, 10x, 100x of `damping`, in `dtype` and then in float64).
+
+    keep_factor: further layers will ask for the inverse factor; otherwise a solver lets it go after its last use.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class DampedHessian:
         self.dead = diagonal == 0
         self.mean_diagonal = float(diagonal[~self.dead].mean()) if not self.dead.all() else 1.0
         self.requested_damping = damping
+        self.keep_factor = False
 
     def matrix(self, damping: float) -> Tensor:
         """H with dead diagonals filled and `damping` times the mean diagonal added, [C, C]."""
@@ -112,7 +115,7 @@ class DampedHessian:
     def _diagonal(self, damping: float) -> Tensor:
         return self.raw.diagonal().masked_fill(self.dead, self.mean_diagonal) + damping * self.mean_diagonal
 
-    @property
+    @functools.cached_property
     def damping(self) -> float:
         """The damping that was used: the requested one unless H + damping was not positive definite."""
         return self._factorised[1]
@@ -121,6 +124,21 @@ class DampedHessian:
     def inverse_factor(self) -> Tensor:
         """Upper U [C, C] with U^T U = (H + damping)^-1."""
         return self._factorised[0]
+
+    @functools.cached_property
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of (H + damping)^-1, [C]."""
+        lengths_C: Tensor = torch.linalg.vector_norm(self.inverse_factor, dim=0)
+        return lengths_C.square()
+
+    def release_factor(self) -> None:
+        """Let the inverse factor go, unless it is to be kept; what was derived from it stays known.
+
+        Whoever asks for it again waits for a second factorisation.
+        """
+        if not self.keep_factor:
+            _ = self.damping, self.inverse_diagonal
+            self.__dict__.pop("_factorised", None)
 
     @functools.cached_property
     def damped(self) -> Tensor:
@@ -148,6 +166,28 @@ class DampedHessian:
             f"{self.name}: Hessian is not positive definite at damping={self.requested_damping * DAMPING_STEPS[-1]:g}, "
             "in float64 either; raise --damping or give more calibration samples"
         )
+
+
+class ScaledHessian:
+    """S^-1 (H + damping) S^-1 for a diagonal S = `scale` [C]: rows of it are made when asked for, none are kept.
+
+    Like a tensor [C, C] it has shape, dtype, device, diagonal() and rows by slices.
+    """
+
+    def __init__(self, hessian: DampedHessian, scale: Tensor) -> None:
+        self._raw, self._scale_C = hessian.raw, scale
+        self._diagonal_C = hessian.damped_diagonal / scale.square()
+        self.shape, self.dtype, self.device = hessian.raw.shape, hessian.raw.dtype, hessian.raw.device
+
+    def diagonal(self) -> Tensor:
+        """Its diagonal, [C]."""
+        return self._diagonal_C
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """New memory with these rows, [K, C]."""
+        part_KC = (self._raw[rows] / self._scale_C).div_(self._scale_C[rows, None])
+        part_KC.diagonal(rows.start or 0).copy_(self._diagonal_C[rows])
+        return part_KC
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:

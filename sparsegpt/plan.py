@@ -7,10 +7,11 @@ linear, N calibration tokens, T tokens of one forward pass.
 
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from sparsegpt.pipeline import TOKENS_PER_STEP
 from sparsegpt.reconstruct import TOKENS_PER_BATCH
 from sparsegpt.settings import CORRECTIONS, PruneSettings
 from sparsegpt.solvers.layer import parse_method
+from sparsegpt.solvers.products import PIECE, PIECE_ON_GPU
+from sparsegpt.sparsity import NM
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,12 +32,21 @@ if TYPE_CHECKING:
 # Python, torch and transformers, the tokenizer and its text, and what the allocator keeps.
 LIBRARIES = 400 << 20
 CUDA_CONTEXT = 600 << 20
-# Copies of [C, C] and [R, C] float32 that a method holds at its worst moment, the Hessian and its factor included.
-SOLVER_COPIES = {"magnitude": (1.0, 3.0), "wanda": (1.0, 3.0), "sparsegpt": (2.3, 4.0), "admm": (5.2, 10.0)}
-REFIT_COPIES = (1.0, 7.0)
-# While targets are corrected: Hessian, factor and drift; then the targets alone are left. While a pass gathers: the
-# Hessian, and with corrections the drift and a product.
-CORRECTION_COPIES, GATHERED, GATHERED_FOR_CORRECTION = (3.2, 5.0), 1, 3
+# Copies of [C, C] and [R, C] float32, and of pieces of the latter, that a method holds at its worst moments, the
+# Hessian and its factor included. admm's are the resolvent and the refit; where one threshold is for a whole layer, it
+# searches all rows at once.
+SOLVER_COPIES = {
+    "magnitude": ((1.0, 3.0, 0),),
+    "wanda": ((1.0, 3.0, 0),),
+    "sparsegpt": ((2.3, 4.0, 0),),
+    "admm": ((2.5, 2.0, 2), (2.0, 5.0, 5)),
+}
+WHOLE_SEARCH_COPIES, REFIT_COPIES = (2.0, 9.0, 0), (3.0, 6.0, 5)
+# A GPU's library copies what it inverts, and weights in halves become float32; not measured yet.
+MORE_ON_GPU = (1.0, 1.0)
+# While targets are corrected: Hessian and drift, then the factor in its place; each linear's target waits for its turn.
+# While a pass gathers: the Hessian, and with corrections the drift.
+CORRECTION_COPIES, GATHERED, GATHERED_FOR_CORRECTION = (2.3, 1.0, 3), 1, 2
 # Copies of a token's hidden state, and of its widest input, while a block computes and while it is trained.
 FORWARD_COPIES, TRAINING_COPIES = (8, 4), (24, 8)
 # Parameters in float32, gradients, two moments, the best state so far.
@@ -70,16 +82,24 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class SharedInput(NamedTuple):
+    """Inputs C, outputs R of the widest linear, and how many linears read them."""
+
+    inputs: int
+    outputs: int
+    linears: int
+
+
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan must know of a model. groups: (inputs C, outputs R of the widest linear) of each shared input."""
+    """What a plan must know of a model. groups: one for each input that linears share."""
 
     blocks: int
     block_parameters: int
     outside_parameters: int
     hidden: int
     vocabulary: int
-    groups: tuple[tuple[int, int], ...]
+    groups: tuple["SharedInput", ...]
     residual_projections: int
     stored: torch.dtype
 
@@ -135,7 +155,7 @@ def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
         outside_parameters=_parameters(model) - sum(_parameters(block) for block in blocks),
         hidden=config.get_text_config().hidden_size,
         vocabulary=config.get_text_config().vocab_size,
-        groups=max(groups, key=lambda found: sum(inputs**2 for inputs, _ in found)),
+        groups=max(groups, key=lambda found: sum(group.inputs**2 for group in found)),
         residual_projections=len(family.residuals),
         stored=stored,
     )
@@ -155,10 +175,10 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     width = work.computing.itemsize
     on_gpu = work.gpu_memory is not None
     block = shape.block_parameters * width
-    solve, gathered = _solve_bytes(shape, settings), _gathered_bytes(shape, settings)
+    solve, gathered = _solve_bytes(shape, settings, on_gpu=on_gpu), _gathered_bytes(shape, settings)
     batch = min(work.samples, work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered)))
     tokens = batch * work.sequence_length
-    widest = max(inputs for inputs, _ in shape.groups)
+    widest = max(group.inputs for group in shape.groups)
     forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
     training = 0
     if settings.reconstruct:
@@ -233,35 +253,46 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[tuple[int, int]]:
-    """(C, R) of each shared input: a projection into the residual stream has its own, siblings of one width share."""
-    shared: dict[tuple[str, int], int] = {}
+def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[SharedInput]:
+    """Each shared input: a projection into the residual stream has its own, siblings of one width share."""
+    shared: dict[tuple[str, int], list[int]] = defaultdict(list)
     for name, parameter in block.named_parameters():
         if parameter.ndim < 2:
             continue
         outputs, inputs = sorted(parameter.shape[-2:]) if parameter.ndim == 3 else parameter.shape
         linear, _, _ = name.rpartition(".")
         place = linear if linear in own_input else linear.rpartition(".")[0]
-        shared[place, inputs] = max(outputs, shared.get((place, inputs), 0))
-    for (_, inputs), outputs in shared.items():
-        yield inputs, outputs
+        shared[place, inputs].append(outputs)
+    for (_, inputs), found in shared.items():
+        yield SharedInput(inputs, max(found), len(found))
 
 
-def _solve_bytes(shape: ModelShape, settings: PruneSettings) -> int:
+def _solve_bytes(shape: ModelShape, settings: PruneSettings, *, on_gpu: bool) -> int:
     """Of the hungriest group; in the published order the Hessians of the others wait meanwhile."""
-    copies = [_copies(method) for method in settings.values_of("method")]
-    squares, layers = max(squares for squares, _ in copies), max(layers for _, layers in copies)
-    if _corrects(settings):
-        squares, layers = max(squares, CORRECTION_COPIES[0]), max(layers + 1, CORRECTION_COPIES[1])
-    worst = max(squares * inputs**2 + layers * inputs * outputs for inputs, outputs in shape.groups)
-    widths = [inputs**2 for inputs, _ in shape.groups]
+    worst = max(_group_elements(group, settings, on_gpu=on_gpu) for group in shape.groups)
+    widths = [group.inputs**2 for group in shape.groups]
     return math.ceil(4 * (worst + (sum(widths) - max(widths) if settings.order == "block" else 0)))
+
+
+def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool) -> float:
+    """What the solver holds at its worst moment; the factor stays for those that share it."""
+    square, layer = group.inputs**2, group.inputs * group.outputs
+    piece = min(layer, PIECE_ON_GPU if on_gpu else PIECE)
+    moments = [copies for method in settings.values_of("method") for copies in _copies(method, settings)]
+    targets = 0
+    if _corrects(settings):
+        moments.append(CORRECTION_COPIES)
+        targets = group.linears
+    worst = max(squares * square + layers * layer + pieces * piece for squares, layers, pieces in moments)
+    more_squares, more_layers = MORE_ON_GPU if on_gpu else (0.0, 0.0)
+    kept_factor = 1 if group.linears > 1 else 0
+    return worst + (more_squares + kept_factor) * square + (more_layers + targets) * layer
 
 
 def _gathered_bytes(shape: ModelShape, settings: PruneSettings) -> int:
     """What a pass sums up for the widest group, or for all of them in the published order."""
     copies = GATHERED_FOR_CORRECTION if _corrects(settings) else GATHERED
-    widths = [inputs**2 for inputs, _ in shape.groups]
+    widths = [group.inputs**2 for group in shape.groups]
     return 4 * copies * (sum(widths) if settings.order == "block" else max(widths))
 
 
@@ -269,12 +300,14 @@ def _corrects(settings: PruneSettings) -> bool:
     return any(max(settings.values_of(share)) > 0 for share in CORRECTIONS)
 
 
-def _copies(method: str) -> tuple[float, float]:
+def _copies(method: str, settings: PruneSettings) -> Iterator[tuple[float, float, int]]:
     base, _, _ = method.partition("+")
-    squares, layers = SOLVER_COPIES[base]
+    yield from SOLVER_COPIES[base]
     if parse_method(method).refit:
-        squares, layers = squares + REFIT_COPIES[0], max(layers, REFIT_COPIES[1])
-    return squares, layers
+        yield REFIT_COPIES
+    by_rows = all(isinstance(sparsity, NM) or sparsity.per_row for sparsity in settings.values_of("sparsity"))
+    if base == "admm" and not by_rows:
+        yield WHOLE_SEARCH_COPIES
 
 
 def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload) -> int:
@@ -285,7 +318,7 @@ def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload
     if settings.reconstruct and settings.look_ahead:
         features += shape.hidden
     if _corrects(settings):
-        features += sum(inputs for inputs, _ in shape.groups)
+        features += sum(group.inputs for group in shape.groups)
     if max(settings.values_of("residual_correction")) > 0:
         features += shape.residual_projections * shape.hidden
     if settings.order != "block" and work.activations == "memory":
@@ -297,7 +330,7 @@ def _micro_batch(shape: ModelShape, work: Workload, taken: int) -> int:
     """Windows of one forward pass: about TOKENS_PER_STEP tokens, on a GPU as many as its memory takes."""
     tokens = TOKENS_PER_STEP
     if work.gpu_memory is not None:
-        widest = max(inputs for inputs, _ in shape.groups)
+        widest = max(group.inputs for group in shape.groups)
         a_token = work.computing.itemsize * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
         tokens = min(MICRO_BATCH_TOKENS, int(MICRO_BATCH_SHARE * max(0, work.gpu_memory - taken)) // a_token)
     return max(1, tokens // work.sequence_length)

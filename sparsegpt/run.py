@@ -41,6 +41,8 @@ ACTIVATIONS = ("memory", "disk")
 # which have no need of it, 40% more time.
 TIDY_BLOCK = 8 << 20
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
+# Those of them that compute: another version may end with other bits.
+COMPUTING = ("sparsegpt", "torch", "transformers")
 
 
 class Listener:
@@ -237,6 +239,7 @@ class _Job:
         if self.options.resume:
             blocks = self.work.finished
             self.listener.stage(f"going on behind block {blocks}" if blocks else "nothing to resume: starting anew")
+        self._compare_versions()
         # What a GPU's free memory allowed then: other steps would end with other bits.
         self.micro_batch = self.work.state.get("micro_batch", self.micro_batch)
         self.work.save_state(micro_batch=self.micro_batch)
@@ -245,6 +248,19 @@ class _Job:
             for data, by_model in self.work.state.get("scores", {}).items():
                 self.scores[data] = {which: TextScore(**row) for which, row in by_model.items()}
         return True
+
+    def _compare_versions(self) -> None:
+        """Warn when finished blocks come from other versions than those to come, and keep the warning with them."""
+        versions = {name: version(name) for name in COMPUTING}
+        then = self.work.state.get("versions", versions) if self.work.finished else versions
+        self.work.save_state(versions=then)
+        if changed := [name for name in COMPUTING if then[name] != versions[name]]:
+            text = ", ".join(f"{name} {then[name]} then, {versions[name]} now" for name in changed)
+            self.warn(
+                f"the unfinished run began with other versions ({text}): its result may differ in the last bits from "
+                "that of an uninterrupted run; give --overwrite instead of --resume to start again"
+            )
+            self.pruned.warnings.append(self.warnings[-1])
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the pruned weights; a run goes on only with the same."""

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparsegpt.hessian import DampedHessian, HessianAccumulator
-from sparsegpt.solvers.correction import DriftAccumulator, corrected_target
+from sparsegpt.solvers import products
+from sparsegpt.solvers.correction import DriftAccumulator, corrected_target, drift_pull
 
 from .support import damped
 
@@ -29,12 +30,16 @@ def target_of(dense, pruned, stream, pruned_stream, weight, shares, damping=0.01
         gram.add(pruned[None, rows])
         drift.add_inputs(dense[None, rows], pruned[None, rows])
         drift.add_residual(stream[None, rows], pruned_stream[None, rows], pruned[None, rows])
-    return corrected_target(weight, DampedHessian(gram.hessian, damping, dtype=dtype), drift, *shares)
+    return corrected_target(
+        weight, DampedHessian(gram.hessian, damping, dtype=dtype), drift_pull(weight.to(dtype), drift, *shares)
+    )
 
 
 @pytest.mark.parametrize("shares", [(1.0, 0.0), (0.0, 1.0), (0.75, 0.5), (0.0, 0.0)])
 @pytest.mark.parametrize("damping", [0.01, 0.5])
-def test_target_is_the_formula_with_a_dense_inverse(shares, damping):
+@pytest.mark.parametrize("piece", [1, 3 * 12, 1 << 21])
+def test_target_is_the_formula_with_a_dense_inverse(shares, damping, piece, monkeypatch):
+    monkeypatch.setattr(products, "PIECE", piece)
     dense, pruned, stream, pruned_stream, weight = streams()
     found = target_of(dense, pruned, stream, pruned_stream, weight, shares, damping)
     x, y, r, s, w = (tensor.double() for tensor in (dense, pruned, stream, pruned_stream, weight))
@@ -68,7 +73,7 @@ def test_without_drift_the_target_is_the_weight_to_the_bit(dtype):
 
 def test_nothing_gathered_means_nothing_to_correct():
     weight = streams()[-1]
-    found = corrected_target(weight, DampedHessian(torch.eye(12)), DriftAccumulator(), 1.0, 1.0)
+    found = corrected_target(weight, DampedHessian(torch.eye(12)), drift_pull(weight, DriftAccumulator(), 1.0, 1.0))
     assert torch.equal(found, weight)
 
 

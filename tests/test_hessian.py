@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegpt import HessianAccumulator, hessian
-from sparsegpt.hessian import DampedHessian, exact_product, full_precision_matmul, inverse_factor, invert_lower
+from sparsegpt.hessian import (
+    DampedHessian,
+    ScaledHessian,
+    exact_product,
+    full_precision_matmul,
+    inverse_factor,
+    invert_lower,
+)
 
 from .support import damped, random_layer, refused
 
@@ -188,3 +195,34 @@ def test_activations_that_are_not_finite_name_the_layer(value):
     accumulator.add(torch.tensor([[1.0, value, 1.0, 1.0]]))
     with refused("layers.1.fc2", "NaN or infinite"):
         DampedHessian(accumulator.hessian, name="layers.1.fc2")
+
+
+def test_rows_of_a_scaled_hessian_are_those_of_the_definition():
+    raw = random_layer(1, 16)[1].double()
+    raw[5] = raw[:, 5] = 0  # a dead input
+    scale = torch.linspace(0.5, 2, 16, dtype=torch.float64)
+    scaled = ScaledHessian(DampedHessian(raw, 0.1, dtype=torch.float64), scale)
+    expected = torch.diag(1 / scale) @ raw @ torch.diag(1 / scale)
+    expected.diagonal().copy_(damped(raw, 0.1).diagonal() / scale**2)
+    torch.testing.assert_close(scaled[:], expected)
+    torch.testing.assert_close(torch.cat([scaled[slice(0, 7)], scaled[slice(7, 16)]]), expected)
+    torch.testing.assert_close(scaled.diagonal(), expected.diagonal())
+
+
+def test_a_released_factor_leaves_what_was_derived_from_it_and_can_be_had_again():
+    raw = random_layer(1, 16)[1]
+    hessian = DampedHessian(raw, 0.05)
+    factor = hessian.inverse_factor.clone()
+    hessian.release_factor()
+    assert "_factorised" not in vars(hessian)
+    assert hessian.damping == 0.05
+    torch.testing.assert_close(hessian.inverse_diagonal, torch.linalg.inv(damped(raw, 0.05)).diagonal().float())
+    assert "_factorised" not in vars(hessian)
+    assert torch.equal(hessian.inverse_factor, factor)
+
+
+def test_a_factor_that_others_wait_for_is_kept():
+    hessian = DampedHessian(random_layer(1, 16)[1])
+    factor, hessian.keep_factor = hessian.inverse_factor, True
+    hessian.release_factor()
+    assert hessian.inverse_factor is factor

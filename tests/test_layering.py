@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .support import CHILD_ENVIRONMENT
+from .support import CHILD_ENVIRONMENT, write_text
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sparsegpt": "sparsegpt", "kernels": "sparsegpt.kernels", "eval": "sparsegpt.eval"}
@@ -190,3 +190,16 @@ def test_no_top_level_package_takes_the_name_of_another():
         [sys.executable, "-c", code], capture_output=True, text=True, env=CHILD_ENVIRONMENT, cwd="/", check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_a_run_on_local_text_loads_no_datasets(tmp_path):
+    """With pandas behind it, that library takes 55 MB of private memory."""
+    text = write_text(tmp_path / "text.txt")
+    options = f"['run', '--sparsity', '2:4', '--calib', '{text}', '--eval', 'none', '--samples', '2', '--seqlen', '16']"
+    code = f"""
+import sys
+from sparsegpt.cli import app
+app({options} + ['--out', '{tmp_path / "out"}', '--preset', 'paper', '--quiet'], standalone_mode=False)
+print([name for name in ("datasets", "pandas", "pyarrow") if name in sys.modules])
+"""
+    assert python(code).splitlines()[-1] == "[]"

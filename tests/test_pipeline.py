@@ -1,14 +1,16 @@
 """The driver against a plain reference: the whole model run again for every capture, one Hessian a linear, float64."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsegpt import NM, HessianAccumulator, SparseGPTError, prune_model
+from sparsegpt import NM, HessianAccumulator, SparseGPTError, hessian, prune_model
 from sparsegpt.blocks import name_filter
 from sparsegpt.settings import DAMPING_PER_SHARE, DAMPING_RANGE, PruneSettings, resolve_settings
+from sparsegpt.solvers import admm
 
 from .support import (
     assert_pattern,
@@ -361,3 +363,28 @@ def test_paper_is_the_published_algorithm_with_nothing_added():
 def test_methods_that_cannot_correct_run_under_every_preset(method):
     for preset in ("paper", "fast", "default"):
         assert not resolve_settings("2:4", preset, method=method).corrects
+
+
+@pytest.mark.parametrize("preset", ["default", "fast"])
+def test_linears_of_one_input_share_one_factor_which_the_last_lets_go(preset, monkeypatch):
+    factored, left = [], []
+    real = hessian.DampedHessian._factorised.func
+
+    def count(self):
+        factored.append(self.name)
+        return real(self)
+
+    counted = functools.cached_property(count)
+    counted.__set_name__(hessian.DampedHessian, "_factorised")
+    monkeypatch.setattr(hessian.DampedHessian, "_factorised", counted)
+    search = admm.search
+
+    def look(weight, shared, *rest):
+        found = search(weight, shared, *rest)
+        left.append("_factorised" in vars(shared))
+        return found
+
+    monkeypatch.setattr(admm, "search", look)
+    prune_model(tiny_model("llama"), random_windows(), "2:4", preset=preset)
+    assert len(factored) == len(set(factored)) == 2 * 4
+    assert left == 2 * [True, True, False, False, True, False, False]  # q k v, o, gate up, down

@@ -29,7 +29,7 @@ def test_shapes_are_counted_without_weights(variant):
     shape = shape_of(model.config, torch.float32)
     assert shape.parameters >= sum(parameter.numel() for parameter in model.parameters())
     widths = {matrix.shape[1] for matrix in block_matrices(model).values()}
-    assert max(inputs for inputs, _ in shape.groups) >= max(widths)
+    assert max(group.inputs for group in shape.groups) >= max(widths)
 
 
 def test_a_plain_block_is_counted_exactly():
@@ -39,7 +39,8 @@ def test_a_plain_block_is_counted_exactly():
     assert shape.blocks == 2
     assert shape.block_parameters == sum(parameter.numel() for parameter in block.parameters())
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert sorted(inputs for inputs, _ in shape.groups) == [32, 32, 32, 64]  # q k v; o; gate up; down
+    assert sorted(group.inputs for group in shape.groups) == [32, 32, 32, 64]  # q k v; o; gate up; down
+    assert sorted(group.linears for group in shape.groups) == [1, 1, 2, 3]
 
 
 def test_the_published_method_carries_one_stream_and_corrections_carry_what_they_compare():

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsegpt import parse_sparsity, prune_weight
-from sparsegpt.hessian import DampedHessian
+from sparsegpt.hessian import DampedHessian, ScaledHessian
 from sparsegpt.masks import layer_mask
 from sparsegpt.solvers import METHODS, products, prune_layer
 from sparsegpt.solvers import admm as admm_module
 from sparsegpt.solvers import refit as refit_module
 from sparsegpt.solvers.admm import RELAXATIONS, RHO, admm, search
+from sparsegpt.solvers.products import Multiplier
 from sparsegpt.solvers.refit import descend, refit, row_losses
 from sparsegpt.solvers.sparsegpt import sparsegpt
 
@@ -39,8 +40,10 @@ def rounded_products():
 # refit
 
 
+@pytest.mark.parametrize("piece", [1, 5 * 64, 1 << 21])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_refit_converges_to_the_dense_solve_of_each_row(sparsity):
+def test_refit_converges_to_the_dense_solve_of_each_row(sparsity, piece, monkeypatch):
+    monkeypatch.setattr(products, "PIECE", piece)
     weight, hessian, mask = masked_problem(12, 64, sparsity)
     found = refit(weight, mask, weight, hessian, iterations=200, tolerance=1e-12)
     torch.testing.assert_close(found, best_on_mask(weight, mask, hessian), rtol=1e-6, atol=1e-8)
@@ -106,12 +109,16 @@ def test_a_refitted_method_imitates_the_corrected_target(method):
     )
 
 
+@pytest.mark.parametrize("piece", [1, 7 * 64, 1 << 21])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_a_descent_with_rounded_products_comes_within_a_thousandth_of_the_optimum(sparsity):
+def test_a_descent_with_rounded_products_comes_within_a_thousandth_of_the_optimum(sparsity, piece, monkeypatch):
+    monkeypatch.setattr(products, "PIECE", piece)
     weight, hessian, mask = masked_problem(16, 64, sparsity)
     start = weight.masked_fill(~mask, 0).float()
     with rounded_products():
-        found = descend(start, mask, weight.float(), hessian.float(), iterations=15, quick=True)
+        multiplier = Multiplier(hessian.float())
+        residual = multiplier.after_finely(weight.float() - start, hessian.float()).mul_(mask)
+        descend(found := start.clone(), mask, residual, multiplier, hessian.float().diagonal(), iterations=15)
     best, found = (relative_error(weight, w, hessian) for w in (best_on_mask(weight, mask, hessian), found))
     assert best <= found <= best * 1.001
 
@@ -206,9 +213,11 @@ def test_the_mask_of_the_search_has_the_exact_pattern(sparsity):
     assert not found.signbit()[~mask].any()
 
 
+@pytest.mark.parametrize("piece", [1, 3 * 48, 1 << 21])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_the_search_is_the_alternation_that_its_file_states(sparsity):
+def test_the_search_is_the_alternation_that_its_file_states(sparsity, piece, monkeypatch):
     """Each minimisation by the eigenvectors of the scaled Hessian; U is the multiplier itself, V = U / rho."""
+    monkeypatch.setattr(products, "PIECE", piece)
     weight, raw = random_layer(10, 48)
     pattern, start = parse_sparsity(sparsity), weight.double().flip(0)
     scale = (damped(raw).diagonal() / torch.linalg.inv(damped(raw)).diagonal()) ** 0.25
@@ -230,11 +239,15 @@ def test_the_search_is_the_alternation_that_its_file_states(sparsity):
 
 def test_a_resolvent_that_float32_cannot_factor_is_found_in_float64(monkeypatch):
     _, raw = random_layer(1, 32)
+    single, double = (
+        ScaledHessian(DampedHessian(raw, dtype=dtype), torch.full((32,), 2.0, dtype=dtype))
+        for dtype in (torch.float32, torch.float64)
+    )
     real = torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix, **options: (matrix, torch.ones(()).int()))
-    rescued = admm_module._resolvent(raw, 1.0)
+    rescued = admm_module._resolvent(single, 1.0)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", real)
-    torch.testing.assert_close(rescued, admm_module._resolvent(raw.double(), 1.0).float())
+    torch.testing.assert_close(rescued, admm_module._resolvent(double, 1.0).float())
 
 
 def test_the_search_of_independent_inputs_is_wanda():

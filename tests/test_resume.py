@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from sparsegpt import run as run_module
 from sparsegpt.run import Listener, RunOptions, run
 from sparsegpt.settings import resolve_settings
 from sparsegpt.work import WorkFolder, fingerprint, unfinished_blocks
@@ -69,6 +70,32 @@ def test_an_interrupted_run_resumes_to_the_same_bits(options, tmp_path, text_fil
     ]
     assert whole["warnings"] == resumed["warnings"]
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+def test_other_versions_than_those_of_the_beginning_are_a_lasting_warning(options, monkeypatch):
+    interrupted(options)
+    real = run_module.version
+    monkeypatch.setattr(run_module, "version", lambda name: "0.0" if name == "torch" else real(name))
+    with pytest.raises(KeyboardInterrupt):
+        run(changed(options, resume=True), SETTINGS, Stop(2))
+    monkeypatch.undo()
+    [warning] = [text for text in run(changed(options, resume=True), SETTINGS)["warnings"] if "versions" in text]
+    assert f"torch {real('torch')} then, 0.0 now" in warning
+    assert "transformers" not in warning
+
+
+def test_the_same_versions_are_no_reason_to_warn(options):
+    interrupted(options)
+    assert not any("versions" in text for text in run(changed(options, resume=True), SETTINGS)["warnings"])
+
+
+def test_a_run_that_finished_no_block_begins_with_the_versions_of_now(options, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "version", lambda name: "0.0")
+        patch.setattr(run_module._Job, "prune", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(options, SETTINGS)
+    assert not any("versions" in text for text in run(changed(options, resume=True), SETTINGS)["warnings"])
 
 
 def test_the_dense_score_is_not_computed_twice(options, text_file):

@@ -27,15 +27,17 @@ and 16 of a 135M-parameter Llama, with bfloat16 products except in the second li
 Dimension key: R out_features, C in_features. Weights of the search lie as [C, R].
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from sparsegpt.hessian import DampedHessian, cholesky_in_place
+from sparsegpt.hessian import DampedHessian, ScaledHessian, cholesky_in_place
 from sparsegpt.masks import layer_mask, rough_mask
-from sparsegpt.solvers.products import Multiplier
+from sparsegpt.solvers.products import Multiplier, pieces
 from sparsegpt.solvers.refit import descend, row_losses
 from sparsegpt.solvers.sparsegpt import sweep
-from sparsegpt.sparsity import Sparsity
+from sparsegpt.sparsity import NM, Sparsity
 
 RHO = 0.9
 RELAXATIONS = (1.8, 1.8, 1.6, 1.3, 1.0)
@@ -62,23 +64,41 @@ def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_siz
 
 def search(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, start: Tensor) -> tuple[Tensor, Tensor]:
     """The alternation from the sparse weights `start` [R, C], and the refit on its mask. Returns (weight, mask)."""
-    inverse_diagonal_C = torch.linalg.vector_norm(hessian.inverse_factor, dim=0).square()
-    scale_C = (hessian.damped_diagonal / inverse_diagonal_C).pow(0.25)
-    scaled_CC = (hessian.raw / scale_C).div_(scale_C[:, None])
-    scaled_CC.diagonal().copy_(hessian.damped_diagonal / scale_C.square())
-    target_RC = weight * scale_C
-    dense_CR = _alternate(target_RC.T.contiguous(), scaled_CC, pattern, (start * scale_C).T.contiguous())
-    sparse_RC = dense_CR.T.contiguous()
-    mask_RC = layer_mask(sparse_RC.abs(), pattern)
-    sparse_RC.mul_(mask_RC).add_(0.0)  # as in the sweep: quicker than masked_fill, and no -0.0
-    found_RC = descend(sparse_RC, mask_RC, target_RC, scaled_CC, iterations=REFIT_ITERATIONS, quick=True)
-    return found_RC.div_(scale_C), mask_RC
+    scale_C = (hessian.damped_diagonal / hessian.inverse_diagonal).pow(0.25)
+    hessian.release_factor()
+    scaled = ScaledHessian(hessian, scale_C)
+    sparse_RC, mask_RC = _alternate(weight, scale_C, scaled, pattern, start)
+    multiplier = Multiplier(scaled)
+    residual_RC = multiplier.after_finely((weight * scale_C).sub_(sparse_RC), scaled).mul_(mask_RC)
+    descend(sparse_RC, mask_RC, residual_RC, multiplier, scaled.diagonal(), iterations=REFIT_ITERATIONS)
+    return sparse_RC.div_(scale_C), mask_RC
 
 
-def _alternate(target_CR: Tensor, hessian_CC: Tensor, pattern: Sparsity, sparse_CR: Tensor) -> Tensor:
-    """W + V of the last iteration, [C, R], under the scaled Hessian. sparse_CR: where Z starts."""
+def _alternate(
+    weight: Tensor, scale_C: Tensor, hessian: ScaledHessian, pattern: Sparsity, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The last Z in scaled columns, and its mask, [R, C] each."""
+    sparse_RC, mask_RC = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
+    resolvent = Multiplier(_resolvent(hessian, RHO))
+    for rows in _independent_rows(weight, pattern):
+        target_CR, sparse_CR = ((tensor[rows] * scale_C).T.contiguous() for tensor in (weight, start))
+        shifted_RC = _shifted(target_CR, resolvent, pattern, sparse_CR).T.contiguous()
+        mask_RC[rows] = layer_mask(shifted_RC.abs(), pattern)
+        # As in the sweep: quicker than masked_fill, and no -0.0.
+        torch.mul(shifted_RC, mask_RC[rows], out=sparse_RC[rows]).add_(0.0)
+    return sparse_RC, mask_RC
+
+
+def _independent_rows(weight: Tensor, pattern: Sparsity) -> Iterator[slice]:
+    """All rows at once where one threshold is for the whole layer."""
+    if isinstance(pattern, NM) or pattern.per_row:
+        return pieces(weight)
+    return iter([slice(None)])
+
+
+def _shifted(target_CR: Tensor, resolvent: Multiplier, pattern: Sparsity, sparse_CR: Tensor) -> Tensor:
+    """W + V of the last iteration, [C, R], for scaled targets. sparse_CR: where Z starts."""
     dual_CR, change_CR = torch.zeros_like(target_CR), torch.empty_like(target_CR)
-    resolvent = Multiplier(_resolvent(hessian_CC, RHO))
     shifted_CR = sparse_CR
     for iteration, relaxation in enumerate(RELAXATIONS):
         if iteration:
@@ -86,18 +106,23 @@ def _alternate(target_CR: Tensor, hessian_CC: Tensor, pattern: Sparsity, sparse_
             torch.sub(shifted_CR, sparse_CR, out=dual_CR)
         torch.sub(sparse_CR, dual_CR, out=change_CR).sub_(target_CR)
         dense_CR = resolvent.times(change_CR).add_(target_CR).lerp_(sparse_CR, 1 - relaxation)
-        shifted_CR = dual_CR + dense_CR
+        shifted_CR = dual_CR.add_(dense_CR)
     return shifted_CR
 
 
-def _resolvent(matrix: Tensor, rho: float) -> Tensor:
+def _resolvent(matrix: ScaledHessian, rho: float) -> Tensor:
     """rho (matrix + rho)^-1 for a positive semi-definite matrix; in float64 where float32 cannot factor it."""
-    shifted = matrix.diagonal_scatter(matrix.diagonal() + rho)
+    shifted = _plus_diagonal(matrix[:], rho)
     lower = cholesky_in_place(shifted)
     if lower is None:
-        lower = torch.linalg.cholesky(matrix.diagonal_scatter(matrix.diagonal() + rho).double())
+        lower = torch.linalg.cholesky(_plus_diagonal(matrix[:], rho).double())
     torch.cholesky_inverse(lower.T, upper=True, out=lower.T)  # a matrix by columns needs no copy; it is symmetric
     return lower.mul_(rho).to(matrix.dtype)
+
+
+def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
+    matrix.diagonal().add_(value)
+    return matrix
 
 
 def _damping_loss(error: Tensor, hessian: DampedHessian) -> Tensor:

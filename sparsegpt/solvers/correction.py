@@ -13,9 +13,11 @@ target appears in Qronos and GPTAQ for quantisation (arXiv:2505.11695, arXiv:250
 Dimension key: T tokens, R out_features, C in_features.
 """
 
+import torch
 from torch import Tensor
 
 from sparsegpt.hessian import DampedHessian, exact_product
+from sparsegpt.solvers.products import pieces
 
 
 class DriftAccumulator:
@@ -27,33 +29,40 @@ class DriftAccumulator:
 
     def add_inputs(self, dense: Tensor, pruned: Tensor) -> None:
         """Add sum (x - x') x'^T for dense and pruned inputs [..., C]."""
-        product = _drift_product(dense, pruned, pruned)
-        self.inputs = product if self.inputs is None else self.inputs.add_(product)
+        self.inputs = _add_drift(self.inputs, dense, pruned, pruned)
 
     def add_residual(self, dense: Tensor, pruned: Tensor, inputs: Tensor) -> None:
         """Add sum (r - r') x'^T for the residual streams [..., R] and the layer's pruned inputs [..., C]."""
-        product = _drift_product(dense, pruned, inputs)
-        self.residual = product if self.residual is None else self.residual.add_(product)
+        self.residual = _add_drift(self.residual, dense, pruned, inputs)
 
     def release(self) -> None:
-        """Let the sums go: every target that needs them is known."""
+        """Let the sums go: every pull that they give is known."""
         self.inputs = self.residual = None
 
 
-def corrected_target(
-    weight: Tensor, hessian: DampedHessian, drift: DriftAccumulator, error_share: float, residual_share: float
-) -> Tensor:
-    """T = W + (a W D + b R) (H + damping)^-1 for weight [R, C]; a, b are the two shares in [0, 1]."""
-    original_RC = weight.to(hessian.raw.dtype)
-    pull_RC = original_RC.new_zeros(original_RC.shape)
+def drift_pull(weight: Tensor, drift: DriftAccumulator, error_share: float, residual_share: float) -> Tensor:
+    """a W D + b R in new memory, for weight [R, C] and in its dtype; a, b are the two shares in [0, 1]."""
     if drift.inputs is not None and error_share:
-        pull_RC += error_share * (original_RC @ drift.inputs.to(original_RC.dtype))
+        pull_RC = (weight @ drift.inputs.to(weight.dtype)).mul_(error_share)
+    else:
+        pull_RC = weight.new_zeros(weight.shape)
     if drift.residual is not None and residual_share:
-        pull_RC += residual_share * drift.residual.to(original_RC.dtype)
-    return original_RC + hessian.solve(pull_RC)
+        pull_RC.add_(drift.residual, alpha=residual_share)
+    return pull_RC
 
 
-def _drift_product(dense: Tensor, pruned: Tensor, inputs: Tensor) -> Tensor:
-    """Sum over tokens of (dense - pruned) inputs^T, in float32; the difference is taken before anything is summed."""
-    difference_TR = (dense.float() - pruned.float()).flatten(0, -2)
-    return exact_product(difference_TR.T, inputs.float().flatten(0, -2))
+def corrected_target(weight: Tensor, hessian: DampedHessian, pull: Tensor) -> Tensor:
+    """T = W + pull (H + damping)^-1 for weight [R, C], any dtype, and pull [R, C], whose memory the result takes."""
+    for rows in pieces(pull):
+        torch.add(weight[rows], hessian.solve(pull[rows]), out=pull[rows])
+    return pull
+
+
+def _add_drift(total: Tensor | None, dense: Tensor, pruned: Tensor, inputs: Tensor) -> Tensor:
+    """total + sum over tokens of (dense - pruned) inputs^T, in float32; the difference is taken before any sum."""
+    difference_TR, inputs_TC = (dense.float() - pruned.float()).flatten(0, -2), inputs.float().flatten(0, -2)
+    if total is None:
+        total = inputs_TC.new_zeros(difference_TR.shape[1], inputs_TC.shape[1])
+    for rows in pieces(total):
+        total[rows] += exact_product(difference_TR[:, rows].T, inputs_TC)
+    return total

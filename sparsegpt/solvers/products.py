@@ -3,16 +3,26 @@
 A product rounded to one part in 256 only bends a step. What the steps lead to is measured in full precision by whoever
 takes them. float64 stays float64.
 
+Work on rows that do not depend on one another is done in pieces, so that temporaries stay small however large the
+layer is.
+
 Dimension key: N rows and columns of the repeated factor, K any number.
 """
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from sparsegpt.hessian import ScaledHessian
+
+# A symmetric matrix whose rows are there, or are made when asked for.
+Symmetric = Tensor | ScaledHessian
 # Below this width the conversions eat what the products save.
 QUICK_WIDTH = 256
+# Elements of a piece. A CPU multiplies pieces of any size as fast; a GPU wants enough of them to be busy.
+PIECE, PIECE_ON_GPU = 1 << 21, 1 << 26
 
 
 class Multiplier:
@@ -21,9 +31,9 @@ class Multiplier:
     quick: round both factors to bfloat16 where that is faster; the sums are never shorter than the result's rounding.
     """
 
-    def __init__(self, matrix: Tensor, *, quick: bool = True) -> None:
+    def __init__(self, matrix: Symmetric, *, quick: bool = True) -> None:
         self.dtype = matrix.dtype
-        self.rounded = matrix.to(_quick_dtype(matrix)) if quick else matrix
+        self.rounded = _in_dtype(matrix, _quick_dtype(matrix) if quick else matrix.dtype)
 
     def times(self, right: Tensor) -> Tensor:
         """matrix @ right for right [N, K]."""
@@ -33,13 +43,18 @@ class Multiplier:
         """left @ matrix for left [K, N]."""
         return self._product(left.to(self.rounded.dtype), self.rounded)
 
-    def after_finely(self, left: Tensor, matrix: Tensor) -> Tensor:
+    def after_finely(self, left: Tensor, matrix: Symmetric) -> Tensor:
         """left @ matrix with what the matrix lost in rounding added back, at the cost of two products."""
-        product = self.after(left)
+        product = torch.empty_like(left)
+        for piece in pieces(left):
+            product[piece] = self.after(left[piece])
         if self.rounded.dtype == self.dtype:
             return product
-        remainder = (matrix - self.rounded).to(self.rounded.dtype)
-        return product.add_(self._product(left.to(remainder.dtype), remainder))
+        for rows in pieces(matrix):
+            remainder = (matrix[rows] - self.rounded[rows]).to(self.rounded.dtype)
+            for piece in pieces(left):
+                product[piece] += self._product(left[piece, rows].to(remainder.dtype), remainder)
+        return product
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         if left.is_cuda and left.dtype != self.dtype:
@@ -48,7 +63,24 @@ class Multiplier:
         return (left @ right).to(self.dtype)
 
 
-def _quick_dtype(matrix: Tensor) -> torch.dtype:
+def pieces(matrix: Symmetric) -> Iterator[slice]:
+    """The rows of a matrix [K, N] in slices of about PIECE elements."""
+    elements = PIECE if matrix.device.type == "cpu" else PIECE_ON_GPU
+    step = max(1, elements // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, min(start + step, matrix.shape[0]))
+
+
+def _in_dtype(matrix: Symmetric, dtype: torch.dtype) -> Tensor:
+    if dtype == matrix.dtype:
+        return matrix[:]
+    rounded = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for rows in pieces(matrix):
+        rounded[rows] = matrix[rows]
+    return rounded
+
+
+def _quick_dtype(matrix: Symmetric) -> torch.dtype:
     if matrix.dtype != torch.float32 or matrix.shape[0] < QUICK_WIDTH:
         return matrix.dtype
     return torch.bfloat16 if _multiplies_bfloat16(matrix.device.type) else torch.float32

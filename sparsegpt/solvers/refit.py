@@ -11,7 +11,7 @@ Dimension key: R out_features, C in_features.
 import torch
 from torch import Tensor
 
-from sparsegpt.solvers.products import Multiplier
+from sparsegpt.solvers.products import Multiplier, pieces
 
 ITERATIONS = 15
 TOLERANCE = 1e-6
@@ -35,30 +35,45 @@ def refit(
     `tolerance` of where it started. Returns new weights [R, C]; a row that rounding made worse keeps its start.
     """
     start_RC = weight.masked_fill(~mask, 0)
-    weight_RC = descend(start_RC, mask, target, hessian, iterations=iterations, tolerance=tolerance)
+    weight_RC = start_RC.clone()
+    multiplier = Multiplier(hessian, quick=False)
+    residual_RC = multiplier.after(target - start_RC).mul_(mask)
+    descend(weight_RC, mask, residual_RC, multiplier, hessian.diagonal(), iterations=iterations, tolerance=tolerance)
     worse_R = row_losses(target - weight_RC, hessian) > row_losses(target - start_RC, hessian)
     return torch.where(worse_R[:, None], start_RC, weight_RC)
 
 
 def descend(
-    start: Tensor,
+    weight: Tensor,
     mask: Tensor,
-    target: Tensor,
-    hessian: Tensor,
+    residual: Tensor,
+    multiplier: Multiplier,
+    diagonal: Tensor,
     *,
     iterations: int,
     tolerance: float = TOLERANCE,
-    quick: bool = False,
-) -> Tensor:
-    """The iterations of `refit` without its last look: from `start`, zero outside the mask, to new weights [R, C].
+) -> None:
+    """The iterations of `refit` without its last look, in place on weight [R, C], which is zero outside the mask.
 
-    quick: products as in `solvers.products`. Then a row can end above its start; the first residual, to which all
-    steps are relative, keeps twice the digits of the Hessian.
+    residual: (target - weight) hessian within the mask, [R, C]; used up. multiplier: the Hessian, which may be rounded:
+    then a row can end above its start. All steps are relative to the residual, so that is worth all digits of the
+    Hessian. diagonal: of the Hessian, [C].
     """
-    weight_RC = start.clone()
-    jacobi_C = hessian.diagonal().clamp_min(torch.finfo(hessian.dtype).tiny).reciprocal()
-    multiplier = Multiplier(hessian, quick=quick)
-    residual_RC = multiplier.after_finely(target - weight_RC, hessian).mul_(mask)
+    jacobi_C = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
+    for rows in pieces(weight):
+        _descend(weight[rows], mask[rows], residual[rows], multiplier, jacobi_C, iterations, tolerance)
+
+
+def _descend(
+    weight_RC: Tensor,
+    mask_RC: Tensor,
+    residual_RC: Tensor,
+    multiplier: Multiplier,
+    jacobi_C: Tensor,
+    iterations: int,
+    tolerance: float,
+) -> None:
+    """Conjugate gradients on some rows, in place on their weights and residuals."""
     preconditioned_RC = residual_RC * jacobi_C
     direction_RC = preconditioned_RC.clone()
     energy_R = (residual_RC * preconditioned_RC).sum(1)
@@ -66,7 +81,7 @@ def descend(
     for _ in range(iterations):
         if (energy_R <= floor_R).all():
             break
-        image_RC = multiplier.after(direction_RC).mul_(mask)
+        image_RC = multiplier.after(direction_RC).mul_(mask_RC)
         step_R = _ratio(energy_R, (direction_RC * image_RC).sum(1))
         weight_RC.addcmul_(direction_RC, step_R[:, None])
         residual_RC.addcmul_(image_RC, step_R[:, None], value=-1)
@@ -74,7 +89,6 @@ def descend(
         next_energy_R = (residual_RC * preconditioned_RC).sum(1)
         direction_RC.mul_(_ratio(next_energy_R, energy_R)[:, None]).add_(preconditioned_RC)
         energy_R = next_energy_R
-    return weight_RC
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _run(model: Path, preset: str) -> dict[str, Any]:
     """A whole run in a process of its own, whose peak is nobody else's."""
     out = model.with_name(f"{model.name}-{preset}")
     words = f"run --model {model} --calib {model / 'calibration.txt'} --eval none --sparsity 2:4 --preset {preset}"
-    words += f" --samples {SAMPLES} --seqlen {LENGTH} --out {out} --overwrite --quiet --device cpu"
+    words += f" --samples {SAMPLES} --seqlen {LENGTH} --activations disk --out {out} --overwrite --quiet --device cpu"
     command = [sys.executable, "-m", "sparsegpt", *words.split()]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:

@@ -27,7 +27,17 @@ from sparsegpt.kernels.in_place import pack_linears
 from sparsegpt.kernels.linear import explain, set_kernels
 from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_model, pick_device, sequence_length
 from sparsegpt.pipeline import prune_blocks
-from sparsegpt.plan import PUBLISHED, Plan, Workload, check_fits, plan, published_config, readable, shape_of
+from sparsegpt.plan import (
+    PUBLISHED,
+    Plan,
+    Workload,
+    available_memory,
+    check_fits,
+    plan,
+    published_config,
+    readable,
+    shape_of,
+)
 from sparsegpt.private_memory import PeakWatch, give_back_freed_memory
 from sparsegpt.recipe import idle_rules
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
@@ -37,9 +47,9 @@ from sparsegpt.sparsity import NM
 from sparsegpt.work import WorkFolder, fingerprint
 
 ACTIVATIONS = ("memory", "disk")
-# Bytes of a block from which freed memory goes back at once: it keeps a run within its plan, and costs small models,
-# which have no need of it, 40% more time.
-TIDY_BLOCK = 8 << 20
+# Freed memory goes back at once where a run may need more than this share of what is available: it then stays within
+# its plan, and takes up to half as long again.
+SCARCE = 1 / 3
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 # Those of them that compute: another version may end with other bits.
 COMPUTING = ("sparsegpt", "torch", "transformers")
@@ -127,12 +137,12 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         PeakWatch() as memory,
     ):
         planned = plan_run(options, settings)
-        if planned.memory.get("one block", 0) >= TIDY_BLOCK:
+        if _memory_is_scarce(options, planned):
             give_back_freed_memory()
         check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
         job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
         needs = ", ".join(f"{readable(count)} of {kind}" for kind, count in planned.totals().items() if count)
-        job.listener.stage(f"needs at most about {needs}")
+        job.listener.stage(f"can do with about {needs}")
         job.load()
         if not job.begin():
             return read_checked(options.out / REPORT_NAME)
@@ -147,6 +157,12 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
             report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
             write_checked(draft / REPORT_NAME, report)
     return report
+
+
+def _memory_is_scarce(options: RunOptions, planned: Plan) -> bool:
+    """Whether to keep to the plan rather than be quick; who keeps activations in files has said so."""
+    available = available_memory()
+    return options.activations == "disk" or (available is not None and planned.total("memory") > SCARCE * available)
 
 
 def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:

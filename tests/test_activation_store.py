@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from sparsegpt import prune_model
+from sparsegpt import run as run_module
 from sparsegpt.mapped import is_mapped
+from sparsegpt.run import RunOptions, plan_run, run
+from sparsegpt.settings import resolve_settings
 from sparsegpt.streams import ActivationStore
 
-from .support import random_windows, tiny_model, weights_of
+from .support import random_windows, save_model, tiny_model, weights_of, write_text
 
 
 def test_in_memory_a_tensor_stays_the_same_tensor():
@@ -57,3 +60,28 @@ def test_files_change_no_bit_of_the_result(tmp_path, model_type, options):
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("activations", "available", "tight"),
+    [("memory", 10, False), ("memory", 2, True), ("memory", None, False), ("disk", 10, True)],
+)
+def test_freed_memory_goes_back_at_once_only_where_memory_is_scarce(
+    tmp_path, monkeypatch, activations, available, tight
+):
+    """available: in units of what the run can do with."""
+    called = []
+    options = RunOptions(
+        model=str(save_model(tmp_path / "model")),
+        calibration=str(write_text(tmp_path / "text.txt")),
+        evaluate=(),
+        out=tmp_path / "out",
+        samples=2,
+        sequence_length=16,
+        activations=activations,
+    )
+    needed = plan_run(options, resolve_settings("2:4")).total("memory")
+    monkeypatch.setattr(run_module, "give_back_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr(run_module, "available_memory", lambda: available and available * needed)
+    run(options, resolve_settings("2:4"))
+    assert called == [True] * tight

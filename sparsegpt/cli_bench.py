@@ -96,7 +96,8 @@ def bench_quality_command(
         job.write(kept, rows)
         print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
     _print_rows(rows, quality_table(rows), as_json=as_json)
-    print(f"drawn: {', '.join(str(path) for path in draw(rows, f'{model}: {job.evaluation}', out))}", file=sys.stderr)
+    drawn = draw(rows, f"{Path(model).name}: {Path(job.evaluation).name}", out)
+    print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr)
 
 
 @bench.command(name="kernels")

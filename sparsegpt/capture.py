@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsegpt.errors import SparseGPTError
 
@@ -220,22 +221,29 @@ def watch_inputs(block: nn.Module, names: Iterable[str], see: Callable[[str, Ten
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
-    try:
+    with _hooks(
+        block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def _watch_outputs(block: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call see(name, output) whenever a submodule of the block has run; of a tuple, with its first element."""
+def _watch_outputs(
+    block: nn.Module, names: Iterable[str], see: Callable[[str, Any], None], *, first: bool = True
+) -> Iterator[None]:
+    """Call see(name, output) whenever a submodule of the block has run; of a tuple, with its first element or all."""
 
     def hook_for(name: str) -> Callable[..., None]:
-        return lambda module, args, output: see(name, output[0] if isinstance(output, tuple) else output)
+        return lambda module, args, output: see(name, output[0] if first and isinstance(output, tuple) else output)
 
-    handles = [block.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    with _hooks(block.get_submodule(name).register_forward_hook(hook_for(name)) for name in names):
+        yield
+
+
+@contextmanager
+def _hooks(registered: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks afterwards."""
+    handles = list(registered)
     try:
         yield
     finally:
@@ -263,22 +271,15 @@ def remember_outputs(block: nn.Module, names: Iterable[str], memo: dict[str, Any
     For one micro-batch. Right as long as neither the submodule nor anything before it changes between the passes.
     """
     known = [name for name in names if name in memo]
-    handles = [
-        block.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: memo.update({name: output})
-        )
-        for name in names
-        if name not in memo
-    ]
-    try:
-        for name in known:
-            block.get_submodule(name).forward = _answer(memo[name])
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name in known:
-            del block.get_submodule(name).forward
+    unknown = [name for name in names if name not in memo]
+    with _watch_outputs(block, unknown, memo.__setitem__, first=False):
+        try:
+            for name in known:
+                block.get_submodule(name).forward = _answer(memo[name])
+            yield
+        finally:
+            for name in known:
+                del block.get_submodule(name).forward
 
 
 def _answer(output: Any) -> Callable[..., Any]:

@@ -94,27 +94,31 @@ class QualityBench:
 
 
 def draw(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
-    """Perplexity against the share of zeros, one line a method, unstructured; n:m as single marks. PNG and SVG."""
+    """Perplexity of n:m patterns on the left, against the share of zeros on the right, a line a method. PNG and SVG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     dense = next(row.perplexity for row in rows if row.method == "dense")
-    axes.axhline(dense, color="grey", linestyle=":", label=f"dense ({dense:.2f})")
-    for method in dict.fromkeys(row.method for row in rows if row.method != "dense"):
-        mine = [row for row in rows if row.method == method]
-        line = sorted((parse_sparsity(row.pattern).zeros, row.perplexity) for row in mine if ":" not in row.pattern)
-        (drawn,) = (
-            axes.plot(*zip(*line, strict=True), marker="o", label=method) if line else axes.plot([], [], label=method)
-        )
-        for row in mine:
-            if ":" in row.pattern:
-                axes.plot(parse_sparsity(row.pattern).zeros, row.perplexity, "x", color=drawn.get_color())
-                axes.annotate(row.pattern, (parse_sparsity(row.pattern).zeros, row.perplexity), fontsize=6)
-    axes.set(yscale="log", xlabel="share of zeros", ylabel="perplexity", title=title)
-    axes.legend()
+    pruned = [row for row in rows if row.method != "dense"]
+    groups = sorted({row.pattern for row in pruned if ":" in row.pattern})
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 4.5), layout="constrained", sharey=True, width_ratios=(max(1, len(groups)), 4)
+    )
+    for axes in (left, right):
+        axes.axhline(dense, color="grey", linestyle=":", label=f"dense ({dense:.2f})")
+    for method in dict.fromkeys(row.method for row in pruned):
+        found = {row.pattern: row.perplexity for row in pruned if row.method == method}
+        line = sorted((parse_sparsity(pattern).zeros, found[pattern]) for pattern in found if ":" not in pattern)
+        marks = [(groups.index(pattern), found[pattern]) for pattern in found if ":" in pattern]
+        (drawn,) = right.plot([x for x, _ in line], [y for _, y in line], marker="o", label=method)
+        left.plot([x for x, _ in marks], [y for _, y in marks], "o", color=drawn.get_color())
+    left.set(yscale="log", xlabel="n:m", ylabel="perplexity", xlim=(-0.5, max(1, len(groups)) - 0.5))
+    left.set_xticks(range(len(groups)), groups)
+    right.set(xlabel="share of zeros")
+    right.legend()
+    figure.suptitle(title)
     written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for target in written:
         figure.savefig(target, dpi=150)

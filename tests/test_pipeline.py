@@ -335,6 +335,8 @@ def test_windows_of_another_shape_are_refused(windows):
         ({"block_size": 0}, ("block size",)),
         ({"block_size": 6}, ("block size", "2:4")),
         ({"reconstruct": -1}, ("epochs",)),
+        ({"reconstruct": 1, "look_ahead": -1}, ("look-ahead", "-1")),
+        ({"look_ahead": 2}, ("look-ahead", "--reconstruct")),
         ({"learning_rate": 0.0}, ("learning rate",)),
         ({"learning_rate": float("nan")}, ("learning rate",)),
         ({"order": "random"}, ("random",)),

@@ -67,11 +67,14 @@ class QualityBench:
         if not path.exists():
             return []
         content = read_checked(path)
+        there = content.get("bench")
+        if not isinstance(there, dict):
+            raise SparseGPTError(f"{path} is no file of this benchmark, which keeps its rows there: give another --out")
         for name, value in asdict(self).items():
-            if content["bench"].get(name) != value:
+            if there.get(name) != value:
                 raise SparseGPTError(
-                    f"{path} holds rows of another measurement ({name} {content['bench'].get(name)} there, {value} "
-                    "now): give another --out or remove it"
+                    f"{path} holds rows of another measurement ({name} {there.get(name)} there, {value} now): "
+                    "give another --out or remove it"
                 )
         return [QualityRow(**row) for row in content["rows"]]
 

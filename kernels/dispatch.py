@@ -13,6 +13,7 @@ taken when asked for."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from sparsegpt.errors import SparseGPTError
 from . import cpu, semi_structured
 from .fragments import Fragments, to_fragments
 from .pack import Packed24
+
+# Why kernels cannot multiply in a dtype on a device, or None.
+Refusal = Callable[[torch.device, torch.dtype], str | None]
 
 ANY = 1 << 62  # tokens: a forced route serves every call
 _TILE_ROWS = 64
@@ -183,13 +187,19 @@ def _swiglu_portable(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
     return portable.swiglu(gate, up, inputs)
 
 
-def refuse_mma_sp(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the mma.sp kernels cannot multiply in `dtype` on a device, or None."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return f"mma.sp needs an NVIDIA GPU and Triton; the weight is on {device.type}"
-    from . import mma_sp
+def _gluon_refusal(instruction: str, module: str) -> Refusal:
+    """What a module of Gluon kernels says, which is imported only where there is a GPU and Triton."""
 
-    return mma_sp.refuse(device, dtype)
+    def refuse(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return f"{instruction} needs an NVIDIA GPU and Triton; the weight is on {device.type}"
+        reason: str | None = importlib.import_module(f".{module}", __package__).refuse(device, dtype)
+        return reason
+
+    return refuse
+
+
+refuse_mma_sp = _gluon_refusal("mma.sp", "mma_sp")
 
 
 def _run_mma_sp(weight: Fragments, inputs: Tensor, bias: Tensor | None) -> Tensor:
@@ -204,22 +214,13 @@ def _swiglu_mma_sp(gate: Fragments, up: Fragments, inputs: Tensor) -> Tensor:
     return mma_sp.swiglu(gate, up, inputs)
 
 
-def refuse_wgmma_sp(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the wgmma.sp kernel cannot multiply in `dtype` on a device, or None."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return f"wgmma.sp needs an NVIDIA GPU and Triton; the weight is on {device.type}"
-    from . import wgmma_sp
-
-    return wgmma_sp.refuse(device, dtype)
-
-
 def _run_wgmma_sp(weight: Fragments, inputs: Tensor, bias: Tensor | None) -> Tensor:
     from . import wgmma_sp
 
     return wgmma_sp.matmul(weight, inputs, bias)
 
 
-def _asks(refuse: Callable[[torch.device, torch.dtype], str | None]) -> Callable[[Packed24], str | None]:
+def _asks(refuse: Refusal) -> Callable[[Packed24], str | None]:
     return lambda weight: refuse(weight.values.device, weight.values.dtype)
 
 
@@ -229,7 +230,7 @@ ROUTES: dict[str, Route] = {
     "cpu": Route(cpu.refusal, cpu.prepare, cpu.matmul, cpu.swiglu, any_shape=True, swiglu_tokens=_CPU_SWIGLU_TOKENS),
     "portable": Route(_asks(refuse_portable), lambda weight: weight, _run_portable, _swiglu_portable),
     "mma_sp": Route(_asks(refuse_mma_sp), to_fragments, _run_mma_sp, _swiglu_mma_sp),
-    "wgmma_sp": Route(_asks(refuse_wgmma_sp), to_fragments, _run_wgmma_sp),
+    "wgmma_sp": Route(_asks(_gluon_refusal("wgmma.sp", "wgmma_sp")), to_fragments, _run_wgmma_sp),
     "cutlass": Route(semi_structured.refuse_cutlass, semi_structured.prepare_cutlass, semi_structured.run_cutlass),
     "cusparselt": Route(
         semi_structured.refuse_cusparselt, semi_structured.prepare_cusparselt, semi_structured.run_cusparselt

@@ -54,6 +54,16 @@ def to_fragments(packed: Packed24) -> Fragments:
     return Fragments(_order_values(values), order_meta(meta), packed.shape, packed.values.dtype)
 
 
+def whole_inputs(inputs: Tensor, columns: int) -> Tensor:
+    """Inputs [T, K] with zeros up to so many columns, rows one behind the other, from a multiple of 16 bytes on.
+
+    Inputs that are so already are returned as they are: a copy would cost a decode step its time.
+    """
+    missing = columns - inputs.shape[1]
+    inputs = functional.pad(inputs, (0, missing)) if missing else inputs.contiguous()
+    return inputs.clone() if inputs.data_ptr() % 16 else inputs
+
+
 def register_positions() -> tuple[Tensor, Tensor]:
     """(row, kept pair) of register r in lane l within a 16 x 32 tile: two [32, 4] index matrices."""
     lane, register = torch.arange(32)[:, None], torch.arange(4)[None, :]

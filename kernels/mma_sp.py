@@ -20,13 +20,12 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparsegpt.errors import SparseGPTError
 
-from .fragments import PAIR_ROWS, Fragments, to_fragments
+from .fragments import PAIR_ROWS, Fragments, to_fragments, whole_inputs
 from .pack import WORD_COLUMNS, Packed24, padded_columns
 from .reference import ACTIVATIONS
 
@@ -221,7 +220,7 @@ def _launch(weight: Fragments, up: Fragments | None, inputs: Tensor, bias: Tenso
     if tokens == 0:
         return out
     padded = padded_columns(columns)
-    pairs = functional.pad(inputs, (0, padded - columns)).contiguous().view(torch.int32)
+    pairs = whole_inputs(inputs, padded).view(torch.int32)
     tile, second = choose_tile(tokens, up is not None), up or weight
     grid = (-(-rows // PAIR_ROWS), triton.cdiv(tokens, 8 * tile.blocks))
     with torch.cuda.device_of(inputs):  # Triton launches on the current device, wherever the tensors are

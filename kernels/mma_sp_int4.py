@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 
 from sparsegpt.errors import SparseGPTError
 
-from .fragments import PAIR_ROWS, TILE_ROWS, order_meta, register_positions
+from .fragments import PAIR_ROWS, TILE_ROWS, order_meta, register_positions, whole_inputs
 from .mma_sp import multiply_add, ptx_type, store
 from .quantized import Quantized24, unpack_integers
 from .reference import ACTIVATIONS
@@ -160,7 +160,7 @@ def matmul(weight: IntegerFragments, inputs: Tensor, bias: Tensor | None = None,
     if tokens == 0:
         return out
     steps = weight.E.shape[1]
-    pairs = functional.pad(inputs, (0, steps * STEP_COLUMNS - columns)).contiguous().view(torch.int32)
+    pairs = whole_inputs(inputs, steps * STEP_COLUMNS).view(torch.int32)
     blocks = 1 if tokens <= 8 else 2
     with torch.cuda.device_of(inputs):  # Triton launches on the current device, wherever the tensors are
         int4_kernel[(-(-rows // PAIR_ROWS), triton.cdiv(tokens, 8 * blocks))](

@@ -38,7 +38,6 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -46,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from sparsegpt.errors import SparseGPTError
 
-from .fragments import Fragments
+from .fragments import Fragments, whole_inputs
 from .mma_sp import check_operands, ptx_type, store
 
 STEP_COLUMNS = 64  # 128 bytes of 16-bit inputs: a row of the swizzle
@@ -232,7 +231,7 @@ def matmul(weight: Fragments, inputs: Tensor, bias: Tensor | None = None, activa
     out = inputs.new_empty(tokens, rows)
     if tokens == 0:
         return out
-    inputs = whole_steps(inputs)
+    inputs = whole_inputs(inputs, triton.cdiv(inputs.shape[1], STEP_COLUMNS) * STEP_COLUMNS)
     pairs, words, steps = weight.E.shape[0], weight.E.shape[1], inputs.shape[1] // STEP_COLUMNS
     tile = choose_tile(tokens)
     grid = (triton.cdiv(pairs, tile.warps), triton.cdiv(tokens, 8 * tile.blocks))
@@ -249,10 +248,3 @@ def matmul(weight: Fragments, inputs: Tensor, bias: Tensor | None = None, activa
             "begin is unknown; install Triton 3.9 or use other kernels"
         )
     return out
-
-
-def whole_steps(inputs: Tensor) -> Tensor:
-    """Inputs with zero columns up to whole steps, rows and start on 16 bytes: what one copy takes."""
-    missing = -inputs.shape[1] % STEP_COLUMNS
-    inputs = functional.pad(inputs, (0, missing)) if missing else inputs.contiguous()
-    return inputs.clone() if inputs.data_ptr() % 16 else inputs

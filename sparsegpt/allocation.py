@@ -7,7 +7,7 @@ shifted so that the number of zeros in the whole model is exactly the uniform on
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,13 @@ SPREAD = 0.08
 STEPS = 4
 
 
-def _at_home(block: nn.Module) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 def allocate(
     pattern: Sparsity,
     allocation: str,
     blocks: nn.ModuleList,
     linears: Sequence[Shapes],
     inputs: ModelInputs,
-    visit: Visit = _at_home,
+    visit: Visit,
 ) -> list[dict[str, Sparsity]]:
     """The pattern of each linear, block by block; linears[index]: the selected linears of that block.
 
@@ -70,9 +66,7 @@ def block_shares(outliers: list[float], sizes: list[int], target: float) -> list
 
 
 @torch.no_grad()
-def outlier_shares(
-    blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: ModelInputs, visit: Visit = _at_home
-) -> list[float]:
+def outlier_shares(blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: ModelInputs, visit: Visit) -> list[float]:
     """Share of weights per block whose |w_ij| ||x_j|| exceeds OUTLIER times the mean of their layer.
 
     An expert that nothing is sent to in these few micro-batches has none.

@@ -123,8 +123,8 @@ def run(
     """Prune a model, score it before and after, and save it with a report."""
     from sparsegpt.console import RunDisplay, print_plan, print_report
     from sparsegpt.recipe import read_recipe
-    from sparsegpt.run import RunOptions, default_data, plan_run
     from sparsegpt.run import run as run_job
+    from sparsegpt.run_options import RunOptions, default_data, plan_run
     from sparsegpt.settings import resolve_settings
     from sparsegpt.work import unfinished_blocks
 
@@ -207,7 +207,7 @@ def evaluate_model(
     """Perplexity and bits per byte of a model, dense or pruned, by the published protocol."""
     from sparsegpt.eval.perplexity import score_text
     from sparsegpt.models import load_model
-    from sparsegpt.run import default_data
+    from sparsegpt.run_options import default_data
 
     silence_libraries()
     loaded = load_model(model, dtype=dtype, device=device)

@@ -47,7 +47,7 @@ def bench_pipeline_command(
     """One Hessian and one pass per shared input against one of each per linear: seconds and peak memory."""
     from sparsegpt.console import pipeline_table
     from sparsegpt.eval.bench_pipeline import bench_pipeline
-    from sparsegpt.run import default_data
+    from sparsegpt.run_options import default_data
 
     rows = bench_pipeline(model, calib or default_data(model, "calibration"), samples, seqlen, device)
     _print_rows(rows, pipeline_table(rows), as_json=as_json)
@@ -73,7 +73,7 @@ def bench_quality_command(
     """Perplexity of every method at every sparsity, as a table and a figure; what was measured before is kept."""
     from sparsegpt.console import quality_table
     from sparsegpt.eval.bench_quality import LADDER, QualityBench, draw
-    from sparsegpt.run import default_data
+    from sparsegpt.run_options import default_data
 
     silence_libraries()
     chosen = tuple(methods.split(",")) if methods else tuple(LADDER)

@@ -99,7 +99,7 @@ class ModelShape:
     outside_parameters: int
     hidden: int
     vocabulary: int
-    groups: tuple["SharedInput", ...]
+    groups: tuple[SharedInput, ...]
     residual_projections: int
     stored: torch.dtype
 

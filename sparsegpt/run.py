@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,31 +25,19 @@ from sparsegpt.export import write_model
 from sparsegpt.kernels.dispatch import KERNELS
 from sparsegpt.kernels.in_place import pack_linears
 from sparsegpt.kernels.linear import explain, set_kernels
-from sparsegpt.models import DEMO, LoadedModel, dtypes_for, load_config, load_model, pick_device, sequence_length
+from sparsegpt.models import LoadedModel, load_model
 from sparsegpt.pipeline import prune_blocks
-from sparsegpt.plan import (
-    PUBLISHED,
-    Plan,
-    Workload,
-    available_memory,
-    check_fits,
-    plan,
-    published_config,
-    readable,
-    shape_of,
-)
+from sparsegpt.plan import check_fits, readable
 from sparsegpt.private_memory import PeakWatch, give_back_freed_memory
 from sparsegpt.recipe import idle_rules
 from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
+from sparsegpt.run_options import RunOptions, free_gpu_memory, memory_is_scarce, plan_run
 from sparsegpt.selection import parse_blocks
 from sparsegpt.settings import PruneSettings
 from sparsegpt.sparsity import NM
 from sparsegpt.work import WorkFolder, fingerprint
 
 ACTIVATIONS = ("memory", "disk")
-# Freed memory goes back at once where a run may need more than this share of what is available: it then stays within
-# its plan, and takes up to half as long again.
-SCARCE = 1 / 3
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 # Those of them that compute: another version may end with other bits.
 COMPUTING = ("sparsegpt", "torch", "transformers")
@@ -74,52 +62,6 @@ class Listener:
         """Something that the user must not overlook."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What to run on and where to put it; how to prune is in PruneSettings.
-
-    only, skip, blocks: which linears to prune, by regular expressions on their names and by ranges of blocks.
-    sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty; eval_windows: score
-    at most so many windows of each. resume: go on with the unfinished run of this folder. activations: "memory" or
-    "disk"; scratch: the folder for them and for weights that must be converted, by default beside `out`. micro_batch:
-    calibration windows of one forward pass. gpu_memory: plan for a GPU with so many GB instead of `device`. kernels:
-    with a name, the pruned 2:4 linears are packed in memory and scored once more through these kernels.
-    """
-
-    model: str
-    calibration: str
-    evaluate: tuple[str, ...]
-    out: Path
-    samples: int = 128
-    sequence_length: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int | None = None
-    eval_windows: int | None = None
-    bos: str = "auto"
-    only: str | None = None
-    skip: str | None = None
-    blocks: str | None = None
-    include_head: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    activations: str = "memory"
-    scratch: Path | None = None
-    micro_batch: int | None = None
-    gpu_memory: float | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    kernels: str | None = None
-
-
-def default_data(model: str, role: str) -> str:
-    """The text used when none is named: pydoc for the demo, else c4 to calibrate and wikitext2 to evaluate."""
-    if model == DEMO:
-        return "pydoc"
-    return "c4" if role == "calibration" else "wikitext2"
-
-
 def run(options: RunOptions, settings: PruneSettings, listener: Listener | None = None) -> dict[str, Any]:
     """Prune a model as told, write the folder `options.out`, return the report that was written with it.
 
@@ -137,7 +79,7 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         PeakWatch() as memory,
     ):
         planned = plan_run(options, settings)
-        if _memory_is_scarce(options, planned):
+        if memory_is_scarce(options, planned):
             give_back_freed_memory()
         check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
         job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
@@ -157,41 +99,6 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
             report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
             write_checked(draft / REPORT_NAME, report)
     return report
-
-
-def _memory_is_scarce(options: RunOptions, planned: Plan) -> bool:
-    """Whether to keep to the plan rather than be quick; who keeps activations in files has said so."""
-    available = available_memory()
-    return options.activations == "disk" or (available is not None and planned.total("memory") > SCARCE * available)
-
-
-def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
-    """What the run will need, from the model's configuration alone; nothing is loaded."""
-    if options.model in PUBLISHED:
-        config = published_config(options.model)
-    else:
-        config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    gpu_memory = free_gpu_memory(options)
-    place = torch.device("cpu" if gpu_memory is None else "cuda")
-    stored, computing = dtypes_for(config, options.dtype, place)
-    work = Workload(
-        samples=options.samples,
-        sequence_length=sequence_length(options.model, config, options.sequence_length),
-        computing=computing,
-        gpu_memory=gpu_memory,
-        activations=options.activations,
-        micro_batch=options.micro_batch,
-        scored=bool(options.evaluate),
-    )
-    return plan(shape_of(config, stored), settings, work)
-
-
-def free_gpu_memory(options: RunOptions) -> int | None:
-    """Bytes free on the GPU that will compute; None when the CPU does."""
-    if options.gpu_memory is not None:
-        return int(options.gpu_memory * 1e9)
-    device = pick_device(options.device)
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 class _Job:

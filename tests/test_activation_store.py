@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from sparsegpt import prune_model
+from sparsegpt import prune_model, run_options
 from sparsegpt import run as run_module
 from sparsegpt.mapped import is_mapped
-from sparsegpt.run import RunOptions, plan_run, run
+from sparsegpt.run import run
+from sparsegpt.run_options import RunOptions, plan_run
 from sparsegpt.settings import resolve_settings
 from sparsegpt.streams import ActivationStore
 
@@ -82,6 +83,6 @@ def test_freed_memory_goes_back_at_once_only_where_memory_is_scarce(
     )
     needed = plan_run(options, resolve_settings("2:4")).total("memory")
     monkeypatch.setattr(run_module, "give_back_freed_memory", lambda: called.append(True))
-    monkeypatch.setattr(run_module, "available_memory", lambda: available and available * needed)
+    monkeypatch.setattr(run_options, "available_memory", lambda: available and available * needed)
     run(options, resolve_settings("2:4"))
     assert called == [True] * tight

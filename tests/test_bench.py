@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsegpt.checkpoint import write_checked
 from sparsegpt.eval import bench_gpu, bench_pipeline, bench_solver
 from sparsegpt.eval.bench_quality import LADDER, QualityBench, QualityRow, draw
 from sparsegpt.settings import resolve_settings
@@ -55,6 +56,9 @@ def test_rows_measured_before_are_kept_and_not_measured_again(llama_folder, text
     assert [(row.method, row.pattern) for row in more] == [("wanda", "2:4")]
     with refused("rows.json", "seed", "--out"):
         replace(job, seed=1).read(path)
+    write_checked(path, {"perplexity": 1.0})  # as in another command's report
+    with refused("rows.json", "--out"):
+        job.read(path)
 
 
 def test_figure_has_a_line_a_method(tmp_path):

@@ -52,6 +52,7 @@ FLOORS = {
     "export": 5,
     "work": 5,
     "run": 5,
+    "run_options": 5,
     "console": 5,
     "cli": 6,
     "cli_bench": 6,

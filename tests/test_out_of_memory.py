@@ -6,7 +6,8 @@ import torch
 from sparsegpt import pipeline
 from sparsegpt.groups import GroupSolver
 from sparsegpt.models import load_model
-from sparsegpt.run import RunOptions, run
+from sparsegpt.run import run
+from sparsegpt.run_options import RunOptions
 from sparsegpt.settings import resolve_settings
 
 from .support import refused, save_model, write_text

@@ -1,5 +1,7 @@
 """Allocation by outliers, through the driver: what counts as an outlier, and whose budget is shared."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -54,7 +56,7 @@ def test_a_budget_that_ends_in_one_half_is_rounded_once(total, fraction, monkeyp
     monkeypatch.setattr(
         allocation, "outlier_shares", lambda *args: [0.06117399304465329, 0.05056334689832342][: len(blocks)]
     )
-    patterns = allocate(Unstructured(fraction), "owl", nn.ModuleList(), linears, None)
+    patterns = allocate(Unstructured(fraction), "owl", nn.ModuleList(), linears, None, nullcontext)
     zeros = [
         pattern.fraction * linears[index][name][1]
         for index, block in enumerate(patterns)

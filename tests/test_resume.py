@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsegpt import run as run_module
-from sparsegpt.run import Listener, RunOptions, run
+from sparsegpt.run import Listener, run
+from sparsegpt.run_options import RunOptions
 from sparsegpt.settings import resolve_settings
 from sparsegpt.work import WorkFolder, fingerprint, unfinished_blocks
 

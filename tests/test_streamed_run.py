@@ -6,7 +6,8 @@ import torch
 from sparsegpt import mapped, prune_model
 from sparsegpt.calib_data import draw_windows, load_text
 from sparsegpt.models import load_model
-from sparsegpt.run import RunOptions, run
+from sparsegpt.run import run
+from sparsegpt.run_options import RunOptions
 from sparsegpt.settings import resolve_settings
 
 from .architectures import VARIANTS, WRAPPERS, tiny_variant, tiny_wrapper

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import pack, reference, wgmma_sp
-from sparsegpt.kernels.fragments import to_fragments
+from sparsegpt.kernels.fragments import to_fragments, whole_inputs
 from sparsegpt.kernels.wgmma_sp import LARGE, SMALL, Tile
 
 from .aot import compile_for
@@ -190,8 +190,10 @@ def test_stages_at_an_unknown_place_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_inputs_are_copied_only_where_copies_of_16_bytes_need_it() -> None:
     whole = torch.randn(3, 128).half()
-    assert wgmma_sp.whole_steps(whole) is whole
+    assert whole_inputs(whole, 128) is whole
     for inputs in (torch.randn(3, 100).half(), torch.randn(3 * 128 + 1).half()[1:].view(3, 128), whole.T[:64].T):
-        found = wgmma_sp.whole_steps(inputs)
-        assert found.shape[1] % 64 == found.data_ptr() % 16 == 0 and found.is_contiguous()
+        columns = -(-inputs.shape[1] // 64) * 64
+        found = whole_inputs(inputs, columns)
+        assert found.shape[1] == columns
+        assert found.data_ptr() % 16 == 0 and found.is_contiguous()
         assert torch.equal(found[:, : inputs.shape[1]], inputs) and not found[:, inputs.shape[1] :].any()

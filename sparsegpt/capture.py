@@ -59,16 +59,17 @@ class ModelInputs:
         self._model, self._blocks, self._windows = model, blocks, windows
         self._calls: dict[int, list[BlockCall]] = {}
         batches = enumerate(windows.split(micro_batch))
-        self.hidden = [keep("pruned", step, self._record(batch)) for step, batch in batches]
+        self.hidden = [keep("pruned", step, self.enter(batch)) for step, batch in batches]
 
     def call(self, batch_size: int, block_index: int) -> BlockCall:
         """The arguments of one block for a batch of this many windows; masks may depend on the number."""
         if batch_size not in self._calls:
-            self._record(self._windows[:batch_size])
+            self.enter(self._windows[:batch_size])
         return self._calls[batch_size][block_index]
 
     @torch.no_grad()
-    def _record(self, batch: Tensor) -> Tensor:
+    def enter(self, batch: Tensor) -> Tensor:
+        """What enters the first block for windows [batch, sequence] of tokens."""
         device = self._model.get_input_embeddings().weight.device
         with stand_ins(self._blocks) as recorders:
             body_of(self._model, self._blocks)(input_ids=batch.to(device), use_cache=False)
@@ -116,7 +117,7 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden = hidden_states.as_subclass(Tensor)
         self.hidden, self.call = hidden.detach(), BlockCall(args, kwargs)
-        return (hidden if self.replay is None else self.replay).as_subclass(_Handed)
+        return (hidden if self.replay is None else self.replay.to(hidden.device)).as_subclass(_Handed)
 
     def __getattr__(self, name: str) -> Any:
         # Some models read a block's attributes (attention_type, layer_idx) while they loop over the list.

@@ -101,6 +101,10 @@ def run(
         int | None, typer.Option(help="The training compares outputs so many dense blocks further on.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the block-wise training.")] = None,
+    distill: Annotated[
+        int | None, typer.Option(help="Epochs of training all kept weights on the dense model's predictions.")
+    ] = None,
+    distill_rate: Annotated[float | None, typer.Option(help="Learning rate of the distillation.")] = None,
     only: Annotated[str | None, typer.Option(help="Prune only modules whose full name matches this regex.")] = None,
     skip: Annotated[str | None, typer.Option(help="Leave modules dense whose full name matches this regex.")] = None,
     blocks: Annotated[
@@ -140,6 +144,8 @@ def run(
         reconstruct=reconstruct,
         look_ahead=look_ahead,
         learning_rate=learning_rate,
+        distill=distill,
+        distill_rate=distill_rate,
         recipe=read_recipe(recipe) if recipe else None,
     )
     if include not in (None, "lm_head"):

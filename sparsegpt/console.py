@@ -15,7 +15,7 @@ from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
 from sparsegpt.kernels.bench import DecodeRow, KernelBench
 from sparsegpt.plan import Plan, readable
-from sparsegpt.reports import BlockReport, LayerReport
+from sparsegpt.reports import BlockReport, EpochReport, LayerReport
 from sparsegpt.run import Listener
 
 WORST_LAYERS = 5
@@ -68,6 +68,11 @@ class RunDisplay(Listener):
                 f"  block {report.index + 1}/{report.blocks}: relative error {report.relative_error:.4f}, "
                 f"{report.seconds:.1f} s"
             )
+
+    def epoch(self, report: EpochReport) -> None:
+        """Print what the held-out windows say."""
+        if not self.quiet:
+            self.console.print(f"  epoch {report.epoch}/{report.epochs}: divergence {report.loss:.4f} nats a token")
 
     def layer(self, report: LayerReport) -> None:
         """Single layers are left to the report."""

@@ -1,6 +1,7 @@
 """The output layer: what it reads, and how it parts from a tied embedding."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,43 @@ def head_inputs(model: "PreTrainedModel", blocks: nn.ModuleList, tokens: Tensor,
 
     Everything around the blocks is the model's own code; the blocks are stand-ins that hand `hidden` on.
     """
-    device = model.get_input_embeddings().weight.device
-    with stand_ins(blocks) as recorders:
-        recorders[-1].replay = hidden.to(device)
-        output = body_of(model, blocks)(input_ids=tokens.to(device), use_cache=False)
-    hidden_states: Tensor = output.last_hidden_state
+    hidden_states: Tensor = _replay(model, body_of(model, blocks), blocks, tokens, hidden).last_hidden_state
     return hidden_states
+
+
+def logits_behind(model: "PreTrainedModel", blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """What the model says when the last block returns `hidden`: logits [batch, sequence, tokens].
+
+    Gradients flow back to `hidden`.
+    """
+    logits: Tensor = _replay(model, model, blocks, tokens, hidden).logits
+    return logits
+
+
+@torch.no_grad()
+def modules_around(model: "PreTrainedModel", blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> list[nn.Module]:
+    """The modules with weights of their own, outside of the blocks, that `logits_behind` calls; no input embedding."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    called: dict[nn.Module, None] = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        called[module] = None
+
+    handles = [module.register_forward_pre_hook(note) for module in outside if module._parameters]
+    try:
+        logits_behind(model, blocks, tokens, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    called.pop(model.get_input_embeddings(), None)
+    return list(called)
+
+
+def _replay(
+    model: "PreTrainedModel", part: Callable[..., Any], blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor
+) -> Any:
+    """What the model, or a part of it around the blocks, returns when the last block returns `hidden`."""
+    with stand_ins(blocks) as recorders:
+        recorders[-1].replay = hidden
+        return part(input_ids=tokens.to(model.get_input_embeddings().weight.device), use_cache=False)

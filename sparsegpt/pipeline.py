@@ -20,12 +20,14 @@ from sparsegpt.block_job import BlockJob
 from sparsegpt.blocks import Family, decoder_blocks, family_of
 from sparsegpt.capture import ModelInputs
 from sparsegpt.choices import check_block, check_linear, choose_linears, spread
+from sparsegpt.distill import Distiller, distill, training_batches
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
 from sparsegpt.hessian import HessianAccumulator
+from sparsegpt.progress import Progress
 from sparsegpt.recipe import idle_rules
-from sparsegpt.reports import BlockReport, LayerReport, PruneReport
+from sparsegpt.reports import BlockReport, EpochReport, LayerReport, PruneReport
 from sparsegpt.residence import Residence
 from sparsegpt.selection import BlockRanges
 from sparsegpt.settings import LinearSettings, PruneSettings, resolve_settings, without_residual_correction
@@ -61,20 +63,6 @@ def prune_model(
     return prune_blocks(model, windows, resolve_settings(sparsity, preset, **settings), **options)
 
 
-class Progress:
-    """Where finished blocks go, and which were finished before; this one keeps nothing beyond the model itself."""
-
-    finished = 0
-
-    def load(self, index: int) -> dict[str, Tensor]:
-        """The stored tensors of a finished block, by their names inside it."""
-        raise LookupError(index)
-
-    def keep(self, index: int, tensors: dict[str, Tensor], report: PruneReport) -> dict[str, Tensor]:
-        """Keep the stored tensors of a block that is finished now; the model goes on with those returned."""
-        return tensors
-
-
 @torch.no_grad()
 def prune_blocks(
     model: "PreTrainedModel",
@@ -92,6 +80,7 @@ def prune_blocks(
     report: PruneReport | None = None,
     on_layer: Callable[[LayerReport], None] = lambda report: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
 ) -> PruneReport:
     """`prune_model` for resolved settings.
 
@@ -100,7 +89,8 @@ def prune_blocks(
     this full name. only_blocks: prune in these decoder blocks alone, as "0:12". include_head: prune lm_head too.
     scratch: folder for files that hold the activations. residence: where the model's weights are and where they
     compute; by default, in place. progress: keeps finished blocks and knows those finished before, which are not
-    pruned again; `report` then holds what was reported of them. on_layer, on_block: called with each new report.
+    pruned again; `report` then holds what was reported of them. on_layer, on_block, on_epoch: called with each new
+    report.
     """
     if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
         raise SparseGPTError(f"expected calibration windows [samples, sequence_length], found {list(windows.shape)}")
@@ -134,8 +124,9 @@ def prune_blocks(
             spread(settings, chosen, blocks, shapes, inputs, residence.visit)
             streams = Streams.begin(inputs, store, with_dense=settings.needs_dense_stream)
         driver = _Driver(solver, streams, family, residence, progress)
-        pruned = [index for index, linears in enumerate(shapes.values()) if linears]
-        read_until = len(blocks) if head is not None else max(pruned, default=0)
+        pruned = {index: list(linears) for index, linears in enumerate(shapes.values()) if linears}
+        trained = pruned if settings.distill else {}
+        read_until = len(blocks) if head is not None or trained else max(pruned, default=0)
         for index, (prefix, block) in enumerate(by_prefix.items()):
             last = index >= read_until
             if index < progress.finished:
@@ -143,6 +134,8 @@ def prune_blocks(
             else:
                 wanted = {name: chosen[prefix + name] for name in shapes[prefix]}
                 on_block(driver.prune_block(blocks, index, wanted, last=last))
+        if trained:
+            driver.distill(model, blocks, trained, windows.split(batch), on_epoch)
         if head is not None:
             driver.prune_head(model, blocks, head, chosen["lm_head"], windows.split(batch))
     finally:
@@ -210,6 +203,34 @@ class _Driver:
     def _settle(self, block: nn.Module, tensors: dict[str, Tensor]) -> None:
         for name, parameter in block.named_parameters():
             self.residence.settle(parameter, tensors[name])
+
+    def distill(
+        self,
+        model: "PreTrainedModel",
+        blocks: nn.ModuleList,
+        pruned: dict[int, list[str]],
+        batches: tuple[Tensor, ...],
+        on_epoch: Callable[[EpochReport], None],
+    ) -> None:
+        """Train all pruned blocks together; both streams are behind the last block, and stay there."""
+        report, settings = self.solver.report, self.solver.settings
+        assert self.streams.dense is not None
+        with self.solver.timed("distill"):
+            student = Distiller(model, blocks, self.streams.inputs, self.residence, self.streams.store, pruned)
+            pairs = training_batches(batches, self.streams.dense)
+            helped = distill(student, pairs, settings.distill, settings.distill_rate, report, self.progress, on_epoch)
+            if not helped:
+                before, after = report.epochs[0].loss, report.epochs[-1].loss
+                report.warnings.append(
+                    f"distillation raised the held-out divergence from {before:.4g} to {after:.4g} nats and was "
+                    "rolled back; lower --distill-rate or give more --samples"
+                )
+                return
+            for index in pruned:
+                self._settle(blocks[index], self.progress.keep_distilled(index, student.finished(index)))
+            for step, tokens in enumerate(batches):
+                hidden = student.hidden_behind(tokens)
+                self.streams.move_pruned(step, hidden.to(self.streams.pruned[step]))
 
     def prune_head(
         self,

@@ -20,11 +20,11 @@ from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.models import auto_class
 from sparsegpt.pipeline import TOKENS_PER_STEP
-from sparsegpt.reconstruct import TOKENS_PER_BATCH
 from sparsegpt.settings import CORRECTIONS, PruneSettings
 from sparsegpt.solvers.layer import parse_method
 from sparsegpt.solvers.products import PIECE, PIECE_ON_GPU
 from sparsegpt.sparsity import NM
+from sparsegpt.training import TOKENS_PER_BATCH
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -51,8 +51,13 @@ CORRECTION_COPIES, GATHERED, GATHERED_FOR_CORRECTION = (2.3, 1.0, 3), 1, 2
 FORWARD_COPIES, TRAINING_COPIES = (8, 4), (24, 8)
 # Parameters in float32, gradients, two moments, the best state so far.
 TRAINED_COPIES = 5
+# Distillation: of the block at work its weights, those of the training and its gradients; of a weight, its value and
+# two moments in float32; epochs on disk while a new one is written; logits of both models and the gradient.
+DISTILLED_COPIES, DISTILLED_BYTES, KEPT_EPOCHS, LOGIT_COPIES = 3, 12, 2, 3
 # A GPU takes larger micro-batches, as many tokens as fit in this share of its free memory, at most so many.
 MICRO_BATCH_SHARE, MICRO_BATCH_TOKENS = 0.25, 16384
+# What `--activations disk` puts into files of the scratch folder.
+SCRATCH_PARTS = ("activations", "weights in training")
 # Large models whose plans the README shows; no weights are needed for a plan.
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-175b": (
@@ -180,11 +185,7 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     tokens = batch * work.sequence_length
     widest = max(group.inputs for group in shape.groups)
     forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
-    training = 0
-    if settings.reconstruct:
-        parameters = (TRAINED_COPIES + settings.look_ahead) * shape.block_parameters
-        a_token = (1 + settings.look_ahead) * (TRAINING_COPIES[0] * shape.hidden + TRAINING_COPIES[1] * widest)
-        training = 4 * (parameters + TOKENS_PER_BATCH * a_token)
+    training = _training_bytes(shape, settings, work, widest)
     compute = {"one block": block, "work on it": max(solve, gathered + forward, training)}
     streams = _activation_bytes(shape, settings, work)
     memory = {"libraries": LIBRARIES}
@@ -203,6 +204,11 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
             logits = max(TOKENS_PER_STEP, work.sequence_length) * shape.vocabulary * width
             memory["work on it"] = max(memory["work on it"], scoring + head + logits)
     (disk if work.activations == "disk" else memory)["activations"] = streams
+    if settings.distill:
+        trained = shape.blocks * shape.block_parameters
+        (disk if work.activations == "disk" else memory)["weights in training"] = DISTILLED_BYTES * trained
+        disk["epochs of distillation"] = KEPT_EPOCHS * DISTILLED_BYTES * trained
+        disk["distilled blocks"] = trained * shape.stored.itemsize
     return Plan(memory, gpu, disk, batch)
 
 
@@ -215,18 +221,19 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
         )
     free = available_memory()
     if free is not None and planned.total("memory") > free:
-        saved = planned.memory.get("activations", 0)
+        saved = sum(planned.memory.get(part, 0) for part in SCRATCH_PARTS)
         way_out = "--activations disk" if planned.total("memory") - saved < free else "fewer --samples"
         raise SparseGPTError(
             f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: "
             f"give {way_out}"
         )
-    for folder, parts in ((out, ("finished blocks", "result")), (scratch, ("activations",))):
+    kept = ("finished blocks", "epochs of distillation", "distilled blocks", "result")
+    for folder, parts in ((out, kept), (scratch, SCRATCH_PARTS)):
         needed = sum(planned.disk.get(part, 0) for part in parts)
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         left = shutil.disk_usage(there).free
         if needed > left:
-            switch = "--scratch" if parts == ("activations",) else "--out"
+            switch = "--scratch" if parts == SCRATCH_PARTS else "--out"
             raise SparseGPTError(
                 f"the run needs {readable(needed)} of disk in {there} and {readable(left)} are free: "
                 f"give another {switch}"
@@ -287,6 +294,22 @@ def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool
     more_squares, more_layers = MORE_ON_GPU if on_gpu else (0.0, 0.0)
     kept_factor = 1 if group.linears > 1 else 0
     return worst + (more_squares + kept_factor) * square + (more_layers + targets) * layer
+
+
+def _training_bytes(shape: ModelShape, settings: PruneSettings, work: Workload, widest: int) -> int:
+    """What a step of either training holds besides the block's weights, whichever is more."""
+    tokens = max(TOKENS_PER_BATCH, work.sequence_length)
+    a_token = TRAINING_COPIES[0] * shape.hidden + TRAINING_COPIES[1] * widest
+    needed = [0]
+    if settings.reconstruct:
+        parameters = (TRAINED_COPIES + settings.look_ahead) * shape.block_parameters
+        needed.append(4 * (parameters + tokens * (1 + settings.look_ahead) * a_token))
+    if settings.distill:
+        between = tokens * (shape.blocks + 1) * shape.hidden
+        in_block = DISTILLED_COPIES * shape.block_parameters + tokens * a_token
+        head = shape.vocabulary * shape.hidden + LOGIT_COPIES * tokens * shape.vocabulary
+        needed.append(4 * (between + max(in_block, head)))
+    return max(needed)
 
 
 def _gathered_bytes(shape: ModelShape, settings: PruneSettings) -> int:

@@ -7,16 +7,20 @@ with the lowest held-out loss win, the untrained ones included, so no block gets
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-HELD_OUT = 0.1
-# Windows are gathered into batches of about this many tokens: small, so that few windows still make many steps.
-TOKENS_PER_BATCH = 1024
+from sparsegpt.training import (
+    BETAS,
+    autocast,
+    held_out_count,
+    in_float32,
+    remembering_gradient_switches,
+    windows_per_batch,
+)
 
 # Inputs and targets [batch, sequence, features].
 Batch = tuple[Tensor, Tensor]
@@ -52,7 +56,7 @@ def reconstruct_block(
     float32, products in bfloat16 where the hardware has them. If the loss stops being finite the block is rolled back.
     """
     device = next(block.parameters()).device
-    with _in_float32([block, *ahead]), _remembering_gradient_switches([block, *ahead]):
+    with in_float32([block, *ahead]), remembering_gradient_switches([block, *ahead]):
         masks = {f"{name}.weight": block.get_parameter(f"{name}.weight") != 0 for name in pruned_linears}
         trained = {name: p for name, p in block.named_parameters() if name in masks or p.ndim == 1}
         for module in (block, *ahead):
@@ -62,7 +66,7 @@ def reconstruct_block(
 
         def loss_of(batch: Batch) -> Tensor:
             hidden, target = (tensor.to(device, torch.float32) for tensor in batch)
-            with _autocast(device):
+            with autocast(device):
                 output = forward(hidden)
             return relative_loss(output.float(), target)
 
@@ -78,10 +82,10 @@ def _train(
     learning_rate: float,
 ) -> Reconstruction:
     """Leave those values in the trained parameters whose held-out loss was the lowest."""
-    held_out = batches[-max(1, round(HELD_OUT * len(batches))) :]
+    held_out = batches[-held_out_count(len(batches)) :]
     training = batches[: -len(held_out)] or held_out
     steps = epochs * len(training)
-    optimizer = torch.optim.Adam(trained.values(), lr=learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(trained.values(), lr=learning_rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
     before = best = _mean_loss(loss_of, held_out)
@@ -120,8 +124,8 @@ def relative_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _batches(inputs: list[Tensor], targets: list[Tensor]) -> list[Batch]:
-    """Micro-batches cut into training batches of about TOKENS_PER_BATCH tokens."""
-    windows = max(1, TOKENS_PER_BATCH // inputs[0].shape[1])
+    """Micro-batches cut into training batches."""
+    windows = windows_per_batch(inputs[0].shape[1])
     return [
         pair
         for hidden, target in zip(inputs, targets, strict=True)
@@ -136,44 +140,3 @@ def _mean_loss(loss_of: Callable[[Batch], Tensor], batches: list[Batch]) -> floa
 
 def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-def _autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 products where the hardware has them, with weights, sums and optimizer in float32; else all float32.
-
-    On a CPU with AVX-512 bf16 an epoch takes 0.4 of the float32 time and reaches the same held-out loss.
-    """
-    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
-
-
-@contextmanager
-def _in_float32(modules: list[nn.Module]) -> Iterator[None]:
-    """All parameters and buffers in float32, and in their own dtypes again afterwards."""
-    dtypes = [tensor.dtype for tensor in _tensors(modules)]
-    for module in modules:
-        module.float()  # puts new buffers in the place of the old ones
-    try:
-        yield
-    finally:
-        for tensor, dtype in zip(_tensors(modules), dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
-
-
-def _tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
-    for module in modules:
-        yield from module.parameters()
-        yield from module.buffers()
-
-
-@contextmanager
-def _remembering_gradient_switches(modules: list[nn.Module]) -> Iterator[None]:
-    """What asked for gradients before does so again afterwards, and none is left."""
-    asked = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, before in asked:
-            parameter.requires_grad_(before)
-            parameter.grad = None

@@ -9,6 +9,9 @@ import torch
 
 from sparsegpt.settings import LinearSettings, PruneSettings
 
+# Of a prune, each with its seconds.
+PARTS = ("capture", "solve", "reconstruct", "distill")
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -46,17 +49,31 @@ class BlockReport:
     reconstruction: float | None = None
 
 
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch of distillation, of so many: the held-out divergence from the dense model, in nats a token.
+
+    Epoch 0 is before the first.
+    """
+
+    epoch: int
+    epochs: int
+    loss: float
+
+
 @dataclass
 class PruneReport:
     """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went.
 
-    choices: what the settings and the recipe say of each selected linear; None: left dense.
+    epochs: of distillation, epoch 0 among them; empty without it. choices: what the settings and the recipe say of each
+    selected linear; None: left dense.
     """
 
     settings: PruneSettings
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0, "reconstruct": 0.0})
+    epochs: list[EpochReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     warnings: list[str] = field(default_factory=list)
     choices: dict[str, LinearSettings | None] = field(default_factory=dict)
 
@@ -77,6 +94,7 @@ class PruneReport:
             "density_of_pruned_linears": self.density,
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [asdict(block) for block in self.blocks],
+            "epochs": [asdict(epoch) for epoch in self.epochs],
         }
 
     def _recipe(self) -> dict[str, Any]:

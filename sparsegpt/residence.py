@@ -30,6 +30,8 @@ class Residence:
     dtype: torch.dtype
     stored: torch.dtype
     reversible: bool = False
+    # Whether what is called comes to work by itself, see `attach`.
+    attached: bool = field(default=False, init=False)
     # The tensors at home of every parameter that is at work now; those that a settled one had before; nested visits.
     _home: dict[Tensor, Tensor] = field(default_factory=dict)
     _originals: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class Residence:
         The input embedding brings the rows of the tokens that it is asked for, not its table. keep: what came to work
         once stays there, for a device with room for the whole model.
         """
+        self.attached = True
         inside = {id(module) for block in blocks for module in block.modules()}
         outside = [
             module

@@ -30,7 +30,7 @@ from sparsegpt.pipeline import prune_blocks
 from sparsegpt.plan import check_fits, readable
 from sparsegpt.private_memory import PeakWatch, give_back_freed_memory
 from sparsegpt.recipe import idle_rules
-from sparsegpt.reports import BlockReport, LayerReport, PruneReport, peak_memory
+from sparsegpt.reports import BlockReport, EpochReport, LayerReport, PruneReport, peak_memory
 from sparsegpt.run_options import RunOptions, free_gpu_memory, memory_is_scarce, plan_run
 from sparsegpt.selection import parse_blocks
 from sparsegpt.settings import PruneSettings
@@ -57,6 +57,9 @@ class Listener:
 
     def block(self, report: BlockReport) -> None:
         """One decoder block is finished."""
+
+    def epoch(self, report: EpochReport) -> None:
+        """One epoch of distillation is finished."""
 
     def warn(self, text: str) -> None:
         """Something that the user must not overlook."""
@@ -284,6 +287,7 @@ class _Job:
             report=self.pruned,
             on_layer=self.listener.layer,
             on_block=self.listener.block,
+            on_epoch=self.listener.epoch,
         )
 
     def score_through_kernels(self, kernels: str, folder: Path) -> None:

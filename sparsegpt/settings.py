@@ -113,8 +113,10 @@ class PruneSettings(LinearSettings):
     input, each seeing what is pruned already; "block" is the published order, all linears of a block from one capture;
     "linear" gives every linear a capture and a Hessian of its own (the costly baseline of the benchmark). allocation:
     how a fraction is spread over the blocks. reconstruct: epochs of block-wise training of the kept weights.
-    look_ahead: dense blocks behind a block at whose end its training compares outputs; 0: at its own. recipe: rules for
-    single linears, see `recipe.choose`. asked: names of the settings that were given, rather than taken from a preset.
+    look_ahead: dense blocks behind a block at whose end its training compares outputs; 0: at its own. distill: epochs
+    of training the kept weights of all blocks together on the dense model's predictions. learning_rate, distill_rate:
+    Adam's, of the two trainings. recipe: rules for single linears, see `recipe.choose`. asked: names of the settings
+    that were given, rather than taken from a preset.
     """
 
     order: Order = "input"
@@ -122,6 +124,8 @@ class PruneSettings(LinearSettings):
     reconstruct: int = 0
     look_ahead: int = 0
     learning_rate: float = 5e-4
+    distill: int = 0
+    distill_rate: float = 1e-4
     recipe: tuple[Rule, ...] = ()
     asked: tuple[str, ...] = field(default=(), compare=False)
 
@@ -138,6 +142,8 @@ class PruneSettings(LinearSettings):
             )
         if self.reconstruct < 0 or not 0 < self.learning_rate < math.inf:
             raise SparseGPTError("reconstruction needs a number of epochs >= 0 and a learning rate above 0")
+        if self.distill < 0 or not 0 < self.distill_rate < math.inf:
+            raise SparseGPTError("distillation needs a number of epochs >= 0 and a rate above 0")
         if self.look_ahead < 0:
             raise SparseGPTError(f"look-ahead {self.look_ahead} must be a number of blocks >= 0")
         if "look_ahead" in self.asked and self.look_ahead and not self.reconstruct:
@@ -148,7 +154,7 @@ class PruneSettings(LinearSettings):
     @property
     def needs_dense_stream(self) -> bool:
         """Whether the dense model's activations are carried along: some linear may be corrected, or all are trained."""
-        return any(max(self.values_of(share)) > 0 for share in CORRECTIONS) or self.reconstruct > 0
+        return any(max(self.values_of(share)) > 0 for share in CORRECTIONS) or self.reconstruct + self.distill > 0
 
     def values_of(self, name: str) -> set[Any]:
         """What the run, and any rule of its recipe, says for a field of LinearSettings."""

@@ -4,6 +4,8 @@
         lock                          held by the process that works here
         state.json                    what decides the result, reports of the finished blocks, scores
         block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
+        training-00001.safetensors    what distillation knows behind its last finished epoch
+        distilled-00000.safetensors ...  blocks that it has changed, written anew by every run that gets so far
 
 A block counts once state.json says so. Every file appears whole or not at all, so a run killed at any moment goes on
 behind its last finished block. When the output folder is in its place, this one goes.
@@ -27,8 +29,8 @@ from sparsegpt.checkpoint import REPORT_NAME, read_checked, write_checked
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.folders import check_target, flush, is_full_disk, new_folder, recover
 from sparsegpt.kernels.tensor_files import WEIGHTS, ShardedWriter, header_room, verify_checksums, weight_files
-from sparsegpt.pipeline import Progress
-from sparsegpt.reports import BlockReport, LayerReport, PruneReport
+from sparsegpt.progress import Progress
+from sparsegpt.reports import BlockReport, EpochReport, LayerReport, PruneReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,33 +106,59 @@ class WorkFolder(Progress):
         self.save_state(identity=identity, replaces=self.replaces)
         report.layers += [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in self.state.get("layers", [])]
         report.blocks += [BlockReport(**row) for row in self.state.get("blocks", [])]
+        report.epochs += [EpochReport(**row) for row in self.state.get("epochs", [])]
         report.seconds.update(self.state.get("seconds", {}))
         report.warnings += self.state.get("warnings", [])
         return False
 
     def load(self, index: int) -> dict[str, Tensor]:
         """The tensors of a finished block, mapped from its file."""
-        with safe_open(self._block(index), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return _mapped(self._block(index))
 
     def keep(self, index: int, tensors: dict[str, Tensor], report: PruneReport) -> dict[str, Tensor]:
         """Write a finished block, then say that it is finished; returns its tensors mapped from the file."""
-        draft = self.folder / "block.writing"
+        self._write(self._block(index), tensors)
+        self._save_report(report)
+        return self.load(index)
+
+    def load_training(self) -> dict[str, Tensor]:
+        """The state behind the last finished epoch, mapped from its file."""
+        epoch = self._epoch()
+        return _mapped(self._training(epoch)) if epoch else {}
+
+    def keep_training(self, epoch: int, tensors: dict[str, Tensor], report: PruneReport) -> None:
+        """Write the state behind an epoch, then say that the epoch is finished; the one before has served."""
+        self._write(self._training(epoch), tensors)
+        self._save_report(report)
+        with _writing(self.folder):
+            self._training(epoch - 1).unlink(missing_ok=True)
+
+    def keep_distilled(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write a block as distillation left it; returns its tensors mapped from the file."""
+        path = self.folder / f"distilled-{index:05d}.safetensors"
+        self._write(path, tensors)
+        return _mapped(path)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Write tensors with their checksums into a file that appears whole."""
+        draft = self.folder / "tensors.writing"
         with _writing(self.folder):
             _remove_path(draft)
             draft.mkdir()
             with ShardedWriter(draft, header_room(tensors)) as writer:
                 writer.add(*tensors.items())
             flush(draft / WEIGHTS)
-            (draft / WEIGHTS).replace(self._block(index))
+            (draft / WEIGHTS).replace(path)
             draft.rmdir()
+
+    def _save_report(self, report: PruneReport) -> None:
         self.save_state(
             layers=[asdict(layer) for layer in report.layers],
             blocks=[asdict(block) for block in report.blocks],
+            epochs=[asdict(epoch) for epoch in report.epochs],
             seconds=report.seconds,
             warnings=report.warnings,
         )
-        return self.load(index)
 
     def save_state(self, **changes: Any) -> None:
         """Write the state with these entries changed."""
@@ -195,7 +223,7 @@ class WorkFolder(Progress):
             self.folder.rmdir()
 
     def _drop_damaged(self) -> None:
-        """Forget blocks from the first damaged file on: they are pruned again."""
+        """Forget blocks from the first damaged file on, and all epochs of a training that began behind them."""
         for index in range(self.finished):
             try:
                 verify_checksums(self._block(index))
@@ -203,7 +231,13 @@ class WorkFolder(Progress):
                 kept = sum(row["linears"] for row in self.state["blocks"][:index])
                 self.state["layers"] = self.state["layers"][:kept]
                 self.state["blocks"] = self.state["blocks"][:index]
+                self.state["epochs"] = []
                 return
+        try:
+            if epoch := self._epoch():
+                verify_checksums(self._training(epoch))
+        except (SparseGPTError, OSError):
+            self.state["epochs"] = []
 
     def _is_result(self, identity: dict[str, Any]) -> bool:
         """Whether the target holds what such a run ends with, to the last byte of its weights."""
@@ -218,6 +252,19 @@ class WorkFolder(Progress):
 
     def _block(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
+
+    def _training(self, epoch: int) -> Path:
+        return self.folder / f"training-{epoch:05d}.safetensors"
+
+    def _epoch(self) -> int:
+        """The last finished epoch of distillation; 0 before the first."""
+        return max(0, len(self.state.get("epochs", [])) - 1)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, whose pages they are."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def unfinished_blocks(target: Path) -> int:

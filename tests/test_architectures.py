@@ -78,13 +78,14 @@ def test_sparsity_zero_leaves_every_weight_and_the_logits_as_they_are_to_the_bit
     assert all(layer.relative_error == 0 and layer.zeros == 0 for layer in report.layers)
 
 
-def test_reconstruction_keeps_the_exact_count_and_the_routers(model):
+def test_training_keeps_the_exact_count_and_the_routers(model):
     before = weights_of(model)
-    report = prune_model(model, random_windows(), 0.5, preset="paper", reconstruct=1, look_ahead=1)
+    report = prune_model(model, random_windows(), 0.5, preset="paper", reconstruct=1, look_ahead=1, distill=1)
     matrices = block_matrices(model)
     for matrix in matrices.values():
         assert_pattern(matrix, 0.5)
     assert all(block.reconstruction <= 1 for block in report.blocks)
+    assert len(report.epochs) == 2
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == before[name].dtype
         if (

@@ -56,3 +56,14 @@ def test_reconstruction_in_mixed_precision_helps_and_keeps_the_masks():
     assert all(block.reconstruction < 1 for block in report.blocks)
     for linear in block_linears(model).values():
         assert_pattern(linear.weight, "2:4")
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_distillation_in_mixed_precision_helps_and_keeps_the_masks(resident):
+    """With all of the model on the GPU, and with one block at a time there."""
+    model = tiny_model("llama").to("cuda" if resident else "cpu")
+    settings = {"preset": "paper", "method": "magnitude", "distill": 2, "distill_rate": 1e-3, "device": "cuda"}
+    report = prune_model(model, random_windows(400), "2:4", **settings)
+    assert report.epochs[-1].loss < report.epochs[0].loss
+    for linear in block_linears(model).values():
+        assert_pattern(linear.weight, "2:4")

@@ -56,6 +56,19 @@ def test_the_published_method_carries_one_stream_and_corrections_carry_what_they
     assert on_disk.disk["activations"] == (features - 32) * token
 
 
+def test_distillation_keeps_float32_weights_and_two_moments_of_all_blocks():
+    model = tiny_model("llama")
+    weights = sum(p.numel() for p in model.model.layers.parameters())
+    shape, settings = shape_of(model.config, torch.bfloat16), resolve_settings("2:4", distill=1)
+    plain = plan(shape, resolve_settings("2:4"), Workload(10, 20, torch.float32))
+    here = plan(shape, settings, Workload(10, 20, torch.float32))
+    there = plan(shape, settings, Workload(10, 20, torch.float32, activations="disk"))
+    assert here.memory["weights in training"] == there.disk["weights in training"] == 12 * weights
+    assert "weights in training" not in there.memory
+    # The last epoch's state while the next one is written, and the blocks once more in the checkpoint's dtype.
+    assert here.total("disk") - plain.total("disk") == 2 * 12 * weights + 2 * weights
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_the_parameters_they_are_named_for(name):
     shape = shape_of(published_config(name), torch.float16)

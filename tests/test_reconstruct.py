@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sparsegpt import block_job, prune_model, reconstruct
+from sparsegpt import block_job, prune_model, training
 from sparsegpt.capture import ModelInputs
 from sparsegpt.reconstruct import reconstruct_block
 
@@ -53,7 +53,7 @@ def run(job, **options):
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr(reconstruct, "TOKENS_PER_BATCH", 16 * 5)  # five windows a step, eight batches
+    monkeypatch.setattr(training, "TOKENS_PER_BATCH", 16 * 5)  # five windows a step, eight batches
 
 
 def test_training_lowers_the_error_on_windows_it_never_saw(job):

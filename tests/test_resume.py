@@ -1,11 +1,14 @@
 """`run` interrupted, resumed, repeated: the same bits, and a clear line for what is another run."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from sparsegpt import run as run_module
+from sparsegpt import training
+from sparsegpt.distill import Distiller
 from sparsegpt.run import Listener, run
 from sparsegpt.run_options import RunOptions
 from sparsegpt.settings import resolve_settings
@@ -56,7 +59,9 @@ def weights(folder):
 
 @pytest.mark.parametrize("preset", ["paper", "default", "best"])
 def test_an_interrupted_run_resumes_to_the_same_bits(options, tmp_path, text_file, preset):
-    settings = resolve_settings("2:4", preset, method="sparsegpt", **({"reconstruct": 1} if preset == "best" else {}))
+    settings = resolve_settings(
+        "2:4", preset, method="sparsegpt", **({"reconstruct": 1, "distill": 1} if preset == "best" else {})
+    )
     options = changed(options, evaluate=(str(text_file),), eval_windows=4, include_head=True)
     whole = run(changed(options, out=tmp_path / "whole"), settings)
     with pytest.raises(KeyboardInterrupt):
@@ -71,6 +76,55 @@ def test_an_interrupted_run_resumes_to_the_same_bits(options, tmp_path, text_fil
     ]
     assert whole["warnings"] == resumed["warnings"]
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+@pytest.fixture
+def distilled(options, tmp_path, monkeypatch):
+    """Options of a run with two epochs of distillation, its settings, epochs and weights when nothing interrupts it."""
+    monkeypatch.setattr(training, "TOKENS_PER_BATCH", 32)  # two windows
+    settings = resolve_settings("2:4", "paper", method="magnitude", distill=2, distill_rate=1e-3)
+    options = changed(options, samples=12)
+    report = run(changed(options, out=tmp_path / "whole"), settings)
+    assert report["epochs"][-1]["loss"] < report["epochs"][0]["loss"]
+    return options, settings, report["epochs"], weights(tmp_path / "whole")
+
+
+@contextmanager
+def step_that_fails(number):
+    """Ends a run in this step of the training, as a kill does."""
+    real, taken = Distiller.step, []
+
+    def step(self, *args):
+        taken.append(1)
+        if len(taken) == number:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Distiller, "step", step)
+        yield
+
+
+@pytest.mark.parametrize("step", [1, 3, 6, 8])  # of ten, five in each epoch
+def test_an_interrupted_distillation_resumes_to_the_same_bits(distilled, step):
+    options, settings, epochs, expected = distilled
+    with step_that_fails(step):
+        run(options, settings)
+    report = run(changed(options, resume=True, activations="disk"), settings)
+    assert weights(options.out) == expected
+    assert report["epochs"] == epochs
+
+
+def test_a_damaged_training_is_begun_again(distilled):
+    options, settings, epochs, expected = distilled
+    with step_that_fails(8):
+        run(options, settings)
+    [path] = (options.out.parent / f".{options.out.name}.unfinished").glob("training-*")
+    content = bytearray(path.read_bytes())
+    content[-30] ^= 1
+    path.write_bytes(content)
+    assert run(changed(options, resume=True), settings)["epochs"] == epochs
+    assert weights(options.out) == expected
 
 
 def test_other_versions_than_those_of_the_beginning_are_a_lasting_warning(options, monkeypatch):

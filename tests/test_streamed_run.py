@@ -22,13 +22,15 @@ def test_a_streamed_run_saves_what_pruning_in_memory_gives(tmp_path, monkeypatch
     compare(tmp_path, monkeypatch, model, "2:4")
 
 
-@pytest.mark.parametrize("choices", [{"allocation": "owl"}, {"reconstruct": 1, "look_ahead": 1}], ids=str)
+@pytest.mark.parametrize(
+    "choices", [{"allocation": "owl"}, {"reconstruct": 1, "look_ahead": 1}, {"distill": 2}], ids=str
+)
 def test_so_it_does_with_other_settings(tmp_path, monkeypatch, choices):
     compare(tmp_path, monkeypatch, tiny_variant("llama"), "0.5", **choices)
 
 
 def test_so_it_does_with_a_head_of_its_own(tmp_path, monkeypatch):
-    compare(tmp_path, monkeypatch, tiny_variant("llama"), "2:4", include_head=True)
+    compare(tmp_path, monkeypatch, tiny_variant("llama"), "2:4", include_head=True, distill=1, distill_rate=1e-3)
 
 
 def compare(tmp_path, monkeypatch, model, sparsity, *, include_head=False, **choices):

@@ -174,7 +174,7 @@ def test_another_run_that_had_finished_nothing_is_in_nobodys_way(target):
 
 def test_overwrite_starts_over_once_it_begins_and_not_before(target):
     folder = unfinished(target, 2)
-    (folder / "block.writing").mkdir()
+    (folder / "tensors.writing").mkdir()
     with pytest.raises(ZeroDivisionError), opened(target, overwrite=True):
         raise ZeroDivisionError  # such as a model that does not load
     assert unfinished_blocks(target) == 2

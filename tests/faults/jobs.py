@@ -166,6 +166,7 @@ class Job:
             without_seconds(row) for row in self.report["layers"]
         ]
         assert len(report["blocks"]) == len(self.report["blocks"])
+        assert report["epochs"] == self.report["epochs"]
         assert report["warnings"] == self.report["warnings"]
         assert not leftovers(out)
 

@@ -75,8 +75,9 @@ def test_a_disk_of_any_size_is_one_line_and_loses_nothing(tiny_job, small_disk, 
     out = folder / "out"
     put_old_result(out)
     assert tiny_job.run(out, "--overwrite", activations=activations).code == 0
-    # The blocks and the result lie on the disk at the same time.
-    enough = 2 * pages_of(out) + 64
+    # Blocks, distilled blocks and result lie on the disk at the same time, and the training's three tensors a weight:
+    # once in scratch, twice while one epoch's follow the other's.
+    enough = (3 + 3 + 2 * 3) * pages_of(out) + 64
     refused = 0
     for place in range(sizes):
         resize(4096)

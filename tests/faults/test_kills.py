@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ..support import write_text
-from .jobs import Job, finished_blocks, leftovers, put_old_result
+from .jobs import Job, finished_blocks, leftovers, put_old_result, work_folder
 
 ACTIVATIONS = ("memory", "disk")
-STAGES = ("loading", *(f"{blocks} blocks" for blocks in range(7)), "saving")
+STAGES = ("loading", *(f"{blocks} blocks" for blocks in range(7)), "distilling", "saving")
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def demo_jobs(forker, tmp_path_factory):
     """A run on the demo model with activations in memory and on disk; both end with the same bits."""
     folder = tmp_path_factory.mktemp("demo")
     flags = {"model": "demo", "sparsity": "2:4", "method": "sparsegpt", "eval": "none", "samples": 4, "seqlen": 32}
-    flags |= {"micro-batch": 2, "calib": write_text(folder / "calib.txt", words=500)}
+    flags |= {"micro-batch": 2, "calib": write_text(folder / "calib.txt", words=500), "distill": 2}
     jobs = [Job(forker, {**flags, "activations": kind}, folder / kind) for kind in ACTIVATIONS]
     assert jobs[0].result == jobs[1].result
     return jobs
@@ -30,6 +30,8 @@ def stage(out: Path) -> str:
     blocks = finished_blocks(out)
     if any(name.endswith((".writing", ".old")) for name in leftovers(out)):
         return "saving"
+    if list(work_folder(out).glob("training-*")):
+        return "distilling"
     if blocks is None:
         return "saved" if (out / "report.json").exists() else "loading"
     return f"{blocks} blocks"
@@ -57,7 +59,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(demo_jobs, tmp
         job, out = chance.choice(demo_jobs), tmp_path / f"out-{place}"
         old = chance.random() < 0.3
         first = STAGES[place % len(STAGES)] if kills > 3 else chance.choice(STAGES)
-        share = {"loading": 0.1, "6 blocks": 0.05, "saving": 0.05}.get(first, 0.12)
+        share = {"loading": 0.1, "6 blocks": 0.05, "distilling": 0.05, "saving": 0.05}.get(first, 0.12)
         while True:  # a run that ended before it was killed tells nothing
             if old:
                 put_old_result(out)

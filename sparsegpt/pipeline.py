@@ -135,7 +135,7 @@ def prune_blocks(
                 wanted = {name: chosen[prefix + name] for name in shapes[prefix]}
                 on_block(driver.prune_block(blocks, index, wanted, last=last))
         if trained:
-            driver.distill(model, blocks, trained, windows.split(batch), on_epoch)
+            driver.distill(model, blocks, trained, windows.split(batch), on_epoch, go_on=head is not None)
         if head is not None:
             driver.prune_head(model, blocks, head, chosen["lm_head"], windows.split(batch))
     finally:
@@ -211,8 +211,13 @@ class _Driver:
         pruned: dict[int, list[str]],
         batches: tuple[Tensor, ...],
         on_epoch: Callable[[EpochReport], None],
+        *,
+        go_on: bool,
     ) -> None:
-        """Train all pruned blocks together; both streams are behind the last block, and stay there."""
+        """Train all pruned blocks together; both streams are behind the last block.
+
+        go_on: compute the pruned stream anew, for what comes behind.
+        """
         report, settings = self.solver.report, self.solver.settings
         assert self.streams.dense is not None
         with self.solver.timed("distill"):
@@ -228,7 +233,7 @@ class _Driver:
                 return
             for index in pruned:
                 self._settle(blocks[index], self.progress.keep_distilled(index, student.finished(index)))
-            for step, tokens in enumerate(batches):
+            for step, tokens in enumerate(batches if go_on else ()):
                 hidden = student.hidden_behind(tokens)
                 self.streams.move_pruned(step, hidden.to(self.streams.pruned[step]))
 

@@ -219,13 +219,14 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
             f"the run needs {readable(planned.total('gpu'))} of GPU memory and {readable(gpu_memory)} are free: "
             "give a smaller --micro-batch, --preset paper, or --device cpu"
         )
+    without = " or --distill 0" if "epochs of distillation" in planned.disk else ""
     free = available_memory()
     if free is not None and planned.total("memory") > free:
         saved = sum(planned.memory.get(part, 0) for part in SCRATCH_PARTS)
         way_out = "--activations disk" if planned.total("memory") - saved < free else "fewer --samples"
         raise SparseGPTError(
             f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: "
-            f"give {way_out}"
+            f"give {way_out}{without}"
         )
     kept = ("finished blocks", "epochs of distillation", "distilled blocks", "result")
     for folder, parts in ((out, kept), (scratch, SCRATCH_PARTS)):
@@ -236,7 +237,7 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
             switch = "--scratch" if parts == SCRATCH_PARTS else "--out"
             raise SparseGPTError(
                 f"the run needs {readable(needed)} of disk in {there} and {readable(left)} are free: "
-                f"give another {switch}"
+                f"give another {switch}{without}"
             )
 
 

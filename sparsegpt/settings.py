@@ -173,7 +173,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"method": "sparsegpt", "order": "block", "damping": 0.01},
     "fast": {"method": "admm", "order": "block"},
     "default": _CORRECTED,
-    "best": {**_CORRECTED, "reconstruct": 8, "look_ahead": 1},
+    "best": {**_CORRECTED, "reconstruct": 3, "look_ahead": 3, "distill": 8},
 }
 
 

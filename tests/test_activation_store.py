@@ -47,7 +47,13 @@ def test_a_tensor_computed_from_the_file_of_its_own_place_may_replace_it(tmp_pat
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
 @pytest.mark.parametrize(
     "options",
-    [{"preset": "paper"}, {"preset": "fast"}, {}, {"preset": "best", "reconstruct": 1}, {"include_head": True}],
+    [
+        {"preset": "paper"},
+        {"preset": "fast"},
+        {},
+        {"preset": "best", "reconstruct": 1, "distill": 1},
+        {"include_head": True},
+    ],
     ids=str,
 )
 def test_files_change_no_bit_of_the_result(tmp_path, model_type, options):

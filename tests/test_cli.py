@@ -202,12 +202,13 @@ def test_the_default_folder_is_one_folder_named_after_model_and_sparsity(prune, 
 
 @pytest.mark.parametrize("preset", ["paper", "fast", "default", "best"])
 def test_every_preset_runs_and_says_what_it_chose(prune, tmp_path, preset):
-    outcome = prune(preset=preset, sparsity="4:8", reconstruct=1 if preset == "best" else None)
+    once = dict.fromkeys(("reconstruct", "distill"), 1 if preset == "best" else None)
+    outcome = prune(preset=preset, sparsity="4:8", **once)
     assert outcome.code == 0, outcome.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["method"] == PRESETS[preset]["method"]
     assert report["settings"]["order"] == PRESETS[preset].get("order", "input")
-    assert all(report["settings"][key] == value for key, value in PRESETS[preset].items() if key != "reconstruct")
+    assert all(report["settings"][key] == value for key, value in PRESETS[preset].items() if key not in once)
 
 
 def test_only_and_skip_choose_layers_by_name(prune, tmp_path):

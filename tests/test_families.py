@@ -76,7 +76,7 @@ def test_name_filter_takes_only_and_leaves_skip():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_block_linear_gets_the_pattern_and_nothing_else_changes_shape(model, preset):
     before = weights_of(model)
-    options = {"reconstruct": 1} if preset == "best" else {}
+    options = {"reconstruct": 1, "distill": 1} if preset == "best" else {}
     report = prune_model(model, random_windows(), "2:4", preset=preset, **options)
     linears = block_linears(model)
     assert {layer.name for layer in report.layers} == set(linears)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -337,6 +338,9 @@ def test_windows_of_another_shape_are_refused(windows):
         ({"reconstruct": -1}, ("epochs",)),
         ({"reconstruct": 1, "look_ahead": -1}, ("look-ahead", "-1")),
         ({"look_ahead": 2}, ("look-ahead", "--reconstruct")),
+        ({"distill": -1}, ("distillation", "epochs")),
+        ({"distill": 1, "distill_rate": 0.0}, ("distillation", "rate")),
+        ({"distill_rate": math.inf}, ("distillation", "rate")),
         ({"learning_rate": 0.0}, ("learning rate",)),
         ({"learning_rate": float("nan")}, ("learning rate",)),
         ({"order": "random"}, ("random",)),

@@ -95,6 +95,9 @@ def test_what_does_not_fit_is_refused_with_the_switch_that_helps(tmp_path, monke
         check_fits(Plan({"part": 900, "activations": 200}, {}, plenty, 1), None, tmp_path, tmp_path)
     with refused("memory", "--samples"):
         check_fits(Plan({"part": 1100}, {}, plenty, 1), None, tmp_path, tmp_path)
+    with refused("memory", "--activations disk", "--distill 0"):
+        distilled = {**plenty, "epochs of distillation": 1}
+        check_fits(Plan({"part": 900, "weights in training": 200}, {}, distilled, 1), None, tmp_path, tmp_path)
     with refused("GPU memory", "--micro-batch", "--preset paper"):
         check_fits(Plan({"part": 1}, {"part": 2000}, plenty, 1), 1000, tmp_path, tmp_path)
     with refused("disk", "--out", str(tmp_path)):

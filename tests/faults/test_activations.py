@@ -83,7 +83,7 @@ def test_strange_activations_name_the_layer_or_give_an_exact_pattern(tiny_job, t
 def test_strange_activations_under_every_method_and_pattern(tiny_job, tmp_path, preset):
     refused, pairs = 0, list(itertools.product(EDITS, METHODS))
     cases = [(*pair, pattern) for pair, pattern in zip(pairs, itertools.cycle(PATTERNS), strict=False)]
-    extra = {"reconstruct": 1} if preset == "best" else {}
+    extra = {"reconstruct": 1, "distill": 1} if preset == "best" else {}
     for edit, method, pattern in cases:
         refused += check(tiny_job, tmp_path, edit, method, pattern, preset=preset, **extra)
     print(f"\n{len(cases)} strange activations ({preset}): {refused} refused by the layer's name, all others exact")

@@ -26,11 +26,11 @@ from sparsegpt.residence import Residence
 from sparsegpt.streams import ActivationStore
 from sparsegpt.training import (
     BETAS,
+    Batch,
     autocast,
     held_out_count,
     in_float32,
     remembering_gradient_switches,
-    windows_per_batch,
 )
 from sparsegpt.unfuse import unfused
 
@@ -42,9 +42,6 @@ EPSILON = 1e-8
 WARM_UP = 1 / 16
 # Rows of logits that are in float32 at a time.
 ROWS = 256
-
-# Tokens [batch, sequence] and the dense model's hidden states behind its last block [batch, sequence, features].
-Batch = tuple[Tensor, Tensor]
 
 
 class Trained(NamedTuple):
@@ -58,6 +55,7 @@ class Trained(NamedTuple):
 class Distiller:
     """The pruned model as a student, one block at work at a time.
 
+    Its batches pair tokens [batch, sequence] with the dense model's hidden states behind the last block.
     pruned: for each block that is trained, the names of its pruned linears, whose zeros stay zeros. The states are
     where the blocks' parameters are at home, in files if the store keeps activations there.
     """
@@ -266,16 +264,6 @@ def adam_step(state: Trained, gradient: Tensor, number: int, rate: float) -> Non
     state.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
     root = (state.square / (1 - second**number)).sqrt_().add_(EPSILON)
     state.weight.addcdiv_(state.mean, root, value=-rate / (1 - first**number))
-
-
-def training_batches(tokens: Sequence[Tensor], dense: Sequence[Tensor]) -> list[Batch]:
-    """Micro-batches of tokens and of dense hidden states, cut into batches of one training step."""
-    windows = windows_per_batch(tokens[0].shape[1])
-    return [
-        pair
-        for ids, hidden in zip(tokens, dense, strict=True)
-        for pair in zip(ids.split(windows), hidden.split(windows), strict=True)
-    ]
 
 
 def _initial(values: Tensor) -> Iterator[tuple[str, Tensor]]:

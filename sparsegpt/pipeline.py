@@ -20,7 +20,7 @@ from sparsegpt.block_job import BlockJob
 from sparsegpt.blocks import Family, decoder_blocks, family_of
 from sparsegpt.capture import ModelInputs
 from sparsegpt.choices import check_block, check_linear, choose_linears, spread
-from sparsegpt.distill import Distiller, distill, training_batches
+from sparsegpt.distill import Distiller, distill
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
@@ -34,6 +34,7 @@ from sparsegpt.settings import LinearSettings, PruneSettings, resolve_settings, 
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.sparsity import Sparsity
 from sparsegpt.streams import ActivationStore, Streams
+from sparsegpt.training import training_batches
 from sparsegpt.unfuse import unfused
 
 if TYPE_CHECKING:

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from sparsegpt.training import (
     BETAS,
+    Batch,
     autocast,
     held_out_count,
     in_float32,
     remembering_gradient_switches,
-    windows_per_batch,
+    training_batches,
 )
-
-# Inputs and targets [batch, sequence, features].
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def reconstruct_block(
                 output = forward(hidden)
             return relative_loss(output.float(), target)
 
-        return _train(trained, masks, _batches(inputs, targets), loss_of, epochs, learning_rate)
+        return _train(trained, masks, training_batches(inputs, targets), loss_of, epochs, learning_rate)
 
 
 def _train(
@@ -121,16 +119,6 @@ def relative_loss(output: Tensor, target: Tensor) -> Tensor:
     """
     error = (output - target).square().sum(-1)
     return (error / target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)).mean()
-
-
-def _batches(inputs: list[Tensor], targets: list[Tensor]) -> list[Batch]:
-    """Micro-batches cut into training batches."""
-    windows = windows_per_batch(inputs[0].shape[1])
-    return [
-        pair
-        for hidden, target in zip(inputs, targets, strict=True)
-        for pair in zip(hidden.split(windows), target.split(windows), strict=True)
-    ]
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What block-wise training and whole-model distillation have in common: precision, batches, what is put back after."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -14,9 +14,18 @@ TOKENS_PER_BATCH = 1024
 BETAS = (0.9, 0.95)
 
 
-def windows_per_batch(sequence_length: int) -> int:
-    """How many windows make one training step."""
-    return max(1, TOKENS_PER_BATCH // sequence_length)
+# What goes in and what should come out, [batch, sequence, ...] both.
+Batch = tuple[Tensor, Tensor]
+
+
+def training_batches(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Batch]:
+    """Micro-batches of both, cut into batches of one training step."""
+    windows = max(1, TOKENS_PER_BATCH // inputs[0].shape[1])
+    return [
+        pair
+        for ours, wanted in zip(inputs, targets, strict=True)
+        for pair in zip(ours.split(windows), wanted.split(windows), strict=True)
+    ]
 
 
 def held_out_count(batches: int) -> int:

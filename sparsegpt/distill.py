@@ -12,14 +12,14 @@ Weights in float32 and two moments of them are what the whole training keeps: 12
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsegpt.capture import ModelInputs
-from sparsegpt.head import logits_behind, modules_around
+from sparsegpt.head import logits_behind
 from sparsegpt.progress import Progress
 from sparsegpt.reports import EpochReport, PruneReport
 from sparsegpt.residence import Residence
@@ -72,7 +72,6 @@ class Distiller:
         self.model, self.blocks, self.inputs, self.residence = model, blocks, inputs, residence
         self.masked = {index: {f"{name}.weight" for name in names} for index, names in pruned.items()}
         self.states: dict[int, dict[str, Trained]] = {}
-        self.around: list[nn.Module] | None = None
         for index in pruned:
             block = blocks[index]
             home = next(block.parameters()).device
@@ -111,8 +110,8 @@ class Distiller:
         total = 0.0
         for tokens, dense in batches:
             *_, hidden = self._forward(tokens)
-            total += self._compare(tokens, hidden, dense, with_gradient=False)[0]
-        return total / len(batches)
+            total += tokens.numel() * self._compare(tokens, hidden, dense, with_gradient=False)[0]
+        return total / sum(tokens.numel() for tokens, _ in batches)
 
     @torch.no_grad()
     def hidden_behind(self, tokens: Tensor) -> Tensor:
@@ -147,9 +146,7 @@ class Distiller:
     ) -> tuple[float, Tensor]:
         """The divergence at the model's end, and its gradient for the hidden states behind the last block."""
         leaf = hidden.to(self.residence.dtype).requires_grad_(with_gradient)
-        with ExitStack() as visits:
-            for module in self._around(tokens, dense):  # weights that went home before the way back would be missed
-                visits.enter_context(self.residence.visit(module))
+        with self.residence.staying():
             with autocast(leaf.device):
                 logits = logits_behind(self.model, self.blocks, tokens, leaf)
                 with torch.no_grad():
@@ -158,13 +155,6 @@ class Distiller:
             if not with_gradient:
                 return loss, gradient
             return loss, torch.autograd.grad(logits, leaf, gradient)[0]
-
-    def _around(self, tokens: Tensor, dense: Tensor) -> list[nn.Module]:
-        """What must be at work from the logits back to the last block, in a model whose weights come and go."""
-        if self.around is None:
-            attached = self.residence.attached
-            self.around = modules_around(self.model, self.blocks, tokens, dense) if attached else []
-        return self.around
 
     def _backward(self, index: int, hidden: Tensor, gradient: Tensor, number: int, rate: float) -> Tensor:
         """Step the block's parameters; returns the gradient for its inputs."""

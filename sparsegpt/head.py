@@ -48,26 +48,6 @@ def logits_behind(model: "PreTrainedModel", blocks: nn.ModuleList, tokens: Tenso
     return logits
 
 
-@torch.no_grad()
-def modules_around(model: "PreTrainedModel", blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> list[nn.Module]:
-    """The modules with weights of their own, outside of the blocks, that `logits_behind` calls; no input embedding."""
-    inside = {id(module) for block in blocks for module in block.modules()}
-    outside = [module for module in model.modules() if id(module) not in inside]
-    called: dict[nn.Module, None] = {}
-
-    def note(module: nn.Module, args: Any) -> None:
-        called[module] = None
-
-    handles = [module.register_forward_pre_hook(note) for module in outside if module._parameters]
-    try:
-        logits_behind(model, blocks, tokens, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    called.pop(model.get_input_embeddings(), None)
-    return list(called)
-
-
 def _replay(
     model: "PreTrainedModel", part: Callable[..., Any], blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor
 ) -> Any:

@@ -30,12 +30,12 @@ class Residence:
     dtype: torch.dtype
     stored: torch.dtype
     reversible: bool = False
-    # Whether what is called comes to work by itself, see `attach`.
-    attached: bool = field(default=False, init=False)
     # The tensors at home of every parameter that is at work now; those that a settled one had before; nested visits.
     _home: dict[Tensor, Tensor] = field(default_factory=dict)
     _originals: dict[Tensor, Tensor] = field(default_factory=dict)
     _visits: list[list[Tensor]] = field(default_factory=list)
+    # What came to work by being called and stays until `staying` ends; None outside of it.
+    _held: list[Tensor] | None = None
 
     @contextmanager
     def visit(self, module: nn.Module) -> Iterator[None]:
@@ -49,6 +49,16 @@ class Residence:
             yield
         finally:
             self._send_home(brought)
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """What comes to work by being called (`attach`) stays for this long: gradients go back through its weights."""
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            self._send_home(held)
 
     def settle(self, parameter: nn.Parameter, tensor: Tensor) -> None:
         """Give a parameter a new tensor at home; a copy that is at work takes its values."""
@@ -84,7 +94,6 @@ class Residence:
         The input embedding brings the rows of the tokens that it is asked for, not its table. keep: what came to work
         once stays there, for a device with room for the whole model.
         """
-        self.attached = True
         inside = {id(module) for block in blocks for module in block.modules()}
         outside = [
             module
@@ -93,12 +102,13 @@ class Residence:
         ]
         embedding = model.get_input_embeddings()
         for module in [*blocks, *outside]:
-            if module is embedding and not keep:
+            by_rows = module is embedding and not keep
+            if by_rows:
                 module.register_forward_pre_hook(self._arrive_by_rows, with_kwargs=True)
             else:
                 module.register_forward_pre_hook(self._arrive)
             if not keep:
-                module.register_forward_hook(self._leave, always_call=True)
+                module.register_forward_hook(self._leave if by_rows else self._leave_or_stay, always_call=True)
         for module in model.modules():  # small, and some are in no checkpoint: they move for good
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -129,6 +139,12 @@ class Residence:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._send_home(self._visits.pop())
+
+    def _leave_or_stay(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._held is None:
+            self._leave(module, args, output)
+        else:
+            self._held += self._visits.pop()
 
     def _bring(self, module: nn.Module, brought: list[Tensor]) -> None:
         """Copy to work what is at home, and note it in `brought`, one parameter at a time."""

@@ -1,9 +1,11 @@
 """The command's way, weights in files and one block in memory, gives the bits of a model pruned whole in memory."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from sparsegpt import mapped, prune_model
+from sparsegpt import distill, mapped, prune_model
 from sparsegpt.calib_data import draw_windows, load_text
 from sparsegpt.models import load_model
 from sparsegpt.run import run
@@ -31,6 +33,19 @@ def test_so_it_does_with_other_settings(tmp_path, monkeypatch, choices):
 
 def test_so_it_does_with_a_head_of_its_own(tmp_path, monkeypatch):
     compare(tmp_path, monkeypatch, tiny_variant("llama"), "2:4", include_head=True, distill=1, distill_rate=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "opt-projected"])
+def test_gradients_go_back_through_weights_that_are_stored_in_half_precision(tmp_path, monkeypatch, variant):
+    """Norm, projection and head are at home in bfloat16, and at work in float32 until the gradient has passed them."""
+    monkeypatch.setattr(distill, "autocast", lambda device: nullcontext())  # which would multiply by copies
+    tiny_variant(variant).bfloat16().save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    text, model = str(write_text(tmp_path / "text.txt")), str(tmp_path / "model")
+    options = RunOptions(model, text, (), tmp_path / "out", samples=40, sequence_length=LENGTH)
+    settings = resolve_settings("2:4", "paper", method="magnitude", distill=3, distill_rate=1e-3)
+    epochs = run(options, settings)["epochs"]
+    assert epochs[-1]["loss"] < epochs[0]["loss"]
 
 
 def compare(tmp_path, monkeypatch, model, sparsity, *, include_head=False, **choices):

@@ -1,10 +1,6 @@
 """The layer Hessian H = sum over tokens of x x^T: accumulation, damping, and its inverse's Cholesky factor.
 
 Dimension key: T tokens, C in_features.
-
-The factor. SparseGPT needs the upper U with U^T U = (H + damping)^-1. With J the reversal of all columns and
-J H J = L L^T, the matrix V = J L J is upper and H = V V^T, hence U = V^-1: one factorisation and one triangular
-inverse, instead of two factorisations around a full inverse.
 """
 
 import functools
@@ -15,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.factor import inverse_factor, strips
 
 # Tried in this order, first in the requested precision and then in float64, before giving up.
 DAMPING_STEPS = (1, 10, 100)
@@ -38,10 +35,8 @@ class HessianAccumulator:
         if not x_TC.is_cuda:
             x_TC = x_TC.float()  # once, not for every block of columns
         self.tokens += x_TC.shape[0]
-        width = x_TC.shape[1]
-        for start in range(0, width, GRAM_BLOCK):
-            end = min(start + GRAM_BLOCK, width)
-            self._gram[:end, start:end] += exact_product(x_TC[:, :end].T, x_TC[:, start:end])
+        for block in strips(x_TC.shape[1], GRAM_BLOCK):
+            self._gram[: block.stop, block] += exact_product(x_TC[:, : block.stop].T, x_TC[:, block])
 
     @property
     def hessian(self) -> Tensor:
@@ -50,12 +45,10 @@ class HessianAccumulator:
 
     def take(self) -> Tensor:
         """The sum as `hessian` gives it, in the accumulator's own memory: for whoever adds nothing any more."""
-        width = self._gram.shape[0]
-        for start in range(0, width, GRAM_BLOCK):
-            end = min(start + GRAM_BLOCK, width)
-            self._gram[start:end, :start] = self._gram[:start, start:end].T
-            corner = self._gram[start:end, start:end].triu()
-            self._gram[start:end, start:end] = corner + corner.triu(1).T
+        for block in strips(len(self._gram), GRAM_BLOCK):
+            self._gram[block, : block.start] = self._gram[: block.start, block].T
+            corner = self._gram[block, block].triu()
+            self._gram[block, block] = corner + corner.triu(1).T
         return self._gram
 
 
@@ -128,8 +121,10 @@ class DampedHessian:
     @functools.cached_property
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of (H + damping)^-1, [C]."""
-        lengths_C: Tensor = torch.linalg.vector_norm(self.inverse_factor, dim=0)
-        return lengths_C.square()
+        squares_C = torch.zeros_like(self.raw.diagonal())
+        for rows in self.inverse_factor.split(GRAM_BLOCK):
+            squares_C += rows.square().sum(0)
+        return squares_C
 
     def release_factor(self) -> None:
         """Let the inverse factor go, unless it is to be kept; what was derived from it stays known.
@@ -188,52 +183,3 @@ class ScaledHessian:
         part_KC = (self._raw[rows] / self._scale_C).div_(self._scale_C[rows, None])
         part_KC.diagonal(rows.start or 0).copy_(self._diagonal_C[rows])
         return part_KC
-
-
-def inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Upper U with U^T U = matrix^-1 for a symmetric matrix [C, C]; None where it is not positive definite.
-
-    The matrix's own memory is used up: a wide layer's Hessian may be larger than its block's weights. With J the
-    reversal of an axis, J A J = L L^T gives U = J L^-1 J.
-    """
-    lower = cholesky_in_place(_reverse(matrix.contiguous()))
-    if lower is None:
-        return None
-    invert_lower(lower)
-    factor = _reverse(lower)
-    return factor if all(torch.isfinite(rows).all() for rows in factor.split(GRAM_BLOCK)) else None
-
-
-def cholesky_in_place(matrix: Tensor) -> Tensor | None:
-    """Lower L [C, C], L L^T = matrix, in a contiguous matrix's own memory; None where it is not positive definite."""
-    # LAPACK counts by columns: what it calls the upper factor of the transposed view is the lower one here.
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    _, failed = torch.linalg.cholesky_ex(matrix.T, upper=True, out=(matrix.T, info))
-    return None if failed else matrix
-
-
-def _reverse(matrix: Tensor) -> Tensor:
-    """Reverse both axes of a contiguous matrix in place."""
-    flat = matrix.view(-1)
-    half = len(flat) // 2
-    for start in range(0, half, GRAM_BLOCK**2):
-        end = min(start + GRAM_BLOCK**2, half)
-        front = flat[start:end].clone()
-        flat[start:end] = flat[len(flat) - end : len(flat) - start].flip(0)
-        flat[len(flat) - end : len(flat) - start] = front.flip(0)
-    return matrix
-
-
-def invert_lower(lower: Tensor, base: int = 128) -> None:
-    """Invert a lower triangular matrix [C, C] in place, by halves: a third of the work of a general solve."""
-    size = lower.shape[0]
-    if size <= base:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = size // 2
-    top, bottom, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    invert_lower(top, base)
-    product = corner @ top
-    invert_lower(bottom, base)
-    corner.addmm_(bottom, product, beta=0, alpha=-1)

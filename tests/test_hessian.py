@@ -11,8 +11,6 @@ from sparsegpt.hessian import (
     ScaledHessian,
     exact_product,
     full_precision_matmul,
-    inverse_factor,
-    invert_lower,
 )
 
 from .support import damped, random_layer, refused
@@ -86,30 +84,7 @@ def test_matmul_precision_of_the_process_comes_back(precision):
         torch.set_float32_matmul_precision("highest")
 
 
-# The factor
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 64])
-def test_inverse_factor_is_upper_and_squares_to_the_inverse(size):
-    matrix = damped(random_layer(1, size)[1])
-    factor = inverse_factor(matrix.clone())  # whose memory it uses up
-    assert torch.equal(factor, factor.triu())
-    assert (factor.diagonal() > 0).all()
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(matrix), rtol=1e-9, atol=1e-12)
-
-
-def test_inverse_factor_of_an_indefinite_matrix_is_none():
-    assert inverse_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]])) is None
-
-
-@pytest.mark.parametrize("base", [1, 2, 3, 128])
-@pytest.mark.parametrize("size", [1, 2, 5, 16, 33])
-def test_triangular_inverse(size, base):
-    lower = (normal(size, size).double().tril(-1) * 0.3) + torch.eye(size, dtype=torch.float64)
-    inverse = lower.clone()
-    invert_lower(inverse, base)
-    assert torch.equal(inverse, inverse.tril())
-    torch.testing.assert_close(inverse @ lower, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-10)
+# Damping
 
 
 def test_solve_is_a_product_with_the_inverse():
@@ -117,9 +92,6 @@ def test_solve_is_a_product_with_the_inverse():
     expected = weight.double() @ torch.linalg.inv(damped(raw, 0.05))
     found = DampedHessian(raw, 0.05, dtype=torch.float64).solve(weight.double())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
-
-# Damping
 
 
 @given(damping=st.floats(1e-4, 1.0), scale=st.floats(1e-6, 1e6))

@@ -15,6 +15,7 @@ FOLDERS["calib_data"] = "sparsegpt.calib_data"
 
 FLOORS = {
     "errors": 0,
+    "factor": 0,
     "sparsity": 0,
     "experts": 1,
     "masks": 1,

@@ -32,7 +32,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparsegpt.hessian import DampedHessian, ScaledHessian, cholesky_in_place
+from sparsegpt.factor import cholesky_in_place, invert_lower, square_lower
+from sparsegpt.hessian import DampedHessian, ScaledHessian
 from sparsegpt.masks import layer_mask, rough_mask
 from sparsegpt.solvers.products import Multiplier, pieces
 from sparsegpt.solvers.refit import descend, row_losses
@@ -116,8 +117,8 @@ def _resolvent(matrix: ScaledHessian, rho: float) -> Tensor:
     lower = cholesky_in_place(shifted)
     if lower is None:
         lower = torch.linalg.cholesky(_plus_diagonal(matrix[:], rho).double())
-    torch.cholesky_inverse(lower.T, upper=True, out=lower.T)  # a matrix by columns needs no copy; it is symmetric
-    return lower.mul_(rho).to(matrix.dtype)
+    invert_lower(lower)
+    return square_lower(lower).mul_(rho).to(matrix.dtype)
 
 
 def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:

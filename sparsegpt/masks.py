@@ -5,7 +5,7 @@ Dimension key: R out_features, C in_features, G groups, M inputs of one group, P
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -29,7 +29,7 @@ def nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
     saliency: [R, C] with C divisible by m. Returns a bool mask [R, C] with exactly n True in every group.
     """
     if pattern.n <= ROUGH_LIMIT:
-        mask_CR = rough_mask(saliency.T.contiguous(), pattern)
+        mask_CR = _rough_nm_mask(saliency.T.contiguous(), pattern)
         if mask_CR.count_nonzero() * pattern.m == saliency.numel() * pattern.n:  # nothing tied
             return mask_CR.T.contiguous()
     columns = saliency.shape[1] // pattern.m
@@ -117,23 +117,30 @@ def layer_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:
     return unstructured_mask(saliency, round(pattern.fraction * saliency.numel()))
 
 
-def rough_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:
-    """`layer_mask` for a step of a search, of saliencies that lie as [C, R]: quicker, and its counts may be off a bit.
+def rough_rule(weights: Sequence[Tensor], pattern: Sparsity) -> Callable[[Tensor], Tensor]:
+    """What keeps the largest weights in a step of a search: a function from some of them, [C, R], to their mask.
 
-    Equal saliencies are kept together, and the threshold of a fraction of a large layer comes from a sample.
+    weights: all parts of a layer, [C, R] each. Quicker than `layer_mask`, and the counts may be off a bit: equal
+    magnitudes are kept together, and the threshold of a fraction of the layer comes from a sample.
     """
     if isinstance(pattern, NM):
-        if pattern.n > ROUGH_LIMIT:
-            return nm_mask(saliency.T, pattern).T
-        saliency_GMR = rearrange(saliency, "(g m) r -> g m r", m=pattern.m)
-        smallest_G1R = _nth_largest(saliency_GMR.unbind(1), pattern.n)[:, None]
-        return rearrange(saliency_GMR >= smallest_G1R, "g m r -> (g m) r")
+        return lambda part: _rough_nm_mask(part.abs(), pattern)
     if pattern.per_row:
-        return layer_mask(saliency.T, pattern).T
-    stride = saliency.numel() // ROUGH_SAMPLE | 1  # odd: an even one could meet only some of the columns
-    sample = saliency.flatten()[::stride]
+        return lambda part: layer_mask(part.abs().T, pattern).T
+    stride = sum(part.numel() for part in weights) // ROUGH_SAMPLE | 1  # odd: an even one could meet few of the columns
+    sample = torch.cat([part.flatten()[::stride] for part in weights]).abs()
     zeros = round(pattern.fraction * len(sample))
-    return saliency > sample.kthvalue(zeros).values if zeros else torch.ones_like(saliency, dtype=torch.bool)
+    threshold = sample.kthvalue(zeros).values if zeros else -1
+    return lambda part: part.abs() > threshold
+
+
+def _rough_nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
+    """`nm_mask` of saliencies that lie as [C, R]; equal ones are kept together."""
+    if pattern.n > ROUGH_LIMIT:
+        return nm_mask(saliency.T, pattern).T
+    saliency_GMR = rearrange(saliency, "(g m) r -> g m r", m=pattern.m)
+    smallest_G1R = _nth_largest(saliency_GMR.unbind(1), pattern.n)[:, None]
+    return rearrange(saliency_GMR >= smallest_G1R, "g m r -> (g m) r")
 
 
 def _nth_largest(members: Sequence[Tensor], n: int) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegpt import masks
-from sparsegpt.masks import layer_mask, nm_mask, rough_mask, row_mask, unstructured_mask
+from sparsegpt.masks import layer_mask, nm_mask, rough_rule, row_mask, unstructured_mask
 from sparsegpt.sparsity import NM, Unstructured
 
 from .support import brute_layer_mask, brute_mask, brute_nm_mask, brute_row_mask
@@ -105,23 +105,27 @@ def test_layer_mask_of_a_pattern_is_the_group_mask(rows):
     assert torch.equal(layer_mask(saliency, NM(2, 4)), nm_mask(saliency, NM(2, 4)))
 
 
-def lying(saliency):
-    """[R, C] as [C, R], the way rough_mask reads it."""
-    return saliency.T.contiguous()
+def rough_mask(saliency, pattern, parts=1):
+    """What `rough_rule` keeps of saliencies [R, C], read in parts of some rows."""
+    columns = [part.T.contiguous() for part in saliency.chunk(parts)]
+    kept = rough_rule(columns, pattern)
+    return torch.cat([kept(part).T for part in columns])
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, Unstructured(0.0), Unstructured(0.3), Unstructured(0.7, True)], ids=str)
-def test_rough_mask_of_a_small_layer_without_ties_is_exact(pattern):
+def test_rough_rule_of_a_small_layer_without_ties_is_exact(pattern):
     columns = 2 * getattr(pattern, "m", 10)
     saliency = torch.randperm(5 * columns, generator=torch.Generator().manual_seed(0)).float().view(5, columns)
-    assert torch.equal(rough_mask(lying(saliency), pattern).T, brute_layer_mask(saliency, pattern))
+    sign = torch.ones_like(saliency).index_fill(1, torch.arange(0, columns, 3), -1)
+    for parts in (1, 2, 5):
+        assert torch.equal(rough_mask(saliency * sign, pattern, parts), brute_layer_mask(saliency, pattern))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @given(data=st.data())
-def test_rough_mask_differs_from_the_exact_one_by_ties_alone(pattern, data):
+def test_rough_rule_differs_from_the_exact_one_by_ties_alone(pattern, data):
     saliency = data.draw(saliencies(pattern.m))
-    rough, exact = rough_mask(lying(saliency), pattern).T, brute_nm_mask(saliency, pattern)
+    rough, exact = rough_mask(saliency, pattern), brute_nm_mask(saliency, pattern)
     assert (rough | ~exact).all()
     groups = saliency.view(-1, pattern.m)
     smallest = groups.masked_fill(~exact.view_as(groups), float("inf")).amin(1, keepdim=True).expand_as(groups)
@@ -130,10 +134,10 @@ def test_rough_mask_differs_from_the_exact_one_by_ties_alone(pattern, data):
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
-def test_rough_mask_of_a_large_layer_keeps_about_the_share(fraction):
+def test_rough_rule_of_a_large_layer_keeps_about_the_share(fraction):
     generator = torch.Generator().manual_seed(0)
     # Columns of very different sizes: a sample of some columns alone would be far off.
-    saliency = torch.rand(1024, 512, generator=generator) * torch.rand(1024, 1, generator=generator)
+    saliency = torch.rand(512, 1024, generator=generator) * torch.rand(1024, generator=generator)
     with patch.object(masks, "ROUGH_SAMPLE", 2**14):
-        kept = rough_mask(saliency, Unstructured(fraction)).float().mean()
-    assert kept == pytest.approx(1 - fraction, abs=0.02)
+        kept = [rough_mask(saliency, Unstructured(fraction), parts).float().mean() for parts in (1, 4)]
+    assert kept == pytest.approx([1 - fraction] * 2, abs=0.02)

@@ -2,11 +2,11 @@
 
 After ALPS (Meng et al. 2024, arXiv:2406.07831) and Boza 2024 (arXiv:2401.02938). From SparseGPT's result, with columns
 scaled so that H and H^-1 have the same diagonal, alternate
-    W <- argmin tr((T - W) H (T - W)^T) + rho ||W - Z + V||^2  =  T + rho (Z - V - T) (H + rho)^-1
-    W <- a W + (1 - a) Z                                          (over-relaxation, a falling to 1)
-    Z <- projection of W + V to the pattern
-    V <- V + W - Z
-with one rho, then refit the kept weights. The scale lies halfway between those of Wanda and SparseGPT, sqrt(H_jj) and
+    Z <- projection of S to the pattern
+    W <- argmin tr((T - W) H (T - W)^T) + rho ||W - (2 Z - S)||^2  =  T + rho (2 Z - S - T) (H + rho)^-1
+    S <- S + a (W - Z)                                             (over-relaxation, a falling to 1)
+with one rho, then refit the kept weights. S is the sum of the weights and the scaled dual variable, which is S - Z
+(so Eckstein & Bertsekas 1992). The scale lies halfway between those of Wanda and SparseGPT, sqrt(H_jj) and
 1 / sqrt((H^-1)_jj). Written with T taken out, one iteration is one product with one inverse. As it only has to lead to
 a mask, it is a quick product (`solvers.products`) with a projection whose count may be off a bit; the last projection
 is exact.
@@ -27,14 +27,12 @@ and 16 of a 135M-parameter Llama, with bfloat16 products except in the second li
 Dimension key: R out_features, C in_features. Weights of the search lie as [C, R].
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from sparsegpt.factor import cholesky_in_place, invert_lower, square_lower
 from sparsegpt.hessian import DampedHessian, ScaledHessian
-from sparsegpt.masks import layer_mask, rough_mask
+from sparsegpt.masks import layer_mask, rough_rule
 from sparsegpt.solvers.products import Multiplier, pieces
 from sparsegpt.solvers.refit import descend, row_losses
 from sparsegpt.solvers.sparsegpt import sweep
@@ -81,34 +79,38 @@ def _alternate(
     """The last Z in scaled columns, and its mask, [R, C] each."""
     sparse_RC, mask_RC = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
     resolvent = Multiplier(_resolvent(hessian, RHO))
-    for rows in _independent_rows(weight, pattern):
-        target_CR, sparse_CR = ((tensor[rows] * scale_C).T.contiguous() for tensor in (weight, start))
-        shifted_RC = _shifted(target_CR, resolvent, pattern, sparse_CR).T.contiguous()
-        mask_RC[rows] = layer_mask(shifted_RC.abs(), pattern)
+    for parts in _bound_together(weight, pattern):
+        shifted = _scaled_columns(start, scale_C, parts)
+        _iterate(_scaled_columns(weight, scale_C, parts), shifted, resolvent, pattern)
+        for rows in parts:
+            sparse_RC[rows] = shifted.pop(0).T
+        together = slice(parts[0].start, parts[-1].stop)
+        mask_RC[together] = layer_mask(sparse_RC[together].abs(), pattern)
         # As in the sweep: quicker than masked_fill, and no -0.0.
-        torch.mul(shifted_RC, mask_RC[rows], out=sparse_RC[rows]).add_(0.0)
+        sparse_RC[together].mul_(mask_RC[together]).add_(0.0)
     return sparse_RC, mask_RC
 
 
-def _independent_rows(weight: Tensor, pattern: Sparsity) -> Iterator[slice]:
-    """All rows at once where one threshold is for the whole layer."""
-    if isinstance(pattern, NM) or pattern.per_row:
-        return pieces(weight)
-    return iter([slice(None)])
+def _bound_together(weight: Tensor, pattern: Sparsity) -> list[list[slice]]:
+    """Pieces of rows in lists: all in one where a threshold is for the whole layer, else every piece for itself."""
+    parts = list(pieces(weight))
+    return [[rows] for rows in parts] if isinstance(pattern, NM) or pattern.per_row else [parts]
 
 
-def _shifted(target_CR: Tensor, resolvent: Multiplier, pattern: Sparsity, sparse_CR: Tensor) -> Tensor:
-    """W + V of the last iteration, [C, R], for scaled targets. sparse_CR: where Z starts."""
-    dual_CR, change_CR = torch.zeros_like(target_CR), torch.empty_like(target_CR)
-    shifted_CR = sparse_CR
+def _scaled_columns(weight: Tensor, scale_C: Tensor, parts: list[slice]) -> list[Tensor]:
+    """Rows of weight [R, C] with scaled columns, as [C, R]."""
+    return [(weight[rows] * scale_C).T.contiguous() for rows in parts]
+
+
+def _iterate(targets: list[Tensor], shifted: list[Tensor], resolvent: Multiplier, pattern: Sparsity) -> None:
+    """The iterations on pieces [C, R] of the scaled targets T and of S, which is Z at first; S in place."""
     for iteration, relaxation in enumerate(RELAXATIONS):
-        if iteration:
-            torch.mul(shifted_CR, rough_mask(shifted_CR.abs(), pattern), out=sparse_CR)
-            torch.sub(shifted_CR, sparse_CR, out=dual_CR)
-        torch.sub(sparse_CR, dual_CR, out=change_CR).sub_(target_CR)
-        dense_CR = resolvent.times(change_CR).add_(target_CR).lerp_(sparse_CR, 1 - relaxation)
-        shifted_CR = dual_CR.add_(dense_CR)
-    return shifted_CR
+        kept = rough_rule(shifted, pattern)
+        for target_CR, shifted_CR in zip(targets, shifted, strict=True):
+            sparse_CR = shifted_CR * kept(shifted_CR) if iteration else shifted_CR
+            change_CR = shifted_CR.lerp(sparse_CR, 2).sub_(target_CR)
+            dense_CR = resolvent.times(change_CR).add_(target_CR)
+            shifted_CR.add_(dense_CR.sub_(sparse_CR), alpha=relaxation)
 
 
 def _resolvent(matrix: ScaledHessian, rho: float) -> Tensor:

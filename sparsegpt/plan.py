@@ -23,7 +23,6 @@ from sparsegpt.pipeline import TOKENS_PER_STEP
 from sparsegpt.settings import CORRECTIONS, PruneSettings
 from sparsegpt.solvers.layer import parse_method
 from sparsegpt.solvers.products import PIECE, PIECE_ON_GPU
-from sparsegpt.sparsity import NM
 from sparsegpt.training import TOKENS_PER_BATCH
 
 if TYPE_CHECKING:
@@ -33,15 +32,14 @@ if TYPE_CHECKING:
 LIBRARIES = 400 << 20
 CUDA_CONTEXT = 600 << 20
 # Copies of [C, C] and [R, C] float32, and of pieces of the latter, that a method holds at its worst moments, the
-# Hessian and its factor included. admm's are the resolvent and the refit; where one threshold is for a whole layer, it
-# searches all rows at once.
+# Hessian and its factor included. admm's are the resolvent and the refit.
 SOLVER_COPIES = {
     "magnitude": ((1.0, 3.0, 0),),
     "wanda": ((1.0, 3.0, 0),),
     "sparsegpt": ((2.3, 4.0, 0),),
     "admm": ((2.5, 2.0, 2), (2.0, 5.0, 5)),
 }
-WHOLE_SEARCH_COPIES, REFIT_COPIES = (2.0, 9.0, 0), (3.0, 6.0, 5)
+REFIT_COPIES = (3.0, 6.0, 5)
 # A GPU's library copies what it inverts, and weights in halves become float32; not measured yet.
 MORE_ON_GPU = (1.0, 1.0)
 # While targets are corrected: Hessian and drift, then the factor in its place; each linear's target waits for its turn.
@@ -286,7 +284,7 @@ def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool
     """What the solver holds at its worst moment; the factor stays for those that share it."""
     square, layer = group.inputs**2, group.inputs * group.outputs
     piece = min(layer, PIECE_ON_GPU if on_gpu else PIECE)
-    moments = [copies for method in settings.values_of("method") for copies in _copies(method, settings)]
+    moments = [copies for method in settings.values_of("method") for copies in _copies(method)]
     targets = 0
     if _corrects(settings):
         moments.append(CORRECTION_COPIES)
@@ -324,14 +322,11 @@ def _corrects(settings: PruneSettings) -> bool:
     return any(max(settings.values_of(share)) > 0 for share in CORRECTIONS)
 
 
-def _copies(method: str, settings: PruneSettings) -> Iterator[tuple[float, float, int]]:
+def _copies(method: str) -> Iterator[tuple[float, float, int]]:
     base, _, _ = method.partition("+")
     yield from SOLVER_COPIES[base]
     if parse_method(method).refit:
         yield REFIT_COPIES
-    by_rows = all(isinstance(sparsity, NM) or sparsity.per_row for sparsity in settings.values_of("sparsity"))
-    if base == "admm" and not by_rows:
-        yield WHOLE_SEARCH_COPIES
 
 
 def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from sparsegpt.eval.bench_solver import SIZES, bench_solver
 from sparsegpt.kernels.bench import SHAPES, bench_kernels
+from sparsegpt.kernels.measured import judge, machine_name, to_plain
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.settings import resolve_settings
 
@@ -87,7 +88,8 @@ class GpuBench:
         shapes, tokens = ((64, 128),) if self.small else KERNEL_SHAPES, (1, 4) if self.small else TOKENS
         dtypes = (torch.bfloat16,)
         found = bench_kernels(device=str(self.device), shapes=shapes, tokens=tokens, dtypes=dtypes)
-        return asdict(found)
+        rows = judge(machine_name(self.device), found.rows)
+        return {**asdict(found), "measured": [to_plain(row) for row in rows]}
 
     def _solver(self) -> list[dict[str, Any]]:
         sizes = ((128, 128),) if self.small else SIZES

@@ -3,6 +3,7 @@
 The models are written for the occasion: one random block of a Llama, under as many names as there are blocks.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -29,23 +30,27 @@ class MemoryRow:
 
     blocks: int
     preset: str
+    pattern: str
     model_bytes: int
     block_bytes: int
     peak_bytes: int
     planned_bytes: int
 
 
-def bench_memory(blocks: tuple[int, ...], presets: tuple[str, ...]) -> Iterator[MemoryRow]:
-    """One row a model and preset; needs disk for two float32 models of that many blocks."""
+def bench_memory(
+    blocks: tuple[int, ...], presets: tuple[str, ...], patterns: tuple[str, ...] = ("2:4",)
+) -> Iterator[MemoryRow]:
+    """One row a model, preset and pattern; needs disk for two float32 models of that many blocks."""
     with tempfile.TemporaryDirectory() as folder:
         for count in blocks:
             model = Path(folder) / f"blocks-{count}"
             block_bytes = write_model_of_equal_blocks(model, count)
-            for preset in presets:
-                report = _run(model, preset)
+            for preset, pattern in itertools.product(presets, patterns):
+                report = _run(model, preset, pattern)
                 yield MemoryRow(
                     blocks=count,
                     preset=preset,
+                    pattern=pattern,
                     model_bytes=sum(path.stat().st_size for path in model.glob("*.safetensors")),
                     block_bytes=block_bytes,
                     peak_bytes=report["peak_private_memory_bytes"],
@@ -91,10 +96,12 @@ def write_model_of_equal_blocks(folder: Path, blocks: int) -> int:
     return sum(tensor.nbytes for tensor in block.values())
 
 
-def _run(model: Path, preset: str) -> dict[str, Any]:
+def _run(model: Path, preset: str, pattern: str) -> dict[str, Any]:
     """A whole run in a process of its own, whose peak is nobody else's."""
     out = model.with_name(f"{model.name}-{preset}")
-    words = f"run --model {model} --calib {model / 'calibration.txt'} --eval none --sparsity 2:4 --preset {preset}"
+    words = (
+        f"run --model {model} --calib {model / 'calibration.txt'} --eval none --sparsity {pattern} --preset {preset}"
+    )
     words += f" --samples {SAMPLES} --seqlen {LENGTH} --activations disk --out {out} --overwrite --quiet --device cpu"
     command = [sys.executable, "-m", "sparsegpt", *words.split()]
     done = subprocess.run(command, check=False, capture_output=True, text=True)

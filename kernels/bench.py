@@ -14,7 +14,7 @@ import functools
 import gc
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import cpu
 from .dispatch import ROUTES, choose
 from .pack import Packed24, unpack
-from .quantized import quantize
+from .quantized import dequantize, quantize
+from .quantized_linear import INTEGER_ROUTES, Typed24, choose_integer
 from .trial import UNTRIED, failure, random_packed, trial
 
 try:
@@ -102,10 +102,12 @@ def bench_kernels(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
     rounds: int = 31,
     copy_bytes: int = 1 << 28,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> KernelBench:
     """Time the library's dense product and every route that can serve, for each shape, dtype and number of tokens.
 
-    A route whose result is wrong, or that does not run, is reported and not timed.
+    A route whose result is wrong, or that does not run, is reported and not timed. tell(line) is called as each shape
+    begins.
     """
     target = torch.device(device)
     tokens = tuple(tokens)
@@ -114,6 +116,7 @@ def bench_kernels(
     rows: list[KernelRow] = []
     failed: list[KernelFailure] = []
     for shape in shapes:
+        tell(f"{shape[0]} x {shape[1]}")
         weights = {dtype: random_packed(shape, dtype, target) for dtype in dtypes}
         dense = {dtype: unpack(weight) for dtype, weight in weights.items()}
         for count in tokens:
@@ -204,6 +207,7 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
 class _Candidate:
     run: Callable[[], Tensor]
     bytes_read: int
+    chosen: bool = False
 
 
 def _bench_one(
@@ -218,15 +222,12 @@ def _bench_one(
     for dtype, weight in weights.items():
         inputs = torch.randn(tokens, weight.shape[1], device=weight.values.device).to(dtype)
         candidates["library", dtype] = _Candidate(_library(inputs, dense[dtype]), dense[dtype].nbytes)
-        expected = functional.linear(inputs.float(), dense[dtype].float())
-        for name, candidate in _routed(weight, inputs).items():
+        for name, candidate, expected in (*_routed(weight, inputs, dense[dtype]), *_integer(weight, inputs)):
             reason = tried.get(name) or failure(candidate.run, expected)
             if reason is None:
                 candidates[name, dtype] = candidate
             else:
                 failed.append(KernelFailure(name, _name(dtype), *weight.shape, tokens, reason))
-        for name, candidate in _integer(weight, inputs).items():
-            candidates[name, dtype] = candidate
     device = next(iter(weights.values())).values.device
     seconds = _by_key(candidates, device, rounds)
     best_dense = min(time_ for (name, _), time_ in seconds.items() if name == "library")
@@ -246,7 +247,6 @@ def _row(
     best_dense: float,
 ) -> KernelRow:
     name, dtype = key
-    choice = choose(weight)
     return KernelRow(
         kernel=name,
         dtype=_name(dtype),
@@ -258,7 +258,7 @@ def _row(
         speedup=seconds["library", dtype] / seconds[key],
         speedup_over_best_dense=best_dense / seconds[key],
         ceiling=dense_bytes / candidate.bytes_read,
-        chosen=name == choice.route(tokens),
+        chosen=candidate.chosen,
     )
 
 
@@ -278,38 +278,28 @@ def _library(inputs: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     return lambda: functional.linear(inputs, weight)
 
 
-def _routed(weight: Packed24, inputs: Tensor) -> dict[str, _Candidate]:
-    """Every route that can serve the weight; on a GPU the dense one is the library's own."""
-    found = {}
+def _routed(weight: Packed24, inputs: Tensor, dense: Tensor) -> Iterator[tuple[str, _Candidate, Tensor]]:
+    """(name, candidate, what it should give) of every route that can serve; on a GPU the dense one is the library's."""
+    expected, chosen = functional.linear(inputs.float(), dense.float()), choose(weight).route(len(inputs))
     for name, route in ROUTES.items():
         if name != "resident" and route.refusal(weight) is None:  # a kept dense weight is the library's product
             run = functools.partial(route.run, route.prepare(weight), inputs, None)
-            found[name] = _Candidate(run, weight.nbytes)
-    return found
+            yield name, _Candidate(run, weight.nbytes, name == chosen), expected
 
 
-def _integer(weight: Packed24, inputs: Tensor) -> dict[str, _Candidate]:
-    """int8 and int4 values through the kernels that take them here."""
-    if weight.values.device.type == "cpu":
-        forms = {bits: quantize(weight, bits) for bits in (8, 4)}
-        return {
-            f"cpu int{bits}": _Candidate(functools.partial(cpu.matmul_integer, small, inputs), small.nbytes)
-            for bits, small in forms.items()
-            if cpu.refuse_integer(small, inputs.dtype) is None
-        }
-    if ROUTES["portable"].refusal(weight) is not None or inputs.dtype == torch.float32:
-        return {}
-    from . import mma_sp, mma_sp_int4, portable
-
-    found = {}
+def _integer(weight: Packed24, inputs: Tensor) -> Iterator[tuple[str, _Candidate, Tensor]]:
+    """The same for int8 and int4 values, where a kernel takes them."""
     for bits in (8, 4):
-        small = quantize(weight, bits)
-        run = functools.partial(portable.matmul_integer, small, inputs)
-        found[f"portable int{bits}"] = _Candidate(run, small.nbytes)
-    if mma_sp.refusal(weight) is None:
-        run = functools.partial(mma_sp_int4.matmul, mma_sp_int4.prepare(small), inputs)
-        found["mma_sp int4"] = _Candidate(run, small.nbytes)
-    return found
+        small = Typed24(quantize(weight, bits), inputs.dtype)
+        serving = [name for name, route in INTEGER_ROUTES.items() if route.refusal(small) is None]
+        if serving == ["dense"]:
+            continue
+        expected = functional.linear(inputs.float(), unpack(dequantize(small.weight, torch.float32)))
+        chosen = choose_integer(small).route(len(inputs))
+        for name in serving:
+            route = INTEGER_ROUTES[name]
+            run = functools.partial(route.run, route.prepare(small), inputs, None)
+            yield f"{name} int{bits}", _Candidate(run, small.weight.nbytes, name == chosen), expected
 
 
 def _time_once(run: Callable[[], object], device: torch.device) -> float:

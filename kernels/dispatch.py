@@ -1,21 +1,20 @@
 """Which kernel computes x W^T for a packed 2:4 weight: routes, the measured table, and the choice.
 
-    few tokens (at most `Choice.tokens`): the sparse route that won on this kind of device, dtype and shape
-    more tokens, or no route that won: dense, the library's matmul on the weight decompressed for the call (on a CPU
-        block by block of rows, so that the dense weight never leaves the cache; on a GPU it is decompressed once and
-        kept, 25/16 of the dense memory)
+    few tokens, and many where one wins there: the sparse route that won on this kind of device, dtype and size
+    else: dense, the library's matmul on the weight decompressed for the call (on a CPU block by block of rows, so that
+        the dense weight never leaves the cache; on a GPU it is decompressed once and kept, 25/16 of the dense memory)
     asked for by `resident`: as above, but the dense weight is decompressed once and kept on a CPU as well, 25/16 of the
         dense memory in 16 bits; then many tokens cost what they cost the dense model
 
-Dense is always a candidate. A sparse route is chosen by itself only where a row of `MEASURED` says that it was faster;
-no GPU kernel of ours has been measured on a GPU yet, so on CUDA the automatic choice is dense and the sparse routes are
-taken when asked for."""
+Dense is always a candidate. A sparse route is chosen by itself only where a row of the table says that it was faster
+(measured.py). The shipped table has no row of a GPU yet: there the automatic choice is dense until `sparsegpt tune` has
+measured, and the sparse routes are taken when asked for."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,12 @@ from sparsegpt.errors import SparseGPTError
 
 from . import cpu, semi_structured
 from .fragments import Fragments, to_fragments
+from .measured import ANY, Measured, Step, find, in_words
 from .pack import Packed24
 
 # Why kernels cannot multiply in a dtype on a device, or None.
 Refusal = Callable[[torch.device, torch.dtype], str | None]
 
-ANY = 1 << 62  # tokens: a forced route serves every call
 _TILE_ROWS = 64
 _CPU_SWIGLU_TOKENS = 1  # 1.02 to 1.07 times two products and torch's silu; from 8 tokens on it was slower
 BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time on a CPU: what a last-level cache holds
@@ -61,48 +60,25 @@ class Route:
 
 @dataclass(frozen=True)
 class Choice:
-    """Route `few` up to `tokens` tokens, route `many` above; `why` is one clause for the user."""
+    """Which route serves how many tokens: ascending steps, the last without a limit. `why` is a clause for the user."""
 
-    few: str
-    tokens: int
+    steps: tuple[Step, ...]
     why: str
-    many: str = "dense"
 
     def route(self, tokens: int) -> str:
         """The route for so many tokens."""
-        return self.few if tokens <= self.tokens else self.many
+        for limit, route in self.steps:  # asked for every product: a generator would cost more
+            if tokens <= limit:
+                return route
+        return self.steps[-1][1]
+
+    def __str__(self) -> str:
+        return f"{in_words(self.steps)} ({self.why})"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One result: on this device and dtype, for weights of at most `weights` elements, `route` wins to `tokens` tokens.
-
-    `path` is the CPU path it was measured on (cpu.LEVELS) or "cuda"; `ratio` is dense time / sparse time for
-    one token. `resident_tokens` is up to where it also beats a dense weight that is kept. The first row that fits
-    decides.
-    """
-
-    device: str
-    path: str
-    dtype: torch.dtype
-    weights: int
-    route: str
-    tokens: int
-    resident_tokens: int
-    ratio: str
-
-
-# CPU rows: one core of an AMD EPYC (Zen 5), torch 2.13, candidates taking turns, shapes from 576 x 1536 to
-# 14336 x 4096 (tables in BENCHMARKS.md). `tokens` is where the decompressing route catches up; `ratio` is over torch's
-# linear on the dense weight. The AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
-MEASURED = (
-    Measured("cpu", "avx512_bf16", torch.bfloat16, 1 << 23, "cpu", 64, 32, "2.2 to 3.7"),
-    Measured("cpu", "avx512_bf16", torch.bfloat16, ANY, "cpu", 32, 16, "3.0 to 3.9"),
-    Measured("cpu", "avx512_bf16", torch.float32, 1 << 23, "cpu", 1024, 1024, "0.9 to 3.1"),
-    Measured("cpu", "avx512_bf16", torch.float32, ANY, "cpu", 64, 64, "1.9 to 2.8"),
-    Measured("cpu", "avx2", torch.float32, 1 << 20, "cpu", 8, 4, "0.9 to 1.2"),
-    Measured("cpu", "avx2", torch.float32, ANY, "cpu", 20, 16, "1.2 to 5.4"),
-)
+def asked_for(route: str) -> Choice:
+    """One route for every call."""
+    return Choice(((ANY, route),), "asked for")
 
 
 def choose(weight: Packed24, kernels: str = "auto") -> Choice:
@@ -112,30 +88,35 @@ def choose(weight: Packed24, kernels: str = "auto") -> Choice:
         SparseGPTError: `kernels` is not one of KERNELS, or names a route that cannot serve this weight.
     """
     if kernels in ("auto", "resident"):
-        return _choose_measured(weight, "dense" if kernels == "auto" else kernels)
+        measured = find(weight.values.device, weight.values.dtype, "", weight.shape[0] * weight.shape[1])
+        return from_measured(measured, weight, ROUTES, "dense" if kernels == "auto" else kernels)
     if kernels not in ROUTES:
         raise SparseGPTError(f"kernels: expected one of {', '.join(KERNELS)}; found {kernels!r}")
     reason = ROUTES[kernels].refusal(weight)
     if reason is not None:
         raise SparseGPTError(f"kernels={kernels}: {reason}; use --kernels auto or dense")
-    return Choice(kernels, ANY, "asked for")
+    return asked_for(kernels)
+
+
+def from_measured(measured: Measured | None, weight: Any, routes: Mapping[str, Route], dense: str = "dense") -> Choice:
+    """The choice that a row of measurements gives; a route that cannot serve this weight leaves its place to dense."""
+    if measured is None:
+        return Choice(((ANY, dense),), "no kernel measured here yet; `python -m sparsegpt tune` measures")
+    steps: list[Step] = []
+    for limit, name in measured.closed(resident=dense == "resident"):
+        serves = name != "dense" and name in routes and routes[name].refusal(weight) is None
+        route = name if serves else dense
+        if steps and steps[-1][1] == route:
+            steps.pop()
+        steps.append((limit, route))
+    if len(steps) == 1 and steps[0][1] == dense:
+        return Choice(tuple(steps), f"no sparse kernel was faster on {measured.path}")
+    return Choice(tuple(steps), f"measured {measured.ratio} times dense for the fewest tokens on {measured.path}")
 
 
 def dense_weight(weight: Packed24) -> Tensor:
     """The decompressed weight [N, K]."""
     return cpu.unpack_fast(weight)
-
-
-def _choose_measured(weight: Packed24, many: str) -> Choice:
-    device, dtype = weight.values.device, weight.values.dtype
-    path = cpu.machine_level() if device.type == "cpu" else device.type
-    size = weight.shape[0] * weight.shape[1]
-    for row in MEASURED:
-        same = (row.device, row.path, row.dtype) == (device.type, path, dtype)
-        if same and size <= row.weights and ROUTES[row.route].refusal(weight) is None:
-            limit = row.resident_tokens if many == "resident" else row.tokens
-            return Choice(row.route, limit, f"measured {row.ratio} times dense for one token on {path}", many)
-    return Choice(many, ANY, f"no sparse kernel has been measured faster on {path or 'this CPU'} in {dtype}")
 
 
 def _prepare_dense(weight: Packed24) -> Packed24 | Tensor:

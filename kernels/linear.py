@@ -237,11 +237,4 @@ def explain(model: nn.Module) -> str:
     counts: dict[Choice, int] = {}
     for layer in packed_layers(model).values():
         counts[layer.choice] = counts.get(layer.choice, 0) + 1
-    return "; ".join(f"{count} packed 2:4 layers: {_say(choice)}" for choice, count in counts.items())
-
-
-def _say(choice: Choice) -> str:
-    if choice.few == choice.many:
-        return f"{choice.few} ({choice.why})"
-    limit = "" if choice.tokens >= 1 << 62 else f" up to {choice.tokens} tokens, {choice.many} above"
-    return f"{choice.few}{limit} ({choice.why})"
+    return "; ".join(f"{count} packed 2:4 layers: {choice}" for choice, count in counts.items())

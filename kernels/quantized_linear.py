@@ -22,14 +22,22 @@ from torch.nn import functional
 from sparsegpt.errors import SparseGPTError
 
 from . import cpu
-from .dispatch import ANY, BLOCK_BYTES, Choice, Route, dense_weight, refuse_mma_sp, refuse_portable
+from .dispatch import (
+    BLOCK_BYTES,
+    Choice,
+    Route,
+    asked_for,
+    dense_weight,
+    from_measured,
+    refuse_mma_sp,
+    refuse_portable,
+)
 from .linear import PackedLinear, Plan
+from .measured import find
 from .pack import packed_shapes
 from .quantized import Quantized24, dequantize
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Tokens up to which the CPU kernel for integer values is chosen by itself (AVX-512 with bfloat16; see BENCHMARKS.md).
-_CPU_TOKENS = 48
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,15 +128,15 @@ class Quantized24Linear(PackedLinear):
 def choose_integer(weight: Typed24, kernels: str = "auto") -> Choice:
     """The route for an integer weight; raises SparseGPTError for one that cannot serve it."""
     if kernels == "auto":
-        if INTEGER_ROUTES["cpu"].refusal(weight) is None:
-            return Choice("cpu", _CPU_TOKENS, "reads the integers; dense would expand them for each call")
-        return Choice("dense", ANY, f"no kernel for integer values has been measured faster here in {weight.dtype}")
+        whole = weight.weight
+        measured = find(whole.words.device, weight.dtype, f"int{whole.bits}", whole.shape[0] * whole.shape[1])
+        return from_measured(measured, weight, INTEGER_ROUTES)
     if kernels not in INTEGER_ROUTES:
         raise SparseGPTError(f"kernels={kernels} does not take int{weight.weight.bits} values; use --kernels auto")
     reason = INTEGER_ROUTES[kernels].refusal(weight)
     if reason is not None:
         raise SparseGPTError(f"kernels={kernels}: {reason}; use --kernels auto or dense")
-    return Choice(kernels, ANY, "asked for")
+    return asked_for(kernels)
 
 
 def _dense(weight: Typed24) -> Tensor:

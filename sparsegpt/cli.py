@@ -1,4 +1,4 @@
-"""The command line, `python -m sparsegpt`: run, eval, inspect, pack, unpack, bench. Nothing else prints or exits.
+"""The command line, `python -m sparsegpt`: run, eval, inspect, pack, unpack, bench, tune. Nothing else prints or exits.
 
 Exit codes: 0 done, 1 refused with one line on stderr, 2 wrong usage, 130 interrupted.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsegpt.cli_bench import bench
+from sparsegpt.cli_bench import bench, tune
 from sparsegpt.cli_options import (
     KERNEL_NAMES,
     BatchSize,
@@ -37,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(tune)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`python -m sparsegpt bench ...`: measurements, each side by side in one run."""
+"""`python -m sparsegpt bench ...` and `tune`: measurements, each side by side in one run."""
 
 import json
 import sys
@@ -116,11 +116,48 @@ def bench_kernels_command(
     found = bench_kernels(
         device=str(pick_device(device)),
         shapes=_shapes(shapes),
-        tokens=tuple(int(count) for count in tokens.split(",")),
+        tokens=_counts(tokens, "--tokens"),
         rounds=rounds,
     )
     _print_rows(found.rows, kernels_table(found), as_json=as_json)
     _print_failed([asdict(failed) for failed in found.failed])
+
+
+def tune(
+    device: Device = "auto",
+    shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = (
+        "1024x1024,2048x2048,4096x4096,14336x4096,4096x14336"
+    ),
+    tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,8,16,32,64,256,1024",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Measure the 2:4 kernels on this machine and keep what won: `--kernels auto` goes by it from then on."""
+    import torch
+
+    from sparsegpt.console import measured_table
+    from sparsegpt.kernels.bench import bench_kernels
+    from sparsegpt.kernels.measured import judge, machine_name, remember, to_plain
+    from sparsegpt.models import pick_device
+
+    target = pick_device(device)
+    found = bench_kernels(
+        device=str(target),
+        shapes=_shapes(shapes),
+        tokens=_counts(tokens, "--tokens"),
+        dtypes=(torch.bfloat16, torch.float32 if target.type == "cpu" else torch.float16),
+        rounds=rounds,
+        tell=lambda layer: print(f"measuring {layer}", file=sys.stderr),
+    )
+    rows = judge(machine_name(target), found.rows)
+    place = remember(rows)
+    if as_json:
+        for row in rows:
+            print(json.dumps({"machine": row.path, **to_plain(row)}))
+    else:
+        open_console().print(measured_table(rows))
+    _print_failed([asdict(failed) for failed in found.failed])
+    print(f"kept in {place}", file=sys.stderr)
 
 
 @bench.command(name="decode")
@@ -150,14 +187,14 @@ def bench_decode_command(
 def bench_memory_command(
     blocks: Annotated[str, typer.Option(help="Numbers of blocks, comma-separated.")] = "12,24",
     presets: Annotated[str, typer.Option(help="Presets, comma-separated.")] = "paper,default",
+    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
 ) -> None:
     """Private memory of whole runs on synthetic models of equal blocks, 122 MiB each, beside the plan's prediction."""
     from sparsegpt.console import memory_table
     from sparsegpt.eval.bench_memory import bench_memory
 
-    counts = tuple(int(count) for count in blocks.split(","))
-    rows = list(bench_memory(counts, tuple(presets.split(","))))
+    rows = list(bench_memory(_counts(blocks, "--blocks"), tuple(presets.split(",")), tuple(patterns.split(","))))
     _print_rows(rows, memory_table(rows), as_json=as_json)
 
 
@@ -187,6 +224,13 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
         return tuple((int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in text.split(",")))
     except ValueError as error:
         raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096") from error
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    counts = text.split(",")
+    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
+        raise SparseGPTError(f"{option} {text!r}: expected whole numbers from 1, comma-separated, as 1,16,64")
+    return tuple(map(int, counts))
 
 
 def _print_failed(products: Sequence[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from sparsegpt.eval.bench_solver import SolverRow
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
 from sparsegpt.kernels.bench import DecodeRow, KernelBench
+from sparsegpt.kernels.measured import ANY, Measured, in_words
 from sparsegpt.plan import Plan, readable
 from sparsegpt.reports import BlockReport, EpochReport, LayerReport
 from sparsegpt.run import Listener
@@ -180,10 +181,13 @@ def pipeline_table(rows: Sequence[PipelineRow]) -> Table:
 
 def memory_table(rows: Sequence[MemoryRow]) -> Table:
     """The table of `bench memory`."""
-    table = Table("blocks", "preset", "model", "one block", "peak of private memory", "planned", "planned / peak")
+    table = Table(
+        "blocks", "preset", "pattern", "model", "one block", "peak of private memory", "planned", "planned / peak"
+    )
     for row in rows:
         sizes = (row.model_bytes, row.block_bytes, row.peak_bytes, row.planned_bytes)
-        table.add_row(str(row.blocks), row.preset, *map(readable, sizes), f"{row.planned_bytes / row.peak_bytes:.2f}")
+        share = f"{row.planned_bytes / row.peak_bytes:.2f}"
+        table.add_row(str(row.blocks), row.preset, row.pattern, *map(readable, sizes), share)
     return table
 
 
@@ -224,6 +228,18 @@ def kernels_table(bench: KernelBench) -> Table:
             f"{row.speedup_over_best_dense:.2f}x",
             f"{row.ceiling:.2f}x",
         )
+    return table
+
+
+def measured_table(rows: Sequence[Measured]) -> Table:
+    """The table of `tune`: what serves how many tokens from now on."""
+    table = Table("dtype", "values", "weights up to", "route", "with --kernels resident", "gain", title=rows[0].path)
+    for row in rows:
+        size = "any" if row.weights == ANY else f"{row.weights:,}"
+        kept = "" if row.values else in_words(row.closed(resident=True))
+        gain = f"{row.ratio}x" if row.ratio else ""
+        dtype = str(row.dtype).removeprefix("torch.")
+        table.add_row(dtype, row.values or dtype, size, in_words(row.closed()), kept, gain)
     return table
 
 

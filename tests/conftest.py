@@ -1,6 +1,7 @@
 """One thread, no network, no chance: the tests run beside other work and give the same bits everywhere."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from .support import save_model, write_text
+from sparsegpt import cli
+from sparsegpt.kernels import measured
+
+from .support import Outcome, save_model, write_text
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -17,6 +21,15 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_remembered(tmp_path_factory):
+    """What `sparsegpt tune` has found on this machine is not the tests' business."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("cache") / "measured.json"
+        patch.setattr(measured, "measured_file", lambda: place)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +42,20 @@ def llama_folder(tmp_path_factory):
 def text_file(tmp_path_factory):
     """Text that the tiny tokenizer knows."""
     return write_text(tmp_path_factory.mktemp("text") / "prose.txt")
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Run `sparsegpt ...` in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sparsegpt", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return run

@@ -370,3 +370,20 @@ def broken_folder(good: Path, target: Path, how: str) -> tuple[Path, tuple[str, 
     shutil.copytree(good, target)
     breaking(target)
     return target, fragments
+
+
+class Outcome:
+    """How a command ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def refused(self, *fragments: str) -> None:
+        """Exit 1 (or 2 for wrong usage), one line on stderr with every fragment, no traceback."""
+        assert self.code in (1, 2), self.out + self.err
+        assert "Traceback" not in self.err
+        if self.code == 1:
+            assert self.err.count("\n") == 1
+            assert self.err.startswith("sparsegpt: ")
+        for fragment in fragments:
+            assert fragment in self.err

@@ -8,21 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from sparsegpt import blocks, cli, cli_options
-from sparsegpt.kernels import dispatch, tensor_files
+from sparsegpt import blocks
+from sparsegpt.kernels import tensor_files
 from sparsegpt.settings import PRESETS
 
 from .architectures import tiny_variant
 from .support import (
     BROKEN_FOLDERS,
     CHILD_ENVIRONMENT,
+    Outcome,
     assert_pattern,
     block_linears,
     broken_folder,
@@ -36,40 +36,6 @@ WINDOW = 32
 REPORT_KEYS = {"model", "sparsity", "method", "settings", "seed", "calibration", "perplexity"}
 REPORT_KEYS |= {"density_of_pruned_linears", "seconds", "peak_memory_bytes", "layers", "versions"}
 LAYER_KEYS = {"name", "shape", "sparsity", "relative_error", "damping", "seconds"}
-
-
-class Outcome:
-    """How a command ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def refused(self, *fragments: str) -> None:
-        """Exit 1 (or 2 for wrong usage), one line on stderr with every fragment, no traceback."""
-        assert self.code in (1, 2), self.out + self.err
-        assert "Traceback" not in self.err
-        if self.code == 1:
-            assert self.err.count("\n") == 1
-            assert self.err.startswith("sparsegpt: ")
-        for fragment in fragments:
-            assert fragment in self.err
-
-
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    """Run `sparsegpt ...` in this process."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["sparsegpt", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return Outcome(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -585,18 +551,3 @@ def test_ctrl_c_during_pruning_exits_with_130_and_leaves_the_old_result(llama_fo
     assert re.search("interrupted .*; nothing was written", err)
     assert (out / "old").read_text() == "old"
     assert listing(tmp_path) == {"out"}
-
-
-def test_kernels_that_fail_are_named_beside_the_measurements_of_the_others(run_cli, monkeypatch):
-    wrong = replace(dispatch.ROUTES["dense"], run=lambda weight, inputs, bias: inputs.new_zeros(len(inputs), 32))
-    monkeypatch.setitem(dispatch.ROUTES, "wrong", wrong)
-    outcome = run_cli("bench", "kernels", "--shapes", "32x64", "--tokens", "3", "--rounds", "1", "--json")
-    assert outcome.code == 0
-    kernels = [json.loads(line)["kernel"] for line in outcome.out.splitlines()]
-    assert {"library", "dense"} <= set(kernels) and "wrong" not in kernels
-    for dtype in ("bfloat16", "float32"):
-        assert f"sparsegpt: wrong failed at 32 x 64, 3 tokens, {dtype}: relative error 1" in outcome.err
-
-
-def test_the_help_names_every_kernel():
-    assert re.split(r", | or ", cli_options.KERNEL_NAMES) == list(dispatch.KERNELS)

@@ -24,8 +24,9 @@ from sparsegpt.kernels.cpu import (
     swiglu,
     unpack_fast,
 )
-from sparsegpt.kernels.dispatch import MEASURED, ROUTES, choose
+from sparsegpt.kernels.dispatch import ROUTES, choose
 from sparsegpt.kernels.linear import Sparse24Linear
+from sparsegpt.kernels.measured import ANY, MEASURED
 
 from .helpers import relative_error, weight24
 
@@ -157,7 +158,7 @@ def test_refusals() -> None:
 @needs_compiler
 def test_few_tokens_use_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Sparse24Linear.from_packed(pack(weight24(64, 96)), None)
-    if layer.choice.few != "cpu":
+    if layer.choice.route(1) != "cpu":
         pytest.skip("no measured row for this machine's path")
     seen: list[int] = []
 
@@ -166,10 +167,11 @@ def test_few_tokens_use_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> N
         return matmul(weight, inputs, bias)
 
     monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], run=spy))
-    for tokens in (1, layer.choice.tokens, layer.choice.tokens + 1):
+    limit = layer.choice.steps[0][0]
+    for tokens in (1, limit, limit + 1):
         inputs = torch.randn(tokens, 96)
         assert relative_error(layer(inputs), inputs @ layer.weight.T) < 2e-6
-    assert seen == [1, layer.choice.tokens]
+    assert seen == [1, limit]
     layer.kernels = "cpu"
     layer(torch.randn(100, 96))
     assert seen[-1] == 100
@@ -180,10 +182,10 @@ def test_the_table_knows_the_size(rows: int, larger: bool, monkeypatch: pytest.M
     monkeypatch.setattr(cpu, "machine_level", lambda: "avx2")
     monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: None))
     choice = choose(pack(torch.zeros(rows, 96, dtype=torch.float32)))
-    first, second = (row.tokens for row in MEASURED if (row.path, row.dtype) == ("avx2", torch.float32))
-    assert (choice.few, choice.tokens) == ("cpu", second if larger else first) and first < second
+    first, second = (row.steps for row in MEASURED if (row.path, row.dtype) == ("avx2", torch.float32))
+    assert choice.steps == (*(second if larger else first), (ANY, "dense")) and first < second
     monkeypatch.setattr(cpu, "machine_level", lambda: "plain")
-    assert choose(pack(torch.zeros(rows, 96, dtype=torch.float32))).few == "dense"
+    assert choose(pack(torch.zeros(rows, 96, dtype=torch.float32))).route(1) == "dense"
 
 
 def clear_caches() -> None:
@@ -223,7 +225,7 @@ def test_without_a_working_compiler(
     assert len(caplog.records) == 1
     assert ("no C++ compiler" if case == "none" else "no such header") in caplog.text
     packed = pack(weight)
-    assert choose(packed).few == "dense"
+    assert choose(packed).route(1) == "dense"
     assert torch.equal(unpack_fast(packed), weight)
     layer, inputs = Sparse24Linear.from_packed(packed, None), torch.randn(5, 96)
     assert relative_error(layer(inputs), inputs.double() @ weight.double().T) < 2e-6

@@ -148,4 +148,4 @@ def test_layer(dtype: torch.dtype, kernels: str, request: pytest.FixtureRequest)
 
 def test_automatic_choice_is_dense_until_something_is_measured() -> None:
     packed = pack(weight24(128, 256, torch.bfloat16).cuda())
-    assert choose(packed).few == "dense"
+    assert choose(packed).route(1) == "dense"

@@ -63,8 +63,8 @@ def test_dense_route_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(cpu.machine_level() != "avx512_bf16", reason="needs AVX-512 with bfloat16 products")
 def test_the_cpu_kernel_serves_few_tokens() -> None:
     _, packed = layer((40, 128), 4, False)
-    assert packed(torch.randn(2, 128).bfloat16()).shape == (2, 40) and packed.choice.few == "cpu"
-    assert packed(torch.randn(2, 128)).dtype == torch.float32 and packed.choice.few == "dense"
+    assert packed(torch.randn(2, 128).bfloat16()).shape == (2, 40) and packed.choice.route(1) == "cpu"
+    assert packed(torch.randn(2, 128)).dtype == torch.float32 and packed.choice.route(1) == "dense"
     with pytest.raises(SparseGPTError, match="computes in bfloat16"):
         packed.kernels = "cpu"
         packed(torch.randn(2, 128))

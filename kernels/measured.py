@@ -1,0 +1,260 @@
+"""Which kernel won where: rows shipped with the package, and rows measured on this machine by `sparsegpt tune`.
+
+A row holds for one kind of device, dtype and form of values, and for weights of up to so many elements. Its steps say
+which route has beaten dense up to how many tokens; above the last step dense serves.
+
+Rows of this machine lie in $XDG_CACHE_HOME/sparsegpt/measured.json (~/.cache by default), by the machine's name, so
+that a home shared by several machines keeps them apart. They go before the shipped ones."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import platform
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.folders import write_atomically
+
+from . import cpu
+from .cpu.build import cache_folder
+from .tensor_files import read_json
+
+if TYPE_CHECKING:
+    from .bench import KernelRow
+
+logger = logging.getLogger(__name__)
+
+ANY = 1 << 62  # tokens or weights: no limit
+# What a route must gain over dense to be taken, and the tokens from which what wins goes on winning.
+MARGIN, MANY_TOKENS = 1.03, 1024
+FORMAT = 1
+
+# Up to so many tokens, this route.
+Step = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of the table.
+
+    Attributes:
+        path: a CPU's instruction set (cpu.LEVELS), or the name of a machine (`machine_name`).
+        dtype, values: of the inputs; "" for values in that dtype, or "int8", "int4".
+        weights: how many elements the weight may have.
+        steps: ascending; dense is decompressed for the call on a CPU, and kept on a GPU.
+        resident: the steps where dense is kept on a CPU as well.
+        ratio: dense time / time of the first step's route, for the fewest tokens measured.
+    """
+
+    path: str
+    dtype: torch.dtype
+    weights: int
+    steps: tuple[Step, ...]
+    resident: tuple[Step, ...] = ()
+    ratio: str = ""
+    values: str = ""
+
+    def closed(self, *, resident: bool = False) -> tuple[Step, ...]:
+        """The steps with the last one without a limit."""
+        steps = self.resident if resident else self.steps
+        return steps if steps and steps[-1][0] == ANY else (*steps, (ANY, "dense"))
+
+
+def in_words(steps: Sequence[Step]) -> str:
+    """What serves how many tokens, for the user."""
+    *limited, (_, last) = steps
+    parts = [f"{route} up to {limit} tokens" for limit, route in limited]
+    return ", ".join([*parts, f"{last} above" if parts else last])
+
+
+# CPU rows: one core of an AMD EPYC (Zen 5), torch 2.13, candidates taking turns, shapes from 576 x 1536 to
+# 14336 x 4096 (tables in BENCHMARKS.md). A step ends where the decompressing route catches up; the ratio is over
+# torch's linear on the dense weight. The AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
+_BF16, _F32 = torch.bfloat16, torch.float32
+MEASURED = (
+    Measured("avx512_bf16", _BF16, 1 << 23, ((64, "cpu"),), ((32, "cpu"),), "2.2 to 3.7"),
+    Measured("avx512_bf16", _BF16, ANY, ((32, "cpu"),), ((16, "cpu"),), "3.0 to 3.9"),
+    Measured("avx512_bf16", _F32, 1 << 23, ((1024, "cpu"),), ((1024, "cpu"),), "0.9 to 3.1"),
+    Measured("avx512_bf16", _F32, ANY, ((64, "cpu"),), ((64, "cpu"),), "1.9 to 2.8"),
+    Measured("avx2", _F32, 1 << 20, ((8, "cpu"),), ((4, "cpu"),), "0.9 to 1.2"),
+    Measured("avx2", _F32, ANY, ((20, "cpu"),), ((16, "cpu"),), "1.2 to 5.4"),
+    Measured("avx512_bf16", _BF16, ANY, ((48, "cpu"),), (), "4.0 to 5.1", "int8"),
+    Measured("avx512_bf16", _BF16, ANY, ((48, "cpu"),), (), "5.0 to 6.6", "int4"),
+)
+
+
+def find(device: torch.device, dtype: torch.dtype, values: str, weights: int) -> Measured | None:
+    """The row for a weight, or None where nothing like it has been measured."""
+    path = cpu.machine_level() if device.type == "cpu" else machine_name(device)
+    for rows in (remembered().get(machine_name(device), ()), [row for row in MEASURED if row.path == path]):
+        alike = [row for row in rows if (row.dtype, row.values) == (dtype, values)]
+        if alike:
+            return next((row for row in alike if weights <= row.weights), None)
+    return None
+
+
+@functools.cache
+def machine_name(device: torch.device) -> str:
+    """A GPU's name; a CPU's, with the instruction set that the kernel takes there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{_processor()} ({cpu.machine_level() or 'no compiler'})"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "CPU"
+
+
+# Judging measurements
+
+
+def judge(machine: str, measurements: Iterable[KernelRow]) -> tuple[Measured, ...]:
+    """The rows that measurements on one machine give, by dtype, form of values and size; sizes ascend, the last is ANY.
+
+    Shapes of one size count together: a route wins where it gains MARGIN on all of them.
+    """
+    times: dict[tuple[str, str], dict[int, dict[tuple[int, int, int], dict[str, float]]]] = {}
+    for row in measurements:
+        route, _, values = row.kernel.partition(" ")
+        sizes = times.setdefault((row.dtype, values), {})
+        products = sizes.setdefault(row.rows * row.columns, {})
+        products.setdefault((row.tokens, row.rows, row.columns), {})[route] = row.microseconds
+    return tuple(
+        _judge_size(machine, dtype, values, ANY if size == max(sizes) else size, sizes[size])
+        for (dtype, values), sizes in times.items()
+        for size in sorted(sizes)
+    )
+
+
+def _judge_size(
+    machine: str, dtype: str, values: str, weights: int, products: Mapping[tuple[int, int, int], Mapping[str, float]]
+) -> Measured:
+    over_dense = _gains(products, "dense")
+    steps = _steps(over_dense)
+    resident = () if values else _steps(_gains(products, "library"))
+    first = over_dense[min(over_dense)].get(steps[0][1], []) if steps else []
+    ends = sorted({f"{gain:.1f}" for gain in first}, key=float)
+    ratio = " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else ""
+    return Measured(machine, getattr(torch, dtype), weights, steps, resident, ratio, values)
+
+
+def _gains(
+    products: Mapping[tuple[int, int, int], Mapping[str, float]], dense: str
+) -> dict[int, dict[str, list[float]]]:
+    """{tokens: {route: dense time / its time, one a shape}}; a route without a time for one of the shapes has a 0."""
+    routes = {route for taken in products.values() for route in taken} - {"dense", "library"}
+    gains: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (tokens, _, _), taken in products.items():
+        for route in routes:
+            gains[tokens][route].append(taken[dense] / taken[route] if {dense, route} <= taken.keys() else 0.0)
+    return gains
+
+
+def _steps(gains: Mapping[int, Mapping[str, Sequence[float]]]) -> tuple[Step, ...]:
+    """One sparse route for few tokens, and one for many where so many were measured; dense between them."""
+    counts = sorted(gains)
+    most = counts[-1] if counts else 0
+    few_route, few = _winner(gains, counts)
+    many_route, many = _winner(gains, counts[::-1]) if most >= MANY_TOKENS else ("", [])
+    many = [count for count in many if count not in few]
+    steps: list[Step] = []
+    if few:
+        steps.append((ANY if few[-1] == most >= MANY_TOKENS else few[-1], few_route))
+    if many:
+        steps += [(min(many) - 1, "dense"), (ANY, many_route)]
+    return tuple(steps)
+
+
+def _winner(gains: Mapping[int, Mapping[str, Sequence[float]]], counts: list[int]) -> tuple[str, list[int]]:
+    """The route that gains most over the first counts, as long as it wins on all of them; and these counts."""
+    best, best_run, most = "", list[int](), 0.0
+    for route in sorted({route for by_route in gains.values() for route in by_route}):
+        run = list(takewhile(lambda count, route=route: min(gains[count][route]) >= MARGIN, counts))  # type: ignore[misc]
+        gained = sum(math.log(gain) for count in run for gain in gains[count][route])
+        if gained > most:
+            best, best_run, most = route, run, gained
+    return best, best_run
+
+
+# What this machine remembers
+
+
+def measured_file() -> Path:
+    """Where the rows of this machine are kept."""
+    return cache_folder().parent / "measured.json"
+
+
+def remember(rows: Sequence[Measured]) -> Path:
+    """Keep the rows of one machine in place of those it had; returns the file.
+
+    Raises SparseGPTError when the file cannot be written, or holds something else.
+    """
+    path = measured_file()
+    try:
+        kept = _load(path)
+        kept[rows[0].path] = tuple(rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        machines = {name: [to_plain(row) for row in kept[name]] for name in sorted(kept)}
+        write_atomically(path, json.dumps({"format": FORMAT, "machines": machines}, indent=1) + "\n")
+    except OSError as error:
+        raise SparseGPTError(f"{path}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
+    remembered.cache_clear()
+    return path
+
+
+@functools.cache
+def remembered() -> dict[str, tuple[Measured, ...]]:
+    """{machine: its rows}; empty, and said once, where the file cannot be understood."""
+    try:
+        return _load(measured_file())
+    except (OSError, RuntimeError, SparseGPTError) as error:  # RuntimeError: there is no home
+        logger.warning("%s; the measurements shipped with the package serve", error)
+        return {}
+
+
+def to_plain(row: Measured) -> dict[str, Any]:
+    """A row without its machine, as JSON has it."""
+    plain = asdict(replace(row, dtype=str(row.dtype).removeprefix("torch.")))  # type: ignore[arg-type]
+    del plain["path"]
+    return plain
+
+
+def _load(path: Path) -> dict[str, tuple[Measured, ...]]:
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    try:
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']!r}, expected {FORMAT}")
+        return {name: tuple(_from_plain(name, row) for row in rows) for name, rows in found["machines"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SparseGPTError(
+            f"{path}: not measurements of kernels ({error}); delete it and run `python -m sparsegpt tune`"
+        ) from error
+
+
+def _from_plain(machine: str, plain: dict[str, Any]) -> Measured:
+    dtype = getattr(torch, plain["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{plain['dtype']!r} is no dtype")
+    steps, resident = (
+        tuple((int(tokens), str(route)) for tokens, route in plain[key]) for key in ("steps", "resident")
+    )
+    return Measured(machine, dtype, int(plain["weights"]), steps, resident, str(plain["ratio"]), str(plain["values"]))

@@ -103,15 +103,15 @@ def from_measured(measured: Measured | None, weight: Any, routes: Mapping[str, R
     if measured is None:
         return Choice(((ANY, dense),), "no kernel measured here yet; `python -m sparsegpt tune` measures")
     steps: list[Step] = []
-    for limit, name in measured.closed(resident=dense == "resident"):
-        serves = name != "dense" and name in routes and routes[name].refusal(weight) is None
+    for limit, name in measured.closed(dense):
+        serves = name in routes and routes[name].refusal(weight) is None
         route = name if serves else dense
         if steps and steps[-1][1] == route:
             steps.pop()
         steps.append((limit, route))
     if len(steps) == 1 and steps[0][1] == dense:
         return Choice(tuple(steps), f"no sparse kernel was faster on {measured.path}")
-    return Choice(tuple(steps), f"measured {measured.ratio} times dense for the fewest tokens on {measured.path}")
+    return Choice(tuple(steps), f"measured {measured.ratio} times dense on {measured.path}")
 
 
 def dense_weight(weight: Packed24) -> Tensor:

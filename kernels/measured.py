@@ -53,7 +53,8 @@ class Measured:
         weights: how many elements the weight may have.
         steps: ascending; dense is decompressed for the call on a CPU, and kept on a GPU.
         resident: the steps where dense is kept on a CPU as well.
-        ratio: dense time / time of the first step's route, for the fewest tokens measured.
+        ratio: time of the library on the dense weight / of the sparse route, for the fewest tokens measured; for the
+            most where no sparse route serves few.
     """
 
     path: str
@@ -64,10 +65,12 @@ class Measured:
     ratio: str = ""
     values: str = ""
 
-    def closed(self, *, resident: bool = False) -> tuple[Step, ...]:
-        """The steps with the last one without a limit."""
-        steps = self.resident if resident else self.steps
-        return steps if steps and steps[-1][0] == ANY else (*steps, (ANY, "dense"))
+    def closed(self, dense: str = "dense") -> tuple[Step, ...]:
+        """The steps where dense goes by that name ("dense" or "resident"), the last one without a limit."""
+        steps = self.resident if dense == "resident" else self.steps
+        if not steps or steps[-1][0] != ANY:
+            steps = (*steps, (ANY, "dense"))
+        return tuple((limit, dense if route == "dense" else route) for limit, route in steps)
 
 
 def in_words(steps: Sequence[Step]) -> str:
@@ -130,38 +133,42 @@ def judge(machine: str, measurements: Iterable[KernelRow]) -> tuple[Measured, ..
 
     Shapes of one size count together: a route wins where it gains MARGIN on all of them.
     """
-    times: dict[tuple[str, str], dict[int, dict[tuple[int, int, int], dict[str, float]]]] = {}
+    alike: dict[tuple[str, str], dict[int, list[KernelRow]]] = {}
     for row in measurements:
-        route, _, values = row.kernel.partition(" ")
-        sizes = times.setdefault((row.dtype, values), {})
-        products = sizes.setdefault(row.rows * row.columns, {})
-        products.setdefault((row.tokens, row.rows, row.columns), {})[route] = row.microseconds
+        values = row.kernel.partition(" ")[2]
+        alike.setdefault((row.dtype, values), {}).setdefault(row.rows * row.columns, []).append(row)
     return tuple(
         _judge_size(machine, dtype, values, ANY if size == max(sizes) else size, sizes[size])
-        for (dtype, values), sizes in times.items()
+        for (dtype, values), sizes in alike.items()
         for size in sorted(sizes)
     )
 
 
-def _judge_size(
-    machine: str, dtype: str, values: str, weights: int, products: Mapping[tuple[int, int, int], Mapping[str, float]]
-) -> Measured:
-    over_dense = _gains(products, "dense")
-    steps = _steps(over_dense)
-    resident = () if values else _steps(_gains(products, "library"))
-    first = over_dense[min(over_dense)].get(steps[0][1], []) if steps else []
-    ends = sorted({f"{gain:.1f}" for gain in first}, key=float)
-    ratio = " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else ""
+def _judge_size(machine: str, dtype: str, values: str, weights: int, measurements: list[KernelRow]) -> Measured:
+    steps = _steps(_gains(measurements, "dense"))
+    resident = () if values else _steps(_gains(measurements, "library"))
+    ratio = ""
+    if steps:
+        few = steps[0][1] != "dense"
+        tokens = (min if few else max)(row.tokens for row in measurements)
+        route = steps[0 if few else -1][1]
+        gains = sorted(row.speedup for row in measurements if (row.tokens, _route(row)) == (tokens, route))
+        ratio = " to ".join(dict.fromkeys(f"{gain:.1f}" for gain in (gains[0], gains[-1])))
     return Measured(machine, getattr(torch, dtype), weights, steps, resident, ratio, values)
 
 
-def _gains(
-    products: Mapping[tuple[int, int, int], Mapping[str, float]], dense: str
-) -> dict[int, dict[str, list[float]]]:
+def _route(row: KernelRow) -> str:
+    return row.kernel.partition(" ")[0]
+
+
+def _gains(measurements: list[KernelRow], dense: str) -> dict[int, dict[str, list[float]]]:
     """{tokens: {route: dense time / its time, one a shape}}; a route without a time for one of the shapes has a 0."""
-    routes = {route for taken in products.values() for route in taken} - {"dense", "library"}
+    times: dict[tuple[int, int, int], dict[str, float]] = defaultdict(dict)
+    for row in measurements:
+        times[row.tokens, row.rows, row.columns][_route(row)] = row.microseconds
+    routes = {_route(row) for row in measurements} - {"dense", "library"}
     gains: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (tokens, _, _), taken in products.items():
+    for (tokens, _, _), taken in times.items():
         for route in routes:
             gains[tokens][route].append(taken[dense] / taken[route] if {dense, route} <= taken.keys() else 0.0)
     return gains

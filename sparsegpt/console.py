@@ -233,10 +233,12 @@ def kernels_table(bench: KernelBench) -> Table:
 
 def measured_table(rows: Sequence[Measured]) -> Table:
     """The table of `tune`: what serves how many tokens from now on."""
-    table = Table("dtype", "values", "weights up to", "route", "with --kernels resident", "gain", title=rows[0].path)
+    table = Table(
+        "dtype", "values", "weights up to", "route", "with --kernels resident", "against dense", title=rows[0].path
+    )
     for row in rows:
         size = "any" if row.weights == ANY else f"{row.weights:,}"
-        kept = "" if row.values else in_words(row.closed(resident=True))
+        kept = "" if row.values else in_words(row.closed("resident"))
         gain = f"{row.ratio}x" if row.ratio else ""
         dtype = str(row.dtype).removeprefix("torch.")
         table.add_row(dtype, row.values or dtype, size, in_words(row.closed()), kept, gain)

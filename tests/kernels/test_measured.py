@@ -24,7 +24,10 @@ BF16, F32, HERE = torch.bfloat16, torch.float32, torch.device("cpu")
 def taken(tokens: int, shape: tuple[int, int] = (64, 64), dtype: str = "bfloat16", **times: float) -> list[KernelRow]:
     """Rows of one product; times in microseconds by kernel, an underscore for the space before the integer form."""
     names = {name.replace("_int", " int"): time for name, time in times.items()}
-    return [KernelRow(name, dtype, *shape, tokens, time, 0, 0, 0, 0, False) for name, time in names.items()]
+    library = times.get("library", 120)
+    return [
+        KernelRow(name, dtype, *shape, tokens, time, 0, library / time, 0, 0, False) for name, time in names.items()
+    ]
 
 
 def test_a_route_serves_as_long_as_it_wins_from_the_first_tokens_on() -> None:
@@ -54,6 +57,13 @@ def test_dense_serves_between_few_tokens_and_many() -> None:
     (row,) = judge("GPU", rows)
     assert row.steps == row.resident == ((1, "decode"), (1023, "dense"), (ANY, "prefill"))
     assert in_words(row.closed()) == "decode up to 1 tokens, dense up to 1023 tokens, prefill above"
+    assert row.closed("resident")[1] == (1023, "resident")
+
+
+def test_a_route_for_many_tokens_alone() -> None:
+    rows = [*taken(1, dense=100, prefill=200), *taken(2048, dense=100, prefill=80)]
+    (row,) = judge("GPU", rows)
+    assert (row.steps, row.ratio) == (((2047, "dense"), (ANY, "prefill")), "1.5")
 
 
 def test_what_wins_at_the_most_tokens_measured_is_not_trusted_beyond_unless_they_are_many() -> None:
@@ -74,7 +84,7 @@ def test_shapes_of_one_size_must_agree_and_sizes_stay_apart() -> None:
     ]
     first, second = judge("GPU", rows)
     assert (first.weights, first.steps, first.ratio) == (32 * 32, (), "")
-    assert (second.weights, second.steps, second.ratio) == (ANY, ((1, "fast"),), "2.0 to 4.0")
+    assert (second.weights, second.steps, second.ratio) == (ANY, ((1, "fast"),), "2.4 to 4.8")
 
 
 def test_resident_is_judged_by_the_kept_weight_and_integers_by_their_own_dense() -> None:

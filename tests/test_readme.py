@@ -22,6 +22,7 @@ LOCAL = re.compile(r"--model (?!demo\b|pruned/)|bench ")
 SHORTER = {
     "run": ["--samples", "8", "--seqlen", "64", "--eval", "none"],
     "eval": ["--seqlen", "64", "--eval-windows", "4"],
+    "tune": ["--shapes", "32x64", "--tokens", "1", "--rounds", "1"],
 }
 
 

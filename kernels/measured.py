@@ -76,7 +76,7 @@ class Measured:
 def in_words(steps: Sequence[Step]) -> str:
     """What serves how many tokens, for the user."""
     *limited, (_, last) = steps
-    parts = [f"{route} up to {limit} tokens" for limit, route in limited]
+    parts = [f"{route} up to {limit} token{'s' if limit > 1 else ''}" for limit, route in limited]
     return ", ".join([*parts, f"{last} above" if parts else last])
 
 

@@ -56,7 +56,7 @@ def test_dense_serves_between_few_tokens_and_many() -> None:
     ]
     (row,) = judge("GPU", rows)
     assert row.steps == row.resident == ((1, "decode"), (1023, "dense"), (ANY, "prefill"))
-    assert in_words(row.closed()) == "decode up to 1 tokens, dense up to 1023 tokens, prefill above"
+    assert in_words(row.closed()) == "decode up to 1 token, dense up to 1023 tokens, prefill above"
     assert row.closed("resident")[1] == (1023, "resident")
 
 

@@ -101,7 +101,11 @@ def choose(weight: Packed24, kernels: str = "auto") -> Choice:
 def from_measured(measured: Measured | None, weight: Any, routes: Mapping[str, Route], dense: str = "dense") -> Choice:
     """The choice that a row of measurements gives; a route that cannot serve this weight leaves its place to dense."""
     if measured is None:
-        return Choice(((ANY, dense),), "no kernel measured here yet; `python -m sparsegpt tune` measures")
+        able = any(route.refusal(weight) is None for name, route in routes.items() if name not in ("dense", "resident"))
+        why = (
+            "no kernel measured here yet; `python -m sparsegpt tune` measures" if able else "no sparse kernel serves it"
+        )
+        return Choice(((ANY, dense),), why)
     steps: list[Step] = []
     for limit, name in measured.closed(dense):
         serves = name in routes and routes[name].refusal(weight) is None

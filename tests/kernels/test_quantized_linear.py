@@ -65,6 +65,7 @@ def test_the_cpu_kernel_serves_few_tokens() -> None:
     _, packed = layer((40, 128), 4, False)
     assert packed(torch.randn(2, 128).bfloat16()).shape == (2, 40) and packed.choice.route(1) == "cpu"
     assert packed(torch.randn(2, 128)).dtype == torch.float32 and packed.choice.route(1) == "dense"
+    assert "no sparse kernel serves it" in packed.choice.why
     with pytest.raises(SparseGPTError, match="computes in bfloat16"):
         packed.kernels = "cpu"
         packed(torch.randn(2, 128))

@@ -129,6 +129,16 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     return config
 
 
+def without_weights(config: "PretrainedConfig") -> "PreTrainedModel":
+    """The model of a configuration on the meta device; SparseGPTError for a configuration that makes none."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_class(config).from_config(config)
+    except Exception as error:
+        raise _not_loaded(config.name_or_path, error) from error
+    return model
+
+
 def auto_class(config: "PretrainedConfig") -> Any:
     """transformers' loader for a configuration: of a causal language model, else of a multimodal model around one."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

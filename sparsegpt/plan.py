@@ -18,7 +18,7 @@ from torch import nn
 
 from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.models import auto_class
+from sparsegpt.models import without_weights
 from sparsegpt.pipeline import TOKENS_PER_STEP
 from sparsegpt.settings import CORRECTIONS, PruneSettings
 from sparsegpt.solvers.layer import parse_method
@@ -26,7 +26,7 @@ from sparsegpt.solvers.products import PIECE, PIECE_ON_GPU
 from sparsegpt.training import TOKENS_PER_BATCH
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 # Python, torch and transformers, the tokenizer and its text, and what the allocator keeps.
 LIBRARIES = 400 << 20
@@ -146,8 +146,7 @@ class Plan:
 
 def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
     """The shape of a model from its configuration, without its weights, which are stored as `stored`."""
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(config)
+    model = without_weights(config)
     family = family_of(model)
     blocks = decoder_blocks(model, family)
     largest = max(blocks, key=_parameters)

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sparsegpt.errors import SparseGPTError
@@ -102,6 +102,7 @@ def config_through_the_command_line(job, folder, changes):
 
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))
 @given(changes=CHANGES)
+@example(changes={"rope_scaling": {"rope_type": 0}})  # transformers ends in a KeyError
 def test_a_few_strange_configs(tiny_job, tmp_path_factory, changes):
     config_through_the_command_line(tiny_job, tmp_path_factory.mktemp("fuzz"), changes)
 

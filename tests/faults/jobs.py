@@ -65,8 +65,13 @@ class Forker:
             env=environment,
             bufsize=0,
         )
-        self.server.stdin.write(json.dumps(self.first).encode() + b"\n")
-        assert self._answer(TIMEOUT) == 0  # it has imported everything
+        try:
+            self.server.stdin.write(json.dumps(self.first).encode() + b"\n")
+            assert self._answer(TIMEOUT) == 0  # it has imported everything
+        except BaseException:
+            self.server.kill()
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:

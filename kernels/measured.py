@@ -3,8 +3,8 @@
 A row holds for one kind of device, dtype and form of values, and for weights of up to so many elements. Its steps say
 which route has beaten dense up to how many tokens; above the last step dense serves.
 
-Rows of this machine lie in $XDG_CACHE_HOME/sparsegpt/measured.json (~/.cache by default), by the machine's name, so
-that a home shared by several machines keeps them apart. They go before the shipped ones."""
+Rows of this machine lie in $XDG_CACHE_HOME/sparsegpt/measured.json (~/.cache by default), under the name of the GPU, or
+of the processor and the number of threads, for homes that several machines share. They go before the shipped ones."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Measured:
         weights: how many elements the weight may have.
         steps: ascending; dense is decompressed for the call on a CPU, and kept on a GPU.
         resident: the steps where dense is kept on a CPU as well.
-        ratio: time of the library on the dense weight / of the sparse route, for the fewest tokens measured; for the
-            most where no sparse route serves few.
+        ratio: time of the library on the dense weight / of `winner`, for the fewest tokens measured; for the most where
+            no sparse route serves few.
     """
 
     path: str
@@ -64,6 +64,11 @@ class Measured:
     resident: tuple[Step, ...] = ()
     ratio: str = ""
     values: str = ""
+
+    @property
+    def winner(self) -> str | None:
+        """The first sparse route of the steps."""
+        return next((route for _, route in self.steps or self.resident if route != "dense"), None)
 
     def closed(self, dense: str = "dense") -> tuple[Step, ...]:
         """The steps where dense goes by that name ("dense" or "resident"), the last one without a limit."""
@@ -106,16 +111,16 @@ def find(device: torch.device, dtype: torch.dtype, values: str, weights: int) ->
     return None
 
 
-@functools.cache
 def machine_name(device: torch.device) -> str:
-    """A GPU's name; a CPU's, with the instruction set that the kernel takes there."""
+    """A GPU's name; a CPU's, with the instruction set that the kernel takes there and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{_processor()} ({cpu.machine_level() or 'no compiler'})"
+    return f"{_processor()} ({cpu.machine_level() or 'no compiler'}, threads: {torch.get_num_threads()})"
 
 
+@functools.cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -147,14 +152,12 @@ def judge(machine: str, measurements: Iterable[KernelRow]) -> tuple[Measured, ..
 def _judge_size(machine: str, dtype: str, values: str, weights: int, measurements: list[KernelRow]) -> Measured:
     steps = _steps(_gains(measurements, "dense"))
     resident = () if values else _steps(_gains(measurements, "library"))
-    ratio = ""
-    if steps:
-        few = steps[0][1] != "dense"
-        tokens = (min if few else max)(row.tokens for row in measurements)
-        route = steps[0 if few else -1][1]
-        gains = sorted(row.speedup for row in measurements if (row.tokens, _route(row)) == (tokens, route))
-        ratio = " to ".join(dict.fromkeys(f"{gain:.1f}" for gain in (gains[0], gains[-1])))
-    return Measured(machine, getattr(torch, dtype), weights, steps, resident, ratio, values)
+    row = Measured(machine, getattr(torch, dtype), weights, steps, resident, values=values)
+    if row.winner is None:
+        return row
+    tokens = (min if (steps or resident)[0][1] == row.winner else max)(found.tokens for found in measurements)
+    gains = sorted(found.speedup for found in measurements if (found.tokens, _route(found)) == (tokens, row.winner))
+    return replace(row, ratio=" to ".join(dict.fromkeys(f"{gain:.1f}" for gain in (gains[0], gains[-1]))))
 
 
 def _route(row: KernelRow) -> str:
@@ -175,29 +178,38 @@ def _gains(measurements: list[KernelRow], dense: str) -> dict[int, dict[str, lis
 
 
 def _steps(gains: Mapping[int, Mapping[str, Sequence[float]]]) -> tuple[Step, ...]:
-    """One sparse route for few tokens, and one for many where so many were measured; dense between them."""
+    """One sparse route for few tokens, one for many where so many were measured; dense where it won between them."""
     counts = sorted(gains)
-    most = counts[-1] if counts else 0
-    few_route, few = _winner(gains, counts)
-    many_route, many = _winner(gains, counts[::-1]) if most >= MANY_TOKENS else ("", [])
-    many = [count for count in many if count not in few]
+    few_route = _winner(gains, counts)
+    few = _run(gains, counts, few_route)
+    many_route = _winner(gains, [count for count in counts[::-1] if count >= MANY_TOKENS])
+    many = _run(gains, counts[::-1], many_route)
+    # From the most tokens down, as long as the other one does not gain as much.
+    many = list(takewhile(lambda n: n not in few or sum(gains[n][many_route]) > sum(gains[n][few_route]), many))
+    few = [count for count in few if count not in many]
     steps: list[Step] = []
     if few:
-        steps.append((ANY if few[-1] == most >= MANY_TOKENS else few[-1], few_route))
+        steps.append((ANY if few[-1] == counts[-1] >= MANY_TOKENS else few[-1], few_route))
     if many:
-        steps += [(min(many) - 1, "dense"), (ANY, many_route)]
+        if len(few) + len(many) < len(counts):
+            steps.append((min(many) - 1, "dense"))
+        steps.append((ANY, many_route))
     return tuple(steps)
 
 
-def _winner(gains: Mapping[int, Mapping[str, Sequence[float]]], counts: list[int]) -> tuple[str, list[int]]:
-    """The route that gains most over the first counts, as long as it wins on all of them; and these counts."""
-    best, best_run, most = "", list[int](), 0.0
+def _winner(gains: Mapping[int, Mapping[str, Sequence[float]]], counts: list[int]) -> str:
+    """The route that gains most over the first counts, as long as it wins on all of them; "" where none does."""
+    best, most = "", 0.0
     for route in sorted({route for by_route in gains.values() for route in by_route}):
-        run = list(takewhile(lambda count, route=route: min(gains[count][route]) >= MARGIN, counts))  # type: ignore[misc]
-        gained = sum(math.log(gain) for count in run for gain in gains[count][route])
+        gained = sum(math.log(gain) for count in _run(gains, counts, route) for gain in gains[count][route])
         if gained > most:
-            best, best_run, most = route, run, gained
-    return best, best_run
+            best, most = route, gained
+    return best
+
+
+def _run(gains: Mapping[int, Mapping[str, Sequence[float]]], counts: list[int], route: str) -> list[int]:
+    """The first counts, as long as the route wins on all of them."""
+    return list(takewhile(lambda count: route in gains[count] and min(gains[count][route]) >= MARGIN, counts))
 
 
 # What this machine remembers
@@ -213,15 +225,17 @@ def remember(rows: Sequence[Measured]) -> Path:
 
     Raises SparseGPTError when the file cannot be written, or holds something else.
     """
-    path = measured_file()
     try:
+        path = measured_file()
         kept = _load(path)
         kept[rows[0].path] = tuple(rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         machines = {name: [to_plain(row) for row in kept[name]] for name in sorted(kept)}
         write_atomically(path, json.dumps({"format": FORMAT, "machines": machines}, indent=1) + "\n")
-    except OSError as error:
-        raise SparseGPTError(f"{path}: cannot be written ({error}); set XDG_CACHE_HOME to a folder that can") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise SparseGPTError(
+            f"the measurements cannot be kept ({error}); set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
     remembered.cache_clear()
     return path
 
@@ -251,7 +265,7 @@ def _load(path: Path) -> dict[str, tuple[Measured, ...]]:
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']!r}, expected {FORMAT}")
         return {name: tuple(_from_plain(name, row) for row in rows) for name, rows in found["machines"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise SparseGPTError(
             f"{path}: not measurements of kernels ({error}); delete it and run `python -m sparsegpt tune`"
         ) from error

@@ -3,8 +3,8 @@
     out [T, N] = inputs [T, K] weight^T + bias
 
 cuSPARSELt offers several algorithms for a shape; the search runs once for each power of two of tokens and the winner is
-kept. Source of the calls: torch `torch/sparse/semi_structured.py`. Not yet measured on a GPU here, so nothing chooses
-them by itself."""
+kept. Source of the calls: torch `torch/sparse/semi_structured.py`. Not yet measured on a GPU here, so they are
+chosen by themselves only where `tune` has measured them."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     relative error = ||found - expected|| / ||expected||, expected in float32 on the dense weight
 
-A kernel of UNTRIED has never run on a GPU. It is asked in a process of its own first: a fault on a GPU ends all later
-work of the process, and a kernel that waits for ever ends nothing. `python -m sparsegpt.kernels.trial ROUTE DEVICE` is
-that process.
+A kernel of UNTRIED has never run on a GPU, or not on this one. It is asked in a process of its own first: a fault on a
+GPU ends all later work of the process, and a kernel that waits for ever ends nothing.
+`python -m sparsegpt.kernels.trial ROUTE DEVICE` is that process.
 
 Dimension key: N out_features, K in_features, T tokens."""
 
@@ -21,10 +21,12 @@ from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
 
-from .dispatch import ROUTES
+from .dispatch import ROUTES, Route
 from .pack import Packed24, packed_shapes, unpack
+from .quantized import dequantize, quantize
+from .quantized_linear import INTEGER_ROUTES, Typed24
 
-UNTRIED = ("wgmma_sp",)
+UNTRIED = ("portable", "mma_sp", "wgmma_sp")
 # one rounding of the result, twice; float32 sums in any order
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-5}
 _SECONDS = 180.0  # loading torch, compiling, and a kernel that hangs
@@ -59,17 +61,29 @@ def trial(route: str, device: torch.device, seconds: float = _SECONDS) -> str | 
 
 
 def try_route(route: str, device: torch.device) -> None:
-    """Raise SparseGPTError where a route gives a wrong product in bfloat16 or float16 on a few small shapes."""
+    """Raise SparseGPTError where a route gives a wrong product in bfloat16 or float16 on a few small shapes.
+
+    Its kernels for integer values, where it has some, are tried as well.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         for shape in _SHAPES:
             weight = random_packed(shape, dtype, device)
-            state, dense = ROUTES[route].prepare(weight), unpack(weight).float()
-            for tokens in _TOKENS:
-                inputs = torch.randn(tokens, shape[1], device=device).to(dtype)
-                expected = functional.linear(inputs.float(), dense)
-                reason = failure(functools.partial(ROUTES[route].run, state, inputs, None), expected)
-                if reason is not None:
-                    raise SparseGPTError(f"{route} {dtype} {shape}, {tokens} tokens: {reason}")
+            _try_product(f"{route} {dtype} {shape}", ROUTES[route], weight, unpack(weight))
+            for bits in (8, 4) if route in INTEGER_ROUTES else ():
+                small = Typed24(quantize(weight, bits), dtype)
+                if INTEGER_ROUTES[route].refusal(small) is None:
+                    dense = unpack(dequantize(small.weight, torch.float32))
+                    _try_product(f"{route} int{bits} {dtype} {shape}", INTEGER_ROUTES[route], small, dense)
+
+
+def _try_product(name: str, route: Route, weight: Packed24 | Typed24, dense: Tensor) -> None:
+    state, dtype = route.prepare(weight), weight.dtype if isinstance(weight, Typed24) else weight.values.dtype
+    for tokens in _TOKENS:
+        inputs = torch.randn(tokens, dense.shape[1], device=dense.device).to(dtype)
+        expected = functional.linear(inputs.float(), dense.float())
+        reason = failure(functools.partial(route.run, state, inputs, None), expected)
+        if reason is not None:
+            raise SparseGPTError(f"{name}, {tokens} tokens: {reason}")
 
 
 def random_packed(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Packed24:

@@ -138,26 +138,25 @@ def tune(
     from sparsegpt.console import measured_table
     from sparsegpt.kernels.bench import bench_kernels
     from sparsegpt.kernels.measured import judge, machine_name, remember, to_plain
-    from sparsegpt.models import pick_device
+    from sparsegpt.models import DTYPES, pick_device
 
     target = pick_device(device)
     found = bench_kernels(
         device=str(target),
         shapes=_shapes(shapes),
         tokens=_counts(tokens, "--tokens"),
-        dtypes=(torch.bfloat16, torch.float32 if target.type == "cpu" else torch.float16),
+        dtypes=(torch.bfloat16, torch.float32) if target.type == "cpu" else tuple(DTYPES.values()),
         rounds=rounds,
         tell=lambda layer: print(f"measuring {layer}", file=sys.stderr),
     )
     rows = judge(machine_name(target), found.rows)
-    place = remember(rows)
     if as_json:
         for row in rows:
             print(json.dumps({"machine": row.path, **to_plain(row)}))
     else:
         open_console().print(measured_table(rows))
     _print_failed([asdict(failed) for failed in found.failed])
-    print(f"kept in {place}", file=sys.stderr)
+    print(f"kept in {remember(rows)}", file=sys.stderr)
 
 
 @bench.command(name="decode")
@@ -220,17 +219,21 @@ def bench_gpu_command(
 
 
 def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    try:
-        return tuple((int(rows), int(columns)) for rows, columns in (shape.split("x") for shape in text.split(",")))
-    except ValueError as error:
-        raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096") from error
+    shapes = [shape.split("x") for shape in text.split(",")]
+    if not all(len(shape) == 2 and all(_is_count(size) for size in shape) for shape in shapes):
+        raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096")
+    return tuple((int(rows), int(columns)) for rows, columns in shapes)
 
 
 def _counts(text: str, option: str) -> tuple[int, ...]:
     counts = text.split(",")
-    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
+    if not all(map(_is_count, counts)):
         raise SparseGPTError(f"{option} {text!r}: expected whole numbers from 1, comma-separated, as 1,16,64")
     return tuple(map(int, counts))
+
+
+def _is_count(text: str) -> bool:
+    return text.strip().isdecimal() and int(text) > 0
 
 
 def _print_failed(products: Sequence[dict[str, Any]]) -> None:

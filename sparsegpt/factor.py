@@ -38,7 +38,7 @@ def cholesky_in_place(matrix: Tensor) -> Tensor | None:
     down the columns, which takes as long as the factorisation.
     """
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    for strip in strips(len(matrix), STRIP if matrix.device.type == "cpu" else len(matrix)):
+    for strip in strips(len(matrix), STRIP if matrix.device.type == "cpu" else max(1, len(matrix))):
         panel, done = matrix[strip.start :, strip], slice(strip.start)
         panel.addmm_(matrix[strip.start :, done], matrix[strip, done].T, alpha=-1)
         corner, below = matrix[strip, strip], matrix[strip.stop :, strip]

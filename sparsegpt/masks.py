@@ -127,7 +127,9 @@ def rough_rule(weights: Sequence[Tensor], pattern: Sparsity) -> Callable[[Tensor
         return lambda part: _rough_nm_mask(part.abs(), pattern)
     if pattern.per_row:
         return lambda part: layer_mask(part.abs().T, pattern).T
-    stride = sum(part.numel() for part in weights) // ROUGH_SAMPLE | 1  # odd: an even one could meet few of the columns
+    stride = sum(part.numel() for part in weights) // ROUGH_SAMPLE | 1
+    while any(math.gcd(stride, part.shape[1]) > 1 for part in weights):
+        stride += 2  # with a factor in common it would meet some of the rows alone
     sample = torch.cat([part.flatten()[::stride] for part in weights]).abs()
     zeros = round(pattern.fraction * len(sample))
     threshold = sample.kthvalue(zeros).values if zeros else -1

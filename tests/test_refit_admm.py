@@ -205,6 +205,11 @@ def test_admm_returns_sparsegpts_result_where_the_search_ends_worse(sparsity, mo
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_a_layer_without_rows_stays_one(sparsity):
+    assert prune_weight(torch.zeros(0, 16), random_layer(1, 16)[1], sparsity, method="admm").weight.shape == (0, 16)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_the_mask_of_the_search_has_the_exact_pattern(sparsity):
     weight, raw = random_layer(8, 64)
     found, mask = search(weight, DampedHessian(raw), parse_sparsity(sparsity), torch.zeros_like(weight))

@@ -94,7 +94,9 @@ def _alternate(
 def _bound_together(weight: Tensor, pattern: Sparsity) -> list[list[slice]]:
     """Pieces of rows in lists: all in one where a threshold is for the whole layer, else every piece for itself."""
     parts = list(pieces(weight))
-    return [[rows] for rows in parts] if isinstance(pattern, NM) or pattern.per_row else [parts]
+    if isinstance(pattern, NM) or pattern.per_row or not parts:
+        return [[rows] for rows in parts]
+    return [parts]
 
 
 def _scaled_columns(weight: Tensor, scale_C: Tensor, parts: list[slice]) -> list[Tensor]:

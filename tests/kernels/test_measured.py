@@ -60,6 +60,23 @@ def test_dense_serves_between_few_tokens_and_many() -> None:
     assert row.closed("resident")[1] == (1023, "resident")
 
 
+def test_the_prefill_route_takes_what_it_does_better() -> None:
+    rows = [taken(n, dense=100, mma=50 if n <= 64 else 96, cutlass=150 if n <= 64 else 55) for n in (1, 64, 256, 1024)]
+    (row,) = judge("GPU", [row for product in rows for row in product])
+    assert row.steps == ((64, "mma"), (ANY, "cutlass"))  # dense won nowhere, so it does not serve between them
+
+
+def test_a_route_that_wins_against_the_kept_weight_alone_has_its_gain_too() -> None:
+    (row,) = judge("GPU", taken(1, library=100, dense=95, mma=94))
+    assert (row.steps, row.resident, row.ratio) == ((), ((1, "mma"),), "1.1")
+
+
+def test_a_gain_is_quoted_only_for_the_route_that_has_it(served: None) -> None:
+    row = Measured("GPU", BF16, ANY, ((4, "of a later version"), (ANY, "cpu")), ratio="2.0")
+    choice = from_measured(row, pack(weight24(64, 96, BF16)), ROUTES)
+    assert choice.steps == ((4, "dense"), (ANY, "cpu")) and choice.why == "measured on GPU"
+
+
 def test_a_route_for_many_tokens_alone() -> None:
     rows = [*taken(1, dense=100, prefill=200), *taken(2048, dense=100, prefill=80)]
     (row,) = judge("GPU", rows)
@@ -158,6 +175,8 @@ def test_a_route_that_is_unknown_or_cannot_serve_leaves_its_place_to_dense() -> 
         '{"format": 1, "machines": {"a": [{"dtype": "bfloat16"}]}}',
         '{"format": 1, "machines": {"a": [{"dtype": "nn", "weights": 1, "steps": [], "resident": [], "ratio": "", '
         '"values": ""}]}}',
+        '{"format": 1, "machines": {"a": [{"dtype": "half", "weights": Infinity, "steps": [], "resident": [], '
+        '"ratio": "", "values": ""}]}}',
     ],
 )
 def test_a_file_that_holds_something_else_is_named_once_and_never_overwritten(

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .dispatch import ROUTES, choose
+from .dispatch import ROUTES, Choice, Route, choose
+from .measured import dtype_name
 from .pack import Packed24, packed_shapes, unpack
 from .quantized import dequantize, quantize
 from .quantized_linear import INTEGER_ROUTES, Typed24, choose_integer
@@ -119,11 +120,10 @@ def bench_kernels(
     failed: list[KernelFailure] = []
     for shape in shapes:
         tell(f"{shape[0]} x {shape[1]}")
-        weights = {dtype: random_packed(shape, dtype, target) for dtype in dtypes}
-        dense = {dtype: unpack(weight) for dtype, weight in weights.items()}
+        candidates = [found for dtype in dtypes for found in _candidates(random_packed(shape, dtype, target))]
         for count in tokens:
-            rows += _bench_one(weights, dense, count, rounds, tried, failed)
-        del weights, dense
+            rows += _bench_one(candidates, count, rounds, tried, failed)
+        del candidates
     return KernelBench(str(target), copy_bandwidth(target, copy_bytes), tuple(rows), tuple(failed))
 
 
@@ -205,103 +205,92 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / seconds / 1e9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Candidate:
-    run: Callable[[], Tensor]
+    """A kernel with its weight prepared. dense: the weight that it stands for; choice: among the routes of its form."""
+
+    name: str
+    dtype: torch.dtype
+    run: Callable[[Tensor], Tensor]
+    dense: Tensor
     bytes_read: int
-    chosen: bool = False
+    choice: Choice | None = None
+
+    @property
+    def route(self) -> str:
+        """The name without the form of the values."""
+        return self.name.partition(" ")[0]
+
+
+def _candidates(weight: Packed24) -> Iterator[_Candidate]:
+    """The library's product, every route that can serve, and the same for integer values where a kernel takes them."""
+    dtype, dense = weight.values.dtype, unpack(weight)
+    yield _Candidate("library", dtype, lambda inputs: functional.linear(inputs, dense), dense, dense.nbytes)
+    routes = {name: route for name, route in ROUTES.items() if name != "resident"}  # resident is the library's product
+    for name in _serving(routes, weight):
+        yield _Candidate(name, dtype, _prepared(routes[name], weight), dense, weight.nbytes, choose(weight))
+    for bits in (8, 4):
+        small = Typed24(quantize(weight, bits), dtype)
+        serving = _serving(INTEGER_ROUTES, small)
+        expanded = unpack(dequantize(small.weight, torch.float32))
+        for name in serving if serving != ["dense"] else ():
+            run, choice = _prepared(INTEGER_ROUTES[name], small), choose_integer(small)
+            yield _Candidate(f"{name} int{bits}", dtype, run, expanded, small.weight.nbytes, choice)
+
+
+def _serving(routes: Mapping[str, Route], weight: Any) -> list[str]:
+    return [name for name, route in routes.items() if route.refusal(weight) is None]
+
+
+def _prepared(route: Route, weight: Any) -> Callable[[Tensor], Tensor]:
+    state = route.prepare(weight)
+    return lambda inputs: route.run(state, inputs, None)
 
 
 def _bench_one(
-    weights: dict[torch.dtype, Packed24],
-    dense: dict[torch.dtype, Tensor],
+    candidates: Sequence[_Candidate],
     tokens: int,
     rounds: int,
     tried: dict[str, str | None],
     failed: list[KernelFailure],
 ) -> list[KernelRow]:
-    candidates: dict[tuple[str, torch.dtype], _Candidate] = {}
-    for dtype, weight in weights.items():
-        inputs = torch.randn(tokens, weight.shape[1], device=weight.values.device).to(dtype)
-        candidates["library", dtype] = _Candidate(_library(inputs, dense[dtype]), dense[dtype].nbytes)
-        for name, candidate, expected in (*_routed(weight, inputs, dense[dtype]), *_integer(weight, inputs)):
-            reason = tried.get(name.partition(" ")[0]) or failure(candidate.run, expected)
-            if reason is None:
-                candidates[name, dtype] = candidate
-            else:
-                failed.append(KernelFailure(name, _name(dtype), *weight.shape, tokens, reason))
-    device = next(iter(weights.values())).values.device
-    seconds = _by_key(candidates, device, rounds)
-    best_dense = min(time_ for (name, _), time_ in seconds.items() if name == "library")
+    (rows, columns), device = candidates[0].dense.shape, candidates[0].dense.device
+    some = torch.randn(tokens, columns, device=device)
+    inputs = {candidate.dtype: some.to(candidate.dtype) for candidate in candidates}
+    expected = {
+        dense: functional.linear(inputs[dtype].float(), dense.float())
+        for dense, dtype in {candidate.dense: candidate.dtype for candidate in candidates}.items()
+    }
+    right = []
+    for candidate in candidates:
+        run = functools.partial(candidate.run, inputs[candidate.dtype])
+        reason = tried.get(candidate.route) or failure(run, expected[candidate.dense])
+        if reason is None or candidate.name == "library":
+            right.append(candidate)
+        else:
+            failed.append(KernelFailure(candidate.name, dtype_name(candidate.dtype), rows, columns, tokens, reason))
+    runs = {
+        f"{candidate.name} {candidate.dtype}": functools.partial(candidate.run, inputs[candidate.dtype])
+        for candidate in right
+    }
+    seconds = dict(zip(right, time_in_turns(runs, device, rounds).values(), strict=True))
+    library = {candidate.dtype: seconds[candidate] for candidate in right if candidate.name == "library"}
     return [
-        _row(key, weights[key[1]], dense[key[1]].nbytes, tokens, candidate, seconds, best_dense)
-        for key, candidate in candidates.items()
+        KernelRow(
+            kernel=candidate.name,
+            dtype=dtype_name(candidate.dtype),
+            rows=rows,
+            columns=columns,
+            tokens=tokens,
+            microseconds=taken * 1e6,
+            gigabytes_per_second=candidate.bytes_read / taken / 1e9,
+            speedup=library[candidate.dtype] / taken,
+            speedup_over_best_dense=min(library.values()) / taken,
+            ceiling=rows * columns * candidate.dtype.itemsize / candidate.bytes_read,
+            chosen=candidate.choice is not None and candidate.route == candidate.choice.route(tokens),
+        )
+        for candidate, taken in seconds.items()
     ]
-
-
-def _row(
-    key: tuple[str, torch.dtype],
-    weight: Packed24,
-    dense_bytes: int,
-    tokens: int,
-    candidate: _Candidate,
-    seconds: dict[tuple[str, torch.dtype], float],
-    best_dense: float,
-) -> KernelRow:
-    name, dtype = key
-    return KernelRow(
-        kernel=name,
-        dtype=_name(dtype),
-        rows=weight.shape[0],
-        columns=weight.shape[1],
-        tokens=tokens,
-        microseconds=seconds[key] * 1e6,
-        gigabytes_per_second=candidate.bytes_read / seconds[key] / 1e9,
-        speedup=seconds["library", dtype] / seconds[key],
-        speedup_over_best_dense=best_dense / seconds[key],
-        ceiling=dense_bytes / candidate.bytes_read,
-        chosen=candidate.chosen,
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _by_key(
-    candidates: dict[tuple[str, torch.dtype], _Candidate], device: torch.device, rounds: int
-) -> dict[tuple[str, torch.dtype], float]:
-    named = {f"{name} {dtype}": candidate.run for (name, dtype), candidate in candidates.items()}
-    seconds = time_in_turns(named, device, rounds)
-    return {(name, dtype): seconds[f"{name} {dtype}"] for name, dtype in candidates}
-
-
-def _library(inputs: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    return lambda: functional.linear(inputs, weight)
-
-
-def _routed(weight: Packed24, inputs: Tensor, dense: Tensor) -> Iterator[tuple[str, _Candidate, Tensor]]:
-    """(name, candidate, what it should give) of every route that can serve; on a GPU the dense one is the library's."""
-    expected, chosen = functional.linear(inputs.float(), dense.float()), choose(weight).route(len(inputs))
-    for name, route in ROUTES.items():
-        if name != "resident" and route.refusal(weight) is None:  # a kept dense weight is the library's product
-            run = functools.partial(route.run, route.prepare(weight), inputs, None)
-            yield name, _Candidate(run, weight.nbytes, name == chosen), expected
-
-
-def _integer(weight: Packed24, inputs: Tensor) -> Iterator[tuple[str, _Candidate, Tensor]]:
-    """The same for int8 and int4 values, where a kernel takes them."""
-    for bits in (8, 4):
-        small = Typed24(quantize(weight, bits), inputs.dtype)
-        serving = [name for name, route in INTEGER_ROUTES.items() if route.refusal(small) is None]
-        if serving == ["dense"]:
-            continue
-        expected = functional.linear(inputs.float(), unpack(dequantize(small.weight, torch.float32)))
-        chosen = choose_integer(small).route(len(inputs))
-        for name in serving:
-            route = INTEGER_ROUTES[name]
-            run = functools.partial(route.run, route.prepare(small), inputs, None)
-            yield f"{name} int{bits}", _Candidate(run, small.weight.nbytes, name == chosen), expected
 
 
 def _time_once(run: Callable[[], object], device: torch.device) -> float:

@@ -250,9 +250,14 @@ def remembered() -> dict[str, tuple[Measured, ...]]:
         return {}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in torch, without its name."""
+    return str(dtype).removeprefix("torch.")
+
+
 def to_plain(row: Measured) -> dict[str, Any]:
     """A row without its machine, as JSON has it."""
-    plain = asdict(replace(row, dtype=str(row.dtype).removeprefix("torch.")))  # type: ignore[arg-type]
+    plain = asdict(replace(row, dtype=dtype_name(row.dtype)))  # type: ignore[arg-type]
     del plain["path"]
     return plain
 

@@ -7,8 +7,8 @@ values go from memory to the tensor core as they lie, so no instruction is spent
     bytes read: 9/16 of a 16-bit dense weight, so at best 1.78 times dense where memory is the limit (few tokens)
 
 Needs compute capability 8.0 (Ampere) or newer. Compiled for sm_80 and sm_90 without spills, sparse instructions present
-in the machine code, body run on the CPU with the instruction emulated lane by lane; not yet run on a GPU, so
-it is chosen by itself only where `tune` has measured it.
+in the machine code, body run on the CPU with the instruction emulated lane by lane; not yet run on a GPU, so it is
+chosen by itself only where `tune` has measured it.
 Sources: PTX ISA 8.5, "Matrix multiply-accumulate with sparse A"; Mishra et al. 2021, arXiv:2104.08378."""
 
 # mypy: disable-error-code="no-untyped-def,no-any-return,attr-defined,untyped-decorator"

@@ -23,8 +23,8 @@ cp.async and read through the asynchronous proxy, so a stage goes through
 
 Needs compute capability 9.0 exactly (Hopper; Blackwell has no wgmma). Compiled for sm_90a without spills, sparse
 instructions present in the machine code; body run on the CPU with the instructions, the descriptor, shared memory and
-the order above emulated. It has not been run on a GPU, so it is chosen by itself only where `tune`
-has measured it.
+the order above emulated. It has not been run on a GPU, so it is chosen by itself only where `tune` has measured
+it.
 Sources: PTX ISA 9.1, 9.7.15 "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions" (async proxy,
 register fragments, canonical layouts, matrix descriptor, sparse matrix storage, wgmma.fence); the same layouts in
 CUTLASS's cute/atom: ALayout_64x32 and CLayout_64xN of mma_traits_sm90_gmma.hpp, ELayout_64x32 of

@@ -131,6 +131,7 @@ def run(
     from sparsegpt.run import run as run_job
     from sparsegpt.run_options import RunOptions, default_data, plan_run
     from sparsegpt.settings import resolve_settings
+    from sparsegpt.work import unfinished_blocks
 
     settings = resolve_settings(
         sparsity,
@@ -188,11 +189,9 @@ def run(
         with RunDisplay(console, quiet=quiet) as display:
             report = run_job(options, settings, display)
     except KeyboardInterrupt:
-        print(f"sparsegpt: interrupted {options.out}; {_kept(options.out) or 'nothing was written'}", file=sys.stderr)
-        raise
-    except SparseGPTError as error:
-        if "--resume" not in str(error) and (kept := _kept(options.out)):
-            raise SparseGPTError(f"{error}; {kept}") from error
+        finished = unfinished_blocks(options.out)
+        left = f"{finished} finished blocks are kept, go on with --resume" if finished else "nothing was written"
+        print(f"sparsegpt: interrupted {options.out}; {left}", file=sys.stderr)
         raise
     if not quiet:
         print_report(console, report)
@@ -313,14 +312,6 @@ def inspect(
             f"{folder}: {len(broken)} of {len(findings)} weights break their pattern, "
             f"first {broken[0].name} ({broken[0].problem})"
         )
-
-
-def _kept(out: Path) -> str:
-    """What an unfinished run has left of its work, and how to go on; empty where it has left nothing."""
-    from sparsegpt.work import unfinished_blocks
-
-    finished = unfinished_blocks(out)
-    return f"{finished} finished blocks are kept, go on with --resume" if finished else ""
 
 
 def _data_names(text: str) -> tuple[str, ...]:

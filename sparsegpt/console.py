@@ -14,7 +14,7 @@ from sparsegpt.eval.bench_solver import SolverRow
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
 from sparsegpt.kernels.bench import DecodeRow, KernelBench
-from sparsegpt.kernels.measured import ANY, Measured, in_words
+from sparsegpt.kernels.measured import ANY, Measured, dtype_name, in_words
 from sparsegpt.plan import Plan, readable
 from sparsegpt.reports import BlockReport, EpochReport, LayerReport
 from sparsegpt.run import Listener
@@ -240,7 +240,7 @@ def measured_table(rows: Sequence[Measured]) -> Table:
         size = "any" if row.weights == ANY else f"{row.weights:,}"
         kept = "" if row.values else in_words(row.closed("resident"))
         gain = f"{row.ratio}x" if row.ratio else ""
-        dtype = str(row.dtype).removeprefix("torch.")
+        dtype = dtype_name(row.dtype)
         table.add_row(dtype, row.values or dtype, size, in_words(row.closed()), kept, gain)
     return table
 

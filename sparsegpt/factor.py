@@ -86,9 +86,9 @@ def _reverse(matrix: Tensor) -> Tensor:
     """Reverse both axes of a contiguous matrix in place."""
     flat = matrix.view(-1)
     half = len(flat) // 2
-    for start in range(0, half, TURNED):
-        end = min(start + TURNED, half)
-        front = flat[start:end].clone()
-        flat[start:end] = flat[len(flat) - end : len(flat) - start].flip(0)
-        flat[len(flat) - end : len(flat) - start] = front.flip(0)
+    for front in strips(half, TURNED):
+        back = slice(len(flat) - front.stop, len(flat) - front.start)
+        values = flat[front].clone()
+        flat[front] = flat[back].flip(0)
+        flat[back] = values.flip(0)
     return matrix

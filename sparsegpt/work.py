@@ -70,10 +70,12 @@ class WorkFolder(Progress):
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._done or not unfinished_blocks(self.target):
             self._remove()
         self.lock.release()
+        if isinstance(error, SparseGPTError) and self.finished and "--resume" not in str(error):
+            raise SparseGPTError(f"{error}; {self.finished} finished blocks are kept, go on with --resume") from error
 
     @property
     def finished(self) -> int:  # type: ignore[override]
@@ -170,11 +172,8 @@ class WorkFolder(Progress):
     @contextmanager
     def new_result(self) -> Iterator[Path]:
         """A folder to fill that becomes the target; then everything here goes when the lock is given back."""
-        try:
-            with new_folder(self.target, overwrite=self.replaces) as draft:
-                yield draft
-        except SparseGPTError as error:
-            raise SparseGPTError(f"{error}; the finished blocks are kept, go on with --resume") from error
+        with new_folder(self.target, overwrite=self.replaces) as draft:
+            yield draft
         self._done = True
 
     def _acquire(self) -> None:
@@ -287,14 +286,12 @@ def _remove_path(path: Path) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn the system's refusals into one line; finished blocks are safe by then."""
+    """Turn the system's refusals into one line."""
     try:
         yield
     except Exception as error:
         if is_full_disk(error):
-            raise SparseGPTError(
-                f"no space left while writing {folder}: finished blocks are kept; free space and go on with --resume"
-            ) from error
+            raise SparseGPTError(f"no space left while writing {folder}: free space") from error
         if isinstance(error, OSError):
             raise SparseGPTError(f"{folder} cannot be written ({error}): choose another --out") from error
         raise

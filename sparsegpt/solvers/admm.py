@@ -93,7 +93,7 @@ def _alternate(
 
 def _bound_together(weight: Tensor, pattern: Sparsity) -> list[list[slice]]:
     """Pieces of rows in lists: all in one where a threshold is for the whole layer, else every piece for itself."""
-    parts = list(pieces(weight))
+    parts = pieces(weight)
     if isinstance(pattern, NM) or pattern.per_row or not parts:
         return [[rows] for rows in parts]
     return [parts]
@@ -107,9 +107,9 @@ def _scaled_columns(weight: Tensor, scale_C: Tensor, parts: list[slice]) -> list
 def _iterate(targets: list[Tensor], shifted: list[Tensor], resolvent: Multiplier, pattern: Sparsity) -> None:
     """The iterations on pieces [C, R] of the scaled targets T and of S, which is Z at first; S in place."""
     for iteration, relaxation in enumerate(RELAXATIONS):
-        kept = rough_rule(shifted, pattern)
+        kept = rough_rule(shifted, pattern) if iteration else None
         for target_CR, shifted_CR in zip(targets, shifted, strict=True):
-            sparse_CR = shifted_CR * kept(shifted_CR) if iteration else shifted_CR
+            sparse_CR = shifted_CR * kept(shifted_CR) if kept else shifted_CR
             change_CR = shifted_CR.lerp(sparse_CR, 2).sub_(target_CR)
             dense_CR = resolvent.times(change_CR).add_(target_CR)
             shifted_CR.add_(dense_CR.sub_(sparse_CR), alpha=relaxation)

@@ -10,11 +10,11 @@ Dimension key: N rows and columns of the repeated factor, K any number.
 """
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from sparsegpt.factor import strips
 from sparsegpt.hessian import ScaledHessian
 
 # A symmetric matrix whose rows are there, or are made when asked for.
@@ -63,12 +63,10 @@ class Multiplier:
         return (left @ right).to(self.dtype)
 
 
-def pieces(matrix: Symmetric) -> Iterator[slice]:
+def pieces(matrix: Symmetric) -> list[slice]:
     """The rows of a matrix [K, N] in slices of about PIECE elements."""
     elements = PIECE if matrix.device.type == "cpu" else PIECE_ON_GPU
-    step = max(1, elements // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield slice(start, min(start + step, matrix.shape[0]))
+    return strips(matrix.shape[0], max(1, elements // max(1, matrix.shape[1])))
 
 
 def _in_dtype(matrix: Symmetric, dtype: torch.dtype) -> Tensor:

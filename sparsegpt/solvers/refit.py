@@ -11,6 +11,7 @@ Dimension key: R out_features, C in_features.
 import torch
 from torch import Tensor
 
+from sparsegpt.factor import strips
 from sparsegpt.solvers.products import Multiplier, pieces
 
 ITERATIONS = 15
@@ -97,11 +98,10 @@ def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
     Only the upper block triangle of the Hessian is multiplied; what is off the diagonal counts twice.
     """
     losses_R = error.new_zeros(len(error))
-    for start in range(0, error.shape[1], LOSS_BLOCK):
-        block = slice(start, start + LOSS_BLOCK)
+    for block in strips(error.shape[1], LOSS_BLOCK):
         product_RB = error[:, block] @ hessian[block, block]
-        if start:
-            product_RB.addmm_(error[:, :start], hessian[:start, block], alpha=2)
+        if block.start:
+            product_RB.addmm_(error[:, : block.start], hessian[: block.start, block], alpha=2)
         losses_R += (product_RB * error[:, block]).sum(1)
     return losses_R
 

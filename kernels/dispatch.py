@@ -77,9 +77,12 @@ class Choice:
         return f"{in_words(self.steps)} ({self.why})"
 
 
-def asked_for(route: str) -> Choice:
-    """One route for every call."""
-    return Choice(((ANY, route),), "asked for")
+def asked_for(name: str, weight: Any, routes: Mapping[str, Route]) -> Choice:
+    """One route for every call; raises SparseGPTError for one that cannot serve this weight."""
+    reason = routes[name].refusal(weight)
+    if reason is not None:
+        raise SparseGPTError(f"kernels={name}: {reason}; use --kernels auto or dense")
+    return Choice(((ANY, name),), "asked for")
 
 
 def choose(weight: Packed24, kernels: str = "auto") -> Choice:
@@ -93,10 +96,7 @@ def choose(weight: Packed24, kernels: str = "auto") -> Choice:
         return from_measured(measured, weight, ROUTES, "dense" if kernels == "auto" else kernels)
     if kernels not in ROUTES:
         raise SparseGPTError(f"kernels: expected one of {', '.join(KERNELS)}; found {kernels!r}")
-    reason = ROUTES[kernels].refusal(weight)
-    if reason is not None:
-        raise SparseGPTError(f"kernels={kernels}: {reason}; use --kernels auto or dense")
-    return asked_for(kernels)
+    return asked_for(kernels, weight, ROUTES)
 
 
 def from_measured(measured: Measured | None, weight: Any, routes: Mapping[str, Route], dense: str = "dense") -> Choice:

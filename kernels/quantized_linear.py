@@ -133,10 +133,7 @@ def choose_integer(weight: Typed24, kernels: str = "auto") -> Choice:
         return from_measured(measured, weight, INTEGER_ROUTES)
     if kernels not in INTEGER_ROUTES:
         raise SparseGPTError(f"kernels={kernels} does not take int{weight.weight.bits} values; use --kernels auto")
-    reason = INTEGER_ROUTES[kernels].refusal(weight)
-    if reason is not None:
-        raise SparseGPTError(f"kernels={kernels}: {reason}; use --kernels auto or dense")
-    return asked_for(kernels)
+    return asked_for(kernels, weight, INTEGER_ROUTES)
 
 
 def _dense(weight: Typed24) -> Tensor:

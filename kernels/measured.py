@@ -85,19 +85,24 @@ def in_words(steps: Sequence[Step]) -> str:
     return ", ".join([*parts, f"{last} above" if parts else last])
 
 
-# CPU rows: one core of an AMD EPYC (Zen 5), torch 2.13, candidates taking turns, shapes from 576 x 1536 to
-# 14336 x 4096 (tables in BENCHMARKS.md). A step ends where the decompressing route catches up; the ratio is over
-# torch's linear on the dense weight. The AVX2 path lost to torch on one shape in bfloat16 and has no row for it.
+# CPU rows: torch 2.13, candidates taking turns, shapes from 576 x 1536 to 14336 x 4096 (tables in BENCHMARKS.md).
+# avx512_bf16: one core of an AMD EPYC (Zen 5). avx512: two cores of an Intel Xeon without bfloat16 products; avx2: the
+# same, torch's libraries held to AVX2. Without such products torch's bfloat16 is slow at any number of tokens. A step
+# ends where the decompressing route catches up; the ratio is over torch's linear on the dense weight.
 _BF16, _F32 = torch.bfloat16, torch.float32
 MEASURED = (
     Measured("avx512_bf16", _BF16, 1 << 23, ((64, "cpu"),), ((32, "cpu"),), "2.2 to 3.7"),
     Measured("avx512_bf16", _BF16, ANY, ((32, "cpu"),), ((16, "cpu"),), "3.0 to 3.9"),
     Measured("avx512_bf16", _F32, 1 << 23, ((1024, "cpu"),), ((1024, "cpu"),), "0.9 to 3.1"),
     Measured("avx512_bf16", _F32, ANY, ((64, "cpu"),), ((64, "cpu"),), "1.9 to 2.8"),
-    Measured("avx2", _F32, 1 << 20, ((8, "cpu"),), ((4, "cpu"),), "0.9 to 1.2"),
-    Measured("avx2", _F32, ANY, ((20, "cpu"),), ((16, "cpu"),), "1.2 to 5.4"),
+    Measured("avx512", _BF16, ANY, ((ANY, "cpu"),), ((ANY, "cpu"),), "3.0 to 3.3"),
+    Measured("avx512", _F32, ANY, ((64, "cpu"),), ((32, "cpu"),), "1.8 to 2.1"),
+    Measured("avx2", _BF16, ANY, ((ANY, "cpu"),), ((ANY, "cpu"),), "1.9 to 3.1"),
+    Measured("avx2", _F32, ANY, ((16, "cpu"),), ((16, "cpu"),), "1.5 to 1.9"),
     Measured("avx512_bf16", _BF16, ANY, ((48, "cpu"),), (), "4.0 to 5.1", "int8"),
     Measured("avx512_bf16", _BF16, ANY, ((48, "cpu"),), (), "5.0 to 6.6", "int4"),
+    Measured("avx512", _BF16, ANY, ((ANY, "cpu"),), (), "2.9 to 4.8", "int8"),
+    Measured("avx512", _BF16, ANY, ((ANY, "cpu"),), (), "2.7 to 4.7", "int4"),
 )
 
 

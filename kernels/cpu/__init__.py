@@ -4,7 +4,7 @@
     swiglu          silu(inputs gate^T) * (inputs up^T)                  the same
     matmul_integer  as matmul, int8 or int4 values with group scales     bfloat16 inputs, AVX-512 only
 
-The paths (AVX-512 bfloat16, AVX2, plain) are in `matmul24.cpp`; `LEVELS` names them, the machine's best is chosen at
+The paths (AVX-512 with and without bfloat16 products, AVX2, plain) are in `matmul24.cpp`; `LEVELS` names them, the machine's best is chosen at
 run time. Without a compiler there is no library, and everything runs through torch on decompressed weights."""
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ..pack import Packed24, padded_columns, unpack
 from ..quantized import Quantized24
 from .build import load_library
 
-LEVELS = ("plain", "avx2", "avx512_bf16")
+LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
+INTEGER_LEVELS = ("avx512", "avx512_bf16")
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _MATMUL = {torch.bfloat16: "sparse24_matmul_bf16", torch.float32: "sparse24_matmul_f32"}
 _SWIGLU = {torch.bfloat16: "sparse24_swiglu_bf16", torch.float32: "sparse24_swiglu_f32"}
@@ -35,7 +36,7 @@ _UNPACK = {
 _ARGUMENTS = {
     "matmul": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 2,
     "swiglu": [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2,
-    "integer": [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 2,
+    "integer": [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 3,
     "unpack": [_POINTER] * 3 + [_LONG] * 3 + [_INT] * 2,
     "huge": [_POINTER, _LONG],
 }
@@ -59,7 +60,7 @@ def refuse_integer(weight: Quantized24, dtype: torch.dtype) -> str | None:
         return f"the CPU kernel for integer values computes in bfloat16; the layer is {dtype}"
     if load_library() is None:
         return "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
-    return None if machine_level() == "avx512_bf16" else "the CPU kernel for integer values needs AVX-512 with bfloat16"
+    return None if machine_level() in INTEGER_LEVELS else "the CPU kernel for integer values needs AVX-512"
 
 
 @cache
@@ -134,8 +135,10 @@ def swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | None = 
     return outputs
 
 
-def matmul_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
-    """inputs [..., K] contiguous bfloat16 -> [..., N] bfloat16, for int8 or int4 values.
+def matmul_integer(
+    weight: Quantized24, inputs: Tensor, bias: Tensor | None = None, *, level: str | None = None
+) -> Tensor:
+    """inputs [..., K] contiguous bfloat16 -> [..., N] bfloat16, for int8 or int4 values; `level` of INTEGER_LEVELS.
 
     Raises SparseGPTError when the kernel cannot serve the weight.
     """
@@ -160,6 +163,7 @@ def matmul_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None = No
         weight.group_size,
         weight.bits,
         _threads(rows * columns),
+        _level_number(level),
     )
     return outputs
 

@@ -1,37 +1,18 @@
 // Products with many tokens, AVX-512: eight rows at a time are spread out once, 16 KiB that stay in the first-level cache
 // beside the inputs; tiles of four rows and six tokens, 24 sums in registers, run over them for all tokens.
+//
+// Included once for each kind of product, with TARGET for its functions, inside a namespace that has before
+//     spread_word(values, word, dense)    32 weights of type X from sixteen kept values of type T
+//     multiply_add(weight, inputs, sum)   one register of each
+//     store_eight(sums, out)              eight float32 sums, rounded
 
-#pragma once
-
-namespace {
-
-constexpr int kRows = 8;
-template <class T>
-constexpr int kLanes = 64 / sizeof(T);  // of a register
-template <class T>
-constexpr int kWords = kLanes<T>;  // words of metadata in a block: 8 rows of 32 kWords columns are 16 KiB
-template <class T>
-constexpr int64_t kManyTokens = sizeof(T) == 2 ? 9 : 6;  // from here on this beats spreading for every few tokens
-
-AVX512 inline void spread_word(const bf16* values, const uint32_t& word, bf16* dense) {
-  _mm512_store_si512(dense, spread(load_kept(values), word));
-}
-AVX512 inline void spread_word(const float* values, const uint32_t& word, float* dense) {
-  for (int b = 0; b < 4; b++) _mm256_store_ps(dense + 8 * b, spread_eight(values + 4 * b, uint8_t(word >> 8 * b)));
-}
-AVX512 inline __m512 multiply_add(const bf16* weight, const bf16* inputs, __m512 sum) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(weight), (__m512bh)_mm512_loadu_si512(inputs));
-}
-AVX512 inline __m512 multiply_add(const float* weight, const float* inputs, __m512 sum) {
-  return _mm512_fmadd_ps(_mm512_load_ps(weight), _mm512_loadu_ps(inputs), sum);
-}
-AVX512 inline void store_eight(const float* sums, bf16* out) {
-  _mm_storeu_si128((__m128i*)out, (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(sums)));
-}
-AVX512 inline void store_eight(const float* sums, float* out) { _mm256_storeu_ps(out, _mm256_loadu_ps(sums)); }
+template <class X>
+constexpr int kLanes = 64 / sizeof(X);  // of a register
+template <class X>
+constexpr int kWords = kLanes<X>;  // words of metadata in a block: 8 rows of 32 kWords columns are 16 KiB
 
 // The four sums over all lanes of a, b, c, d.
-AVX512 inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+TARGET inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
@@ -42,15 +23,15 @@ AVX512 inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 // sums [TOKENS, kRows] += four rows of the block times inputs [TOKENS, columns], over `length` columns.
-template <int TOKENS, class T>
-AVX512 void tile_block(const T* block, const T* inputs, int64_t columns, int64_t length, float* sums) {
+template <int TOKENS, class X>
+TARGET void tile_block(const X* block, const X* inputs, int64_t columns, int64_t length, float* sums) {
   __m512 partial[TOKENS][4];
   for (auto& token : partial)
     for (auto& sum : token) sum = _mm512_setzero_ps();
-  for (int64_t c = 0; c < length; c += kLanes<T>)
+  for (int64_t c = 0; c < length; c += kLanes<X>)
     for (int t = 0; t < TOKENS; t++)
       for (int r = 0; r < 4; r++)
-        partial[t][r] = multiply_add(block + 32 * kWords<T> * r + c, inputs + t * columns + c, partial[t][r]);
+        partial[t][r] = multiply_add(block + 32 * kWords<X> * r + c, inputs + t * columns + c, partial[t][r]);
   for (int t = 0; t < TOKENS; t++) {
     __m128 four = sum_lanes(partial[t][0], partial[t][1], partial[t][2], partial[t][3]);
     _mm_storeu_ps(sums + t * kRows, _mm_add_ps(_mm_loadu_ps(sums + t * kRows), four));
@@ -58,19 +39,19 @@ AVX512 void tile_block(const T* block, const T* inputs, int64_t columns, int64_t
 }
 
 // Tiles of TOKENS tokens from token `t` on, as many as there are; returns the first token left.
-template <int TOKENS, class T>
-AVX512 int64_t tiles_block(const Problem<T, T>& p, const T* block, int64_t first, int64_t length, float* sums,
+template <int TOKENS, class T, class X>
+TARGET int64_t tiles_block(const Problem<T, X>& p, const X* block, int64_t first, int64_t length, float* sums,
                            int64_t t) {
   for (; t + TOKENS <= p.tokens; t += TOKENS)
     for (int r = 0; r < kRows; r += 4)
-      tile_block<TOKENS>(block + 32 * kWords<T> * r, p.inputs + t * p.columns + first, p.columns, length,
+      tile_block<TOKENS>(block + 32 * kWords<X> * r, p.inputs + t * p.columns + first, p.columns, length,
                          sums + t * kRows + r);
   return t;
 }
 
 // sums [tokens, kRows] to their places, eight at once where nothing else is to be done to them.
 template <class T>
-AVX512 void put_rows(const Output<T>& to, int64_t n, int64_t rows, int64_t tokens, const float* sums) {
+TARGET void put_rows(const Output<T>& to, int64_t n, int64_t rows, int64_t tokens, const float* sums) {
   const bool whole = rows == kRows && !to.gate && !to.bias;
   for (int64_t t = 0; t < tokens; t++, sums += kRows) {
     if (whole) store_eight(sums, to.out + t * to.rows + n);
@@ -78,21 +59,21 @@ AVX512 void put_rows(const Output<T>& to, int64_t n, int64_t rows, int64_t token
   }
 }
 
-template <class T>
-AVX512 void rows_many(const Problem<T, T>& p, int64_t begin, int64_t end) {
-  alignas(64) T block[32 * kWords<T> * kRows] = {};
+template <class T, class X>
+TARGET void rows_many(const Problem<T, X>& p, int64_t begin, int64_t end) {
+  alignas(64) X block[32 * kWords<X> * kRows] = {};
   std::vector<float> sums(p.tokens * kRows);
   for (int64_t n = begin; n < end; n += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, end - n);
     std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int64_t first = 0; first < p.words(); first += kWords<T>) {
-      const int64_t words = std::min<int64_t>(kWords<T>, p.words() - first);
+    for (int64_t first = 0; first < p.words(); first += kWords<X>) {
+      const int64_t words = std::min<int64_t>(kWords<X>, p.words() - first);
       for (int64_t r = 0; r < rows; r++) {
         const T* values = p.values + (n + r) * p.kept() + 16 * first;
         const uint32_t* meta = p.meta + (n + r) * p.words() + first;
         for (int64_t w = 0; w < words; w++) {
           _mm_prefetch((const char*)(values + kRows * p.kept() + 16 * w), _MM_HINT_T1);
-          spread_word(values + 16 * w, meta[w], block + 32 * (r * kWords<T> + w));
+          spread_word(values + 16 * w, meta[w], block + 32 * (r * kWords<X> + w));
         }
       }
       int64_t t = tiles_block<6>(p, block, 32 * first, 32 * words, sums.data(), 0);
@@ -102,5 +83,3 @@ AVX512 void rows_many(const Problem<T, T>& p, int64_t begin, int64_t end) {
     put_rows(p.to, n, rows, p.tokens, sums.data());
   }
 }
-
-}  // namespace

@@ -14,15 +14,16 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define X86 1
-#define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")))
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")))
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")))
 #else
 #define X86 0
 #endif
 
 namespace {
 
-enum Level { kPlain = 0, kAvx2 = 1, kAvx512Bf16 = 2 };
+enum Level { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 using bf16 = uint16_t;
 
@@ -39,6 +40,13 @@ inline void store(float value, bf16* out) {
   std::memcpy(&bits, &value, 4);
   bool nan = (bits & 0x7fffffff) > 0x7f800000;
   *out = nan ? bf16(bits >> 16 | 0x40) : bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class T>
+std::vector<float> widened(const T* values, int64_t count) {
+  std::vector<float> wide(count);
+  for (int64_t i = 0; i < count; i++) wide[i] = to_float(values[i]);
+  return wide;
 }
 
 // Where the sum of row n and token t goes: out[t, n], with a bias. A gated product, silu(gate) * up, comes in two
@@ -92,6 +100,27 @@ void multiply_gated(const P& gate, const P& up, int threads, void (*rows)(const 
 
 #if X86
 
+// Eight float32 as bfloat16.
+AVX2 inline __m128i round_eight(const float* sums) {
+  const __m256 floats = _mm256_loadu_ps(sums);
+  const __m256i bits = _mm256_castps_si256(floats), upper = _mm256_srli_epi32(bits, 16);
+  __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  __m256i even = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(floats, floats, _CMP_UNORD_Q));
+  __m256i rounded = _mm256_blendv_epi8(even, quiet, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+
+// Sixteen places among 32 inputs, by VPERMT2PS: two for each group, from its nibble. `word` by reference: a broadcast
+// from memory costs no shuffle.
+AVX512 inline __m512i places_of(const uint32_t& word) {
+  const __m512i field = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i group = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  const __m512i fields = _mm512_srlv_epi32(_mm512_set1_epi32(word), field);
+  return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi32(3), group, 0xea);  // fields & 3 | group
+}
+
 // Nibble -> bit offsets, byte by byte, that pick two 16-bit values (bits 0..31 of a lane) into two of four places; the
 // upper half of the lane is zero, so offset 32 gives zero.
 struct Offsets {
@@ -109,11 +138,10 @@ struct Offsets {
 };
 const Offsets kOffsets;
 
-AVX512 inline __m256i load_kept(const bf16* values) { return _mm256_loadu_si256((const __m256i*)values); }
+AVX512_BF16 inline __m256i load_16(const bf16* values) { return _mm256_loadu_si256((const __m256i*)values); }
 
-// 32 dense 16-bit values from 16 kept ones: each 64-bit lane holds a group's pair, then spreads it. `word` by reference:
-// a broadcast from memory costs no shuffle.
-AVX512 inline __m512i spread(__m256i kept, const uint32_t& word) {
+// 32 dense 16-bit values from 16 kept ones: each 64-bit lane holds a group's pair, then spreads it.
+AVX512_BF16 inline __m512i spread(__m256i kept, const uint32_t& word) {
   const __m512i low = _mm512_load_si512(kOffsets.of_nibble), high = _mm512_load_si512(kOffsets.of_nibble + 8);
   const __m512i nibble_of_lane = _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28);
   __m512i nibbles = _mm512_srlv_epi64(_mm512_set1_epi32(word), nibble_of_lane);  // VPERMT2Q reads four bits of a lane

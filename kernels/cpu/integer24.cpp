@@ -1,37 +1,46 @@
-// Products with a packed 2:4 weight whose kept values are int8 or int4 with group scales (quantized.py), AVX-512 only:
+// Products with a packed 2:4 weight whose kept values are int8 or int4 with group scales (quantized.py), AVX-512:
 //
 //     out[t, n] = sum over scale groups s of scales[n, s] * (sum_{k in s} q[n, k] * inputs[t, k]) + bias[n]
 //
 // Format: words [rows, columns / 2 * bits / 32], scales [rows, ceil(columns / group)] float16, meta as in pack.py.
-// The integers become bfloat16 exactly (8 bits by conversion, 4 bits by a table of sixteen), are spread like any kept
-// values and multiplied; the scale is applied to the float32 sum of its group. Inputs and results are bfloat16.
+// The integers become bfloat16, or float32 where there are no bfloat16 products (8 bits by conversion, 4 bits by a table
+// of sixteen, exactly). Then they are multiplied like any kept values (matmul24.cpp); the scale is applied to the
+// float32 sum of its group. Inputs and results are bfloat16.
 
 #include "common24.h"
 
 #if X86
 namespace {
 
+// X: type of the inputs, float where the path computes in float.
+template <class X>
 struct Integers {
   const uint8_t* words;
   const uint16_t* scales;
   const uint32_t* meta;
-  const bf16* inputs;
+  const X* inputs;
   int64_t columns, tokens, group;
   Output<bf16> to;
 };
 
-// Nibble in two's complement -> bfloat16.
+// Nibble in two's complement -> its value.
 struct Values {
-  alignas(32) bf16 of_nibble[16];
+  alignas(64) float of_nibble[16];
+  alignas(32) bf16 rounded[16];
   Values() {
-    for (int nibble = 0; nibble < 16; nibble++) store(float(nibble < 8 ? nibble : nibble - 16), &of_nibble[nibble]);
+    for (int nibble = 0; nibble < 16; nibble++) {
+      of_nibble[nibble] = float(nibble < 8 ? nibble : nibble - 16);
+      store(of_nibble[nibble], &rounded[nibble]);
+    }
   }
 };
 const Values kValues;
 
+// ---------------------------------------------------------------- bfloat16 products
+
 // Sixteen kept integers at `at` as bfloat16.
 template <int BITS>
-AVX512 inline __m256i widen(const uint8_t* at) {
+AVX512_BF16 inline __m256i widen(const uint8_t* at) {
   if (BITS == 8) {
     __m512i integers = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
     return (__m256i)_mm512_cvtneps_pbh(_mm512_cvtepi32_ps(integers));
@@ -42,11 +51,11 @@ AVX512 inline __m256i widen(const uint8_t* at) {
   const __m256i starts = _mm256_setr_epi64x(0x000c000800040000, 0x001c001800140010, 0x002c002800240020,
                                             0x003c003800340030);
   __m256i places = _mm256_multishift_epi64_epi8(starts, _mm256_set1_epi64x(nibbles));
-  return _mm256_permutexvar_epi16(places, _mm256_load_si256((const __m256i*)kValues.of_nibble));
+  return _mm256_permutexvar_epi16(places, _mm256_load_si256((const __m256i*)kValues.rounded));
 }
 
 template <int BITS, int TOKENS>
-AVX512 void row(const Integers& p, int64_t n, int64_t first) {
+AVX512_BF16 void row(const Integers<bf16>& p, int64_t n, int64_t first) {
   const int64_t words = p.columns / 32, span = p.group / 32, groups = (words + span - 1) / span;
   const int64_t bytes = 2 * BITS;  // of sixteen kept integers
   const uint8_t* q = p.words + n * words * bytes;
@@ -72,11 +81,77 @@ AVX512 void row(const Integers& p, int64_t n, int64_t first) {
 }
 
 template <int BITS>
-AVX512 void rows_integer(const Integers& p, int64_t begin, int64_t end) {
+AVX512_BF16 void rows_bf16(const Integers<bf16>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n++) {
     int64_t t = 0;
     for (; t + 4 <= p.tokens; t += 4) row<BITS, 4>(p, n, t);
     for (; t < p.tokens; t++) row<BITS, 1>(p, n, t);
+  }
+}
+
+// ---------------------------------------------------------------- in float32
+
+// Sixteen kept integers at `at`.
+template <int BITS>
+AVX512 inline __m512 widen_float(const uint8_t* at) {
+  if (BITS == 8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)));
+  int32_t low, high;
+  std::memcpy(&low, at, 4), std::memcpy(&high, at + 4, 4);
+  const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  __m512i nibbles = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);  // VPERMPS reads four bits of a lane
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(nibbles, places), _mm512_load_ps(kValues.of_nibble));
+}
+
+template <int BITS, int ROWS, int TOKENS>
+AVX512 void tile_float(const Integers<float>& p, int64_t n, int64_t first) {
+  const int64_t words = p.columns / 32, span = p.group / 32, groups = (words + span - 1) / span;
+  const int64_t bytes = 2 * BITS;  // of sixteen kept integers
+  const uint8_t* q = p.words + n * words * bytes;
+  const uint32_t* meta = p.meta + n * words;
+  __m512 sums[ROWS][TOKENS];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int64_t s = 0; s < groups; s++) {
+    __m512 partial[ROWS][TOKENS];
+    for (auto& row : partial)
+      for (auto& sum : row) sum = _mm512_setzero_ps();
+    for (int64_t w = s * span; w < std::min((s + 1) * span, words); w++) {
+      _mm_prefetch((const char*)(q + ROWS * (words + w) * bytes), _MM_HINT_T1);  // of the next tile
+      if (w % 4 == 0) _mm_prefetch((const char*)(meta + ROWS * (words + w)), _MM_HINT_T1);
+      __m512 kept[ROWS];
+      __m512i places[ROWS];
+      for (int r = 0; r < ROWS; r++) {
+        kept[r] = widen_float<BITS>(q + (r * words + w) * bytes);
+        places[r] = places_of(meta[r * words + w]);
+      }
+      for (int t = 0; t < TOKENS; t++) {
+        const float* x = p.inputs + (first + t) * p.columns + 32 * w;
+        __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+        for (int r = 0; r < ROWS; r++) {
+          __m512 inputs = _mm512_permutex2var_ps(low, places[r], high);
+          partial[r][t] = _mm512_fmadd_ps(kept[r], inputs, partial[r][t]);
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; r++) {
+      __m512 scale = _mm512_set1_ps(_cvtsh_ss(p.scales[(n + r) * groups + s]));
+      for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm512_fmadd_ps(scale, partial[r][t], sums[r][t]);
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < TOKENS; t++) p.to.put(n + r, first + t, _mm512_reduce_add_ps(sums[r][t]));
+}
+
+template <int BITS>
+AVX512 void rows_float(const Integers<float>& p, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; n += 4) {
+    int64_t t = 0;
+    if (n + 4 <= end) {
+      for (; t + 4 <= p.tokens; t += 4) tile_float<BITS, 4, 4>(p, n, t);
+      for (; t < p.tokens; t++) tile_float<BITS, 4, 1>(p, n, t);
+    }
+    for (int64_t r = n; r < std::min(n + 4, end); r++)
+      for (int64_t u = t; u < p.tokens; u++) tile_float<BITS, 1, 1>(p, r, u);
   }
 }
 
@@ -85,13 +160,19 @@ AVX512 void rows_integer(const Integers& p, int64_t begin, int64_t end) {
 
 extern "C" {
 
-// bits is 8 or 4, group a multiple of 32; only where sparse24_level() is 2. bias [rows] or null.
+// bits is 8 or 4, group a multiple of 32, level kAvx512 or kAvx512Bf16. bias [rows] or null.
 void sparse24_integer_bf16(const uint8_t* words, const uint16_t* scales, const uint32_t* meta, const bf16* inputs,
                            const bf16* bias, bf16* out, int64_t rows, int64_t columns, int64_t tokens, int64_t group,
-                           int bits, int threads) {
+                           int bits, int threads, int level) {
 #if X86
-  Integers p{words, scales, meta, inputs, columns, tokens, group, {out, bias, rows}};
-  multiply(p, threads, bits == 8 ? rows_integer<8> : rows_integer<4>);
+  const Output<bf16> to{out, bias, rows};
+  if (level >= kAvx512Bf16) {
+    Integers<bf16> p{words, scales, meta, inputs, columns, tokens, group, to};
+    return multiply(p, threads, bits == 8 ? rows_bf16<8> : rows_bf16<4>);
+  }
+  const std::vector<float> wide = widened(inputs, tokens * columns);
+  Integers<float> p{words, scales, meta, wide.data(), columns, tokens, group, to};
+  multiply(p, threads, bits == 8 ? rows_float<8> : rows_float<4>);
 #endif
 }
 

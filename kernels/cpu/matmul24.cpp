@@ -6,9 +6,12 @@
 //
 // With few tokens the time goes into reading the weight, so 9/16 of the bytes are 9/16 of the time, if expanding the
 // weight costs less than waiting for it. AVX-512 bfloat16: the eight nibbles of a word pick eight sets of bit offsets
-// out of a table of sixteen (VPERMT2Q), one VPMULTISHIFTQB places 32 weights, VDPBF16PS multiplies. With more tokens
-// eight rows at a time are expanded into the first-level cache and multiplied from there. AVX2: a byte of metadata picks
-// a permutation of four kept values into eight places; bfloat16 is widened on the way. Tokens share each expansion.
+// out of a table of sixteen (VPERMT2Q), one VPMULTISHIFTQB places 32 weights, VDPBF16PS multiplies. AVX-512 without such
+// products, and float32: a word is sixteen fields of two bits, one for each of its kept values in turn, so with a shift
+// a lane it is the index by which VPERMT2PS brings sixteen of 32 inputs to the kept values. AVX2: a byte of metadata
+// picks the permutation that takes four kept values to eight places, bfloat16 to the upper halves of float32. With more
+// tokens eight rows at a time are expanded into the first-level cache and multiplied from there. Paths without bfloat16
+// products compute in float32: the inputs are widened once, the weights where they are expanded.
 
 #include "common24.h"
 
@@ -77,50 +80,43 @@ inline void prefetch(const T* values, int64_t at, int64_t kept) {
   }
 }
 
-// Rows in fours, and for the last token of an odd number one by one: a plain stream is read fastest.
-#define ALL_TILES(TILE, WIDE)                                              \
-  for (int64_t n = begin; n < end; n += 4) {                               \
-    int64_t t = 0;                                                         \
-    if (n + 4 <= end) {                                                    \
-      for (; t + WIDE <= p.tokens; t += WIDE) TILE<4, WIDE, 4 / WIDE>(p, n, t); \
-      for (; t + 2 <= p.tokens; t += 2) TILE<4, 2, 2>(p, n, t);            \
-    }                                                                      \
-    for (int64_t r = n; r < std::min(n + 4, end); r++)                     \
-      for (int64_t u = t; u < p.tokens; u++) TILE<1, 1, 4>(p, r, u);       \
-  }
-
 // ---------------------------------------------------------------- AVX2
 
-// Byte of metadata (two groups) -> which of four kept values each of eight columns takes; lane 4 holds a zero.
+// Byte of metadata (two groups) -> how four kept values go to eight columns.
 struct Permutations {
-  uint64_t of_byte[256];
+  alignas(64) int32_t lanes[256][8];  // float32: lane of each column; lane 4 holds a zero
+  alignas(64) uint8_t widened[256][32];  // 16 bits to the upper halves of 32: byte of each byte, 0x80 for a zero
+  alignas(64) uint8_t halves[256][16];  // the same in 16 bits
   Permutations() {
-    for (int byte = 0; byte < 256; byte++) {
-      uint8_t lanes[8];
-      std::memset(lanes, 4, 8);
-      lanes[byte & 3] = 0;
-      lanes[byte >> 2 & 3] = 1;
-      lanes[4 + (byte >> 4 & 3)] = 2;
-      lanes[4 + (byte >> 6)] = 3;
-      std::memcpy(&of_byte[byte], lanes, 8);
-    }
+    std::fill(&lanes[0][0], &lanes[0][0] + 256 * 8, 4);
+    std::memset(widened, 0x80, sizeof widened);
+    std::memset(halves, 0x80, sizeof halves);
+    for (int byte = 0; byte < 256; byte++)
+      for (int k = 0; k < 4; k++) {
+        const int column = 4 * (k / 2) + (byte >> 2 * k & 3);
+        lanes[byte][column] = k;
+        for (int part = 0; part < 2; part++) {
+          widened[byte][4 * column + 2 + part] = halves[byte][2 * column + part] = uint8_t(2 * k + part);
+        }
+      }
   }
 };
 const Permutations kPermutations;
 
-AVX2 inline __m128 load_four(const float* values) { return _mm_loadu_ps(values); }
-AVX2 inline __m128 load_four(const bf16* values) {
-  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)values)), 16));
+AVX2 inline __m256 spread_eight(const float* values, uint8_t byte) {
+  __m256i lanes = _mm256_load_si256((const __m256i*)kPermutations.lanes[byte]);
+  return _mm256_permutevar8x32_ps(_mm256_zextps128_ps256(_mm_loadu_ps(values)), lanes);
+}
+AVX2 inline __m256 spread_eight(const bf16* values, uint8_t byte) {
+  int64_t four;
+  std::memcpy(&four, values, 8);
+  __m256i bytes = _mm256_load_si256((const __m256i*)kPermutations.widened[byte]);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(four), bytes));
 }
 AVX2 inline float sum_lanes(__m256 v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-template <class T>
-AVX2 inline __m256 spread_eight(const T* values, uint8_t byte) {
-  __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&kPermutations.of_byte[byte]));
-  return _mm256_permutevar8x32_ps(_mm256_zextps128_ps256(load_four(values)), lanes);
 }
 
 template <int ROWS, int TOKENS, int STEPS, class T>
@@ -134,6 +130,7 @@ AVX2 void tile_avx2(const Problem<T, float>& p, int64_t n, int64_t first) {
       for (auto& sum : token) sum = _mm256_setzero_ps();
   for (int64_t b = 0; b < p.columns / 8; b += STEPS) {  // a padded row has a multiple of four bytes of metadata
     prefetch<ROWS, ROWS * STEPS * 4 * int(sizeof(T))>(values, 4 * b, p.kept());
+    if (b % 16 == 0) _mm_prefetch((const char*)(p.meta + (n + ROWS) * p.words()) + ROWS * b, _MM_HINT_T1);
     for (int step = 0; step < STEPS; step++)
       for (int r = 0; r < ROWS; r++) {
         __m256 dense = spread_eight(values + r * p.kept() + 4 * (b + step), bytes[r * p.words() * 4 + b + step]);
@@ -150,23 +147,107 @@ AVX2 void tile_avx2(const Problem<T, float>& p, int64_t n, int64_t first) {
       p.to.put(n + r, first + t, sum_lanes(sum));
     }
 }
+// Sixteen registers hold twelve sums beside the operands. Two rows share what is loaded of many tokens, four rows of few.
 template <class T>
 AVX2 void rows_avx2(const Problem<T, float>& p, int64_t begin, int64_t end) {
-  ALL_TILES(tile_avx2, 2)  // sixteen registers hold no more than eight sums beside the operands
+  for (int64_t n = begin; n < end; n += 4) {
+    int64_t t = 0;
+    if (n + 4 <= end) {
+      for (; t + 6 <= p.tokens; t += 6)
+        for (int64_t r = n; r < n + 4; r += 2) tile_avx2<2, 6, 1>(p, r, t);
+      for (; t + 2 <= p.tokens; t += 2) tile_avx2<4, 2, 1>(p, n, t);
+      for (; t < p.tokens; t++) tile_avx2<4, 1, 2>(p, n, t);
+    }
+    for (int64_t r = n; r < std::min(n + 4, end); r++)
+      for (int64_t u = t; u < p.tokens; u++) tile_avx2<1, 1, 4>(p, r, u);
+  }
 }
 AVX2 void unpack_avx2(const float* values, const uint32_t* meta, float* dense, int64_t columns) {
   const uint8_t* bytes = (const uint8_t*)meta;
   for (int64_t b = 0; b < columns / 8; b++) _mm256_storeu_ps(dense + 8 * b, spread_eight(values + 4 * b, bytes[b]));
 }
+AVX2 void unpack_avx2(const uint16_t* values, const uint32_t* meta, uint16_t* dense, int64_t columns) {
+  const uint8_t* bytes = (const uint8_t*)meta;
+  for (int64_t b = 0; b < columns / 8; b++) {
+    __m128i places = _mm_load_si128((const __m128i*)kPermutations.halves[bytes[b]]);
+    __m128i four = _mm_loadl_epi64((const __m128i*)(values + 4 * b));
+    _mm_storeu_si128((__m128i*)(dense + 8 * b), _mm_shuffle_epi8(four, places));
+  }
+}
+
+// ---------------------------------------------------------------- AVX-512 in float32
+
+AVX512 inline __m512 load_kept(const float* values) { return _mm512_loadu_ps(values); }
+AVX512 inline __m512 load_kept(const bf16* values) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+template <int ROWS, int TOKENS, int STEPS, class T>
+AVX512 inline void add_word(const Problem<T, float>& p, int64_t n, int64_t first, int64_t w, int step,
+                            __m512 (&sums)[ROWS][TOKENS][STEPS]) {
+  __m512 kept[ROWS];
+  __m512i places[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    kept[r] = load_kept(p.values + (n + r) * p.kept() + 16 * w);
+    places[r] = places_of(p.meta[(n + r) * p.words() + w]);
+  }
+  for (int t = 0; t < TOKENS; t++) {
+    const float* x = p.inputs + (first + t) * p.columns + 32 * w;
+    __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+    for (int r = 0; r < ROWS; r++) {
+      __m512 inputs = _mm512_permutex2var_ps(low, places[r], high);
+      sums[r][t][step] = _mm512_fmadd_ps(kept[r], inputs, sums[r][t][step]);
+    }
+  }
+}
+
+template <int ROWS, int TOKENS, int STEPS, class T>
+AVX512 void tile_avx512(const Problem<T, float>& p, int64_t n, int64_t first) {
+  __m512 sums[ROWS][TOKENS][STEPS];
+  for (auto& row : sums)
+    for (auto& token : row)
+      for (auto& sum : token) sum = _mm512_setzero_ps();
+  int64_t w = 0;
+  for (; w + STEPS <= p.words(); w += STEPS) {
+    prefetch<ROWS, ROWS * STEPS * 16 * int(sizeof(T))>(p.values + n * p.kept(), 16 * w, p.kept());
+    const uint32_t* next = p.meta + (n + ROWS) * p.words() + ROWS * w;
+    if (w % 4 == 0) _mm_prefetch((const char*)next, _MM_HINT_T1);  // four rows of four words are a line
+    for (int step = 0; step < STEPS; step++) add_word(p, n, first, w + step, step, sums);
+  }
+  for (; w < p.words(); w++) add_word(p, n, first, w, 0, sums);
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < TOKENS; t++) {
+      __m512 sum = sums[r][t][0];
+      for (int step = 1; step < STEPS; step++) sum = _mm512_add_ps(sum, sums[r][t][step]);
+      p.to.put(n + r, first + t, _mm512_reduce_add_ps(sum));
+    }
+}
+// Rows in fours for one token as well: on the machines that have no bfloat16 products the second-level cache fetches
+// four streams faster than one past the caches.
+template <int ROWS, class T>
+AVX512 void all_tokens(const Problem<T, float>& p, int64_t n) {
+  int64_t t = 0;
+  for (; t + 4 <= p.tokens; t += 4) tile_avx512<ROWS, 4, 1>(p, n, t);
+  if (p.tokens - t == 3) tile_avx512<ROWS, 3, 1>(p, n, t);
+  if (p.tokens - t == 2) tile_avx512<ROWS, 2, 2>(p, n, t);
+  if (p.tokens - t == 1) tile_avx512<ROWS, 1, 2>(p, n, t);
+}
+template <class T>
+AVX512 void rows_avx512(const Problem<T, float>& p, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) all_tokens<4>(p, n);
+  for (; n < end; n++) all_tokens<1>(p, n);
+}
 
 // ---------------------------------------------------------------- AVX-512 with bfloat16 products
 
 template <int ROWS, int TOKENS, int STEPS>
-AVX512 inline void add_word(const Problem<bf16, bf16>& p, int64_t n, int64_t first, int64_t w, int step,
+AVX512_BF16 inline void add_word(const Problem<bf16, bf16>& p, int64_t n, int64_t first, int64_t w, int step,
                             __m512 (&sums)[ROWS][TOKENS][STEPS]) {
   __m512i dense[ROWS];
   for (int r = 0; r < ROWS; r++) {
-    dense[r] = spread(load_kept(p.values + (n + r) * p.kept() + 16 * w), p.meta[(n + r) * p.words() + w]);
+    dense[r] = spread(load_16(p.values + (n + r) * p.kept() + 16 * w), p.meta[(n + r) * p.words() + w]);
   }
   for (int t = 0; t < TOKENS; t++) {
     __m512i inputs = _mm512_loadu_si512(p.inputs + (first + t) * p.columns + 32 * w);
@@ -177,7 +258,7 @@ AVX512 inline void add_word(const Problem<bf16, bf16>& p, int64_t n, int64_t fir
 }
 
 template <int ROWS, int TOKENS, int STEPS>
-AVX512 void tile_bf16(const Problem<bf16, bf16>& p, int64_t n, int64_t first) {
+AVX512_BF16 void tile_bf16(const Problem<bf16, bf16>& p, int64_t n, int64_t first) {
   __m512 sums[ROWS][TOKENS][STEPS];
   for (auto& row : sums)
     for (auto& token : row)
@@ -195,17 +276,58 @@ AVX512 void tile_bf16(const Problem<bf16, bf16>& p, int64_t n, int64_t first) {
       p.to.put(n + r, first + t, _mm512_reduce_add_ps(sum));
     }
 }
-AVX512 void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) { ALL_TILES(tile_bf16, 4) }
+// Rows in fours, and for the last token of an odd number one by one: here a plain stream is read fastest.
+AVX512_BF16 void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; n += 4) {
+    int64_t t = 0;
+    if (n + 4 <= end) {
+      for (; t + 4 <= p.tokens; t += 4) tile_bf16<4, 4, 1>(p, n, t);
+      for (; t + 2 <= p.tokens; t += 2) tile_bf16<4, 2, 2>(p, n, t);
+    }
+    for (int64_t r = n; r < std::min(n + 4, end); r++)
+      for (int64_t u = t; u < p.tokens; u++) tile_bf16<1, 1, 4>(p, r, u);
+  }
+}
 
-}  // namespace
+// ---------------------------------------------------------------- many tokens
 
+constexpr int kRows = 8;  // of a block
+template <class X>
+constexpr int64_t kManyTokens = sizeof(X) == 2 ? 9 : 24;  // from here on this beats spreading for every few tokens
+
+#define TARGET AVX512
+namespace in_float {
+template <class T>
+TARGET inline void spread_word(const T* values, const uint32_t& word, float* dense) {
+  for (int b = 0; b < 4; b++) _mm256_store_ps(dense + 8 * b, spread_eight(values + 4 * b, uint8_t(word >> 8 * b)));
+}
+TARGET inline __m512 multiply_add(const float* weight, const float* inputs, __m512 sum) {
+  return _mm512_fmadd_ps(_mm512_load_ps(weight), _mm512_loadu_ps(inputs), sum);
+}
+TARGET inline void store_eight(const float* sums, float* out) { _mm256_storeu_ps(out, _mm256_loadu_ps(sums)); }
+TARGET inline void store_eight(const float* sums, bf16* out) { _mm_storeu_si128((__m128i*)out, round_eight(sums)); }
 #include "block24.h"
+}  // namespace in_float
+#undef TARGET
 
-namespace {
+#define TARGET AVX512_BF16
+namespace in_bf16 {
+TARGET inline void spread_word(const bf16* values, const uint32_t& word, bf16* dense) {
+  _mm512_store_si512(dense, spread(load_16(values), word));
+}
+TARGET inline __m512 multiply_add(const bf16* weight, const bf16* inputs, __m512 sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(weight), (__m512bh)_mm512_loadu_si512(inputs));
+}
+TARGET inline void store_eight(const float* sums, bf16* out) {
+  _mm_storeu_si128((__m128i*)out, (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(sums)));
+}
+#include "block24.h"
+}  // namespace in_bf16
+#undef TARGET
 
-AVX512 void unpack_avx512(const bf16* values, const uint32_t* meta, bf16* dense, int64_t columns) {
+AVX512_BF16 void unpack_bf16(const uint16_t* values, const uint32_t* meta, uint16_t* dense, int64_t columns) {
   for (int64_t w = 0; w < columns / 32; w++)
-    _mm512_storeu_si512(dense + 32 * w, spread(load_kept(values + 16 * w), meta[w]));
+    _mm512_storeu_si512(dense + 32 * w, spread(load_16(values + 16 * w), meta[w]));
 }
 #endif  // X86
 
@@ -235,19 +357,20 @@ template <class T>
 void product(const T* gate_values, const uint32_t* gate_meta, const T* values, const uint32_t* meta, const T* inputs,
              Output<T> to, int64_t columns, int64_t tokens, int threads, int level) {
 #if X86
-  Problem<T, T> gate_here{gate_values, gate_meta, inputs, columns, tokens, to};
-  Problem<T, T> up_here{values, meta, inputs, columns, tokens, to};
-  if (level >= kAvx512Bf16 && tokens >= kManyTokens<T>) return run(gate_here, up_here, threads, rows_many<T>);
   if constexpr (std::is_same_v<T, bf16>) {
-    if (level >= kAvx512Bf16) return run(gate_here, up_here, threads, rows_few);
+    Problem<bf16, bf16> gate{gate_values, gate_meta, inputs, columns, tokens, to};
+    Problem<bf16, bf16> up{values, meta, inputs, columns, tokens, to};
+    const auto rows = tokens < kManyTokens<bf16> ? rows_few : in_bf16::rows_many<bf16, bf16>;
+    if (level >= kAvx512Bf16) return run(gate, up, threads, rows);
   }
 #endif
-  std::vector<float> wide(sizeof(T) == 4 ? 0 : tokens * columns);
-  for (size_t i = 0; i < wide.size(); i++) wide[i] = to_float(inputs[i]);
+  const std::vector<float> wide = widened(inputs, sizeof(T) == 4 ? 0 : tokens * columns);
   const float* x = sizeof(T) == 4 ? (const float*)inputs : wide.data();
   Problem<T, float> gate{gate_values, gate_meta, x, columns, tokens, to};
   Problem<T, float> up{values, meta, x, columns, tokens, to};
 #if X86
+  const auto rows = tokens < kManyTokens<float> ? rows_avx512<T> : in_float::rows_many<T, float>;
+  if (level >= kAvx512) return run(gate, up, threads, rows);
   if (level >= kAvx2) return run(gate, up, threads, rows_avx2<T>);
 #endif
   run(gate, up, threads, rows_plain<T>);
@@ -257,13 +380,14 @@ void product(const T* gate_values, const uint32_t* gate_meta, const T* values, c
 
 extern "C" {
 
-// 0 plain loops, 1 AVX2, 2 AVX-512 with bfloat16 products: the best path of this machine.
+// 0 plain loops, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products: the best path of this machine.
 int sparse24_level() {
 #if X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
-    return kAvx512Bf16;
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    return products ? kAvx512Bf16 : kAvx512;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kPlain;
@@ -309,8 +433,8 @@ void sparse24_huge_pages(void* data, int64_t bytes) {
 void sparse24_unpack_16(const uint16_t* values, const uint32_t* meta, uint16_t* dense, int64_t rows, int64_t padded,
                         int64_t columns, int threads, int level) {
 #if X86
-  if (level >= kAvx512Bf16)
-    return unpack_rows(values, meta, dense, rows, padded, columns, threads, unpack_avx512);
+  if (level >= kAvx512Bf16) return unpack_rows(values, meta, dense, rows, padded, columns, threads, unpack_bf16);
+  if (level >= kAvx2) return unpack_rows<uint16_t>(values, meta, dense, rows, padded, columns, threads, unpack_avx2);
 #endif
   unpack_rows(values, meta, dense, rows, padded, columns, threads, unpack_plain<uint16_t>);
 }
@@ -319,7 +443,7 @@ void sparse24_unpack_16(const uint16_t* values, const uint32_t* meta, uint16_t* 
 void sparse24_unpack_32(const float* values, const uint32_t* meta, float* dense, int64_t rows, int64_t padded,
                         int64_t columns, int threads, int level) {
 #if X86
-  if (level >= kAvx2) return unpack_rows(values, meta, dense, rows, padded, columns, threads, unpack_avx2);
+  if (level >= kAvx2) return unpack_rows<float>(values, meta, dense, rows, padded, columns, threads, unpack_avx2);
 #endif
   unpack_rows(values, meta, dense, rows, padded, columns, threads, unpack_plain<float>);
 }

@@ -41,8 +41,8 @@ from sparsegpt.sparsity import NM, Sparsity
 RHO = 0.9
 RELAXATIONS = (1.8, 1.8, 1.6, 1.3, 1.0)
 REFIT_ITERATIONS = 4
-# SparseGPT's loss is known from its errors up to rounding: above a share of it, or where most of it is the damping's,
-# it is computed as the search's is.
+# Both losses are known up to rounding without a product, SparseGPT's from its errors and the search's from the steps of
+# its refit. Above a share of it, or where most of it is the damping's, they are computed.
 CLEARLY_BETTER, ROUNDING = 0.9, 0.01
 
 
@@ -53,24 +53,35 @@ def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_siz
     block_size: of that SparseGPT pass.
     """
     swept, swept_mask, swept_loss = sweep(weight, hessian, pattern, block_size=block_size)
-    found, mask = search(weight, hessian, pattern, swept)
-    loss = _loss(weight - found, hessian)
-    at_least = float((1 - ROUNDING) * swept_loss - _damping_loss(weight - swept, hessian))
-    if loss <= CLEARLY_BETTER * at_least or loss <= _loss(weight - swept, hessian):
+    found, mask, found_loss = search(weight, hessian, pattern, swept)
+    at_least = (1 - ROUNDING) * swept_loss - _damping_loss(weight - swept, hessian)
+    if float(found_loss) <= CLEARLY_BETTER * float(at_least):
+        return found, mask
+    if _loss(weight - found, hessian) <= _loss(weight - swept, hessian):
         return found, mask
     return swept, swept_mask
 
 
-def search(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, start: Tensor) -> tuple[Tensor, Tensor]:
-    """The alternation from the sparse weights `start` [R, C], and the refit on its mask. Returns (weight, mask)."""
+def search(
+    weight: Tensor, hessian: DampedHessian, pattern: Sparsity, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The alternation from the sparse weights `start` [R, C], and the refit on its mask.
+
+    Returns (weight, mask, loss), the loss under the damped Hessian as a scalar, as far as the refit's rounded products
+    tell it.
+    """
     scale_C = (hessian.damped_diagonal / hessian.inverse_diagonal).pow(0.25)
     hessian.release_factor()
     scaled = ScaledHessian(hessian, scale_C)
     sparse_RC, mask_RC = _alternate(weight, scale_C, scaled, pattern, start)
     multiplier = Multiplier(scaled)
-    residual_RC = multiplier.after_finely((weight * scale_C).sub_(sparse_RC), scaled).mul_(mask_RC)
-    descend(sparse_RC, mask_RC, residual_RC, multiplier, scaled.diagonal(), iterations=REFIT_ITERATIONS)
-    return sparse_RC.div_(scale_C), mask_RC
+    error_RC = (weight * scale_C).sub_(sparse_RC)
+    residual_RC = multiplier.after_finely(error_RC, scaled)
+    loss = torch.dot(error_RC.flatten(), residual_RC.flatten())
+    del error_RC
+    residual_RC.mul_(mask_RC)
+    loss -= descend(sparse_RC, mask_RC, residual_RC, multiplier, scaled.diagonal(), iterations=REFIT_ITERATIONS)
+    return sparse_RC.div_(scale_C), mask_RC, loss
 
 
 def _alternate(

@@ -53,16 +53,18 @@ def descend(
     *,
     iterations: int,
     tolerance: float = TOLERANCE,
-) -> None:
+) -> Tensor:
     """The iterations of `refit` without its last look, in place on weight [R, C], which is zero outside the mask.
 
     residual: (target - weight) hessian within the mask, [R, C]; used up. multiplier: the Hessian, which may be rounded:
     then a row can end above its start. All steps are relative to the residual, so that is worth all digits of the
-    Hessian. diagonal: of the Hessian, [C].
+    Hessian. diagonal: of the Hessian, [C]. Returns by how much the loss fell, a scalar, as the multiplier has it.
     """
     jacobi_C = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
+    gained = diagonal.new_zeros(())
     for rows in pieces(weight):
-        _descend(weight[rows], mask[rows], residual[rows], multiplier, jacobi_C, iterations, tolerance)
+        gained += _descend(weight[rows], mask[rows], residual[rows], multiplier, jacobi_C, iterations, tolerance)
+    return gained
 
 
 def _descend(
@@ -73,23 +75,26 @@ def _descend(
     jacobi_C: Tensor,
     iterations: int,
     tolerance: float,
-) -> None:
-    """Conjugate gradients on some rows, in place on their weights and residuals."""
+) -> Tensor:
+    """Conjugate gradients on some rows, in place on their weights and residuals. Returns what the loss fell by."""
     preconditioned_RC = residual_RC * jacobi_C
     direction_RC = preconditioned_RC.clone()
     energy_R = (residual_RC * preconditioned_RC).sum(1)
     floor_R = energy_R * tolerance**2
+    gained_R = torch.zeros_like(energy_R)
     for _ in range(iterations):
         if (energy_R <= floor_R).all():
             break
         image_RC = multiplier.after(direction_RC).mul_(mask_RC)
         step_R = _ratio(energy_R, (direction_RC * image_RC).sum(1))
+        gained_R += step_R * energy_R
         weight_RC.addcmul_(direction_RC, step_R[:, None])
         residual_RC.addcmul_(image_RC, step_R[:, None], value=-1)
         torch.mul(residual_RC, jacobi_C, out=preconditioned_RC)
         next_energy_R = (residual_RC * preconditioned_RC).sum(1)
         direction_RC.mul_(_ratio(next_energy_R, energy_R)[:, None]).add_(preconditioned_RC)
         energy_R = next_energy_R
+    return gained_R.sum()
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:

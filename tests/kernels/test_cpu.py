@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import Packed24, cpu, dequantize, pack, quantize, unpack
 from sparsegpt.kernels.cpu import (
+    INTEGER_LEVELS,
     LEVELS,
     build,
     machine_level,
@@ -73,17 +74,17 @@ def test_swiglu_far_out() -> None:
     assert found[0] == 0 and found[1] == 4e4 and found[2].isnan()
 
 
-@pytest.mark.skipif(machine_level() != "avx512_bf16", reason="needs AVX-512 with bfloat16 products")
+@pytest.mark.parametrize("level", [level for level in HERE if level in INTEGER_LEVELS])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("group_size", [32, 96, 128, 512])
 @pytest.mark.parametrize("tokens", [1, 4, 7])
-def test_integer_values_against_float64(tokens: int, group_size: int, bits: int, poisoned: None) -> None:
+def test_integer_values_against_float64(tokens: int, group_size: int, bits: int, level: str, poisoned: None) -> None:
     for seed, (rows, columns) in enumerate([(1, 4), (5, 36), (65, 288), (33, 700)]):
         small = quantize(pack(weight24(rows, columns, torch.bfloat16, seed)), bits, group_size)
         inputs, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16() if seed % 2 else None
         dense = unpack(dequantize(small, torch.float64))  # q * scale is exact in float32
         expected = inputs.double() @ dense.T + (0 if bias is None else bias.double())
-        found = matmul_integer(small, inputs, bias)
+        found = matmul_integer(small, inputs, bias, level=level)
         assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
 
 
@@ -177,13 +178,13 @@ def test_few_tokens_use_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen[-1] == 100
 
 
-@pytest.mark.parametrize(("rows", "larger"), [(64, False), (16384, True)])
+@pytest.mark.parametrize(("rows", "larger"), [(64, False), (131072, True)])
 def test_the_table_knows_the_size(rows: int, larger: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "machine_level", lambda: "avx2")
+    monkeypatch.setattr(cpu, "machine_level", lambda: "avx512_bf16")
     monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: None))
     choice = choose(pack(torch.zeros(rows, 96, dtype=torch.float32)))
-    first, second = (row.steps for row in MEASURED if (row.path, row.dtype) == ("avx2", torch.float32))
-    assert choice.steps == (*(second if larger else first), (ANY, "dense")) and first < second
+    first, second = (row.steps for row in MEASURED if (row.path, row.dtype) == ("avx512_bf16", torch.float32))
+    assert choice.steps == (*(second if larger else first), (ANY, "dense")) and first > second
     monkeypatch.setattr(cpu, "machine_level", lambda: "plain")
     assert choose(pack(torch.zeros(rows, 96, dtype=torch.float32))).route(1) == "dense"
 

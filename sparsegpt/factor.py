@@ -10,6 +10,8 @@ Dimension key: C rows and columns.
 import torch
 from torch import Tensor
 
+from sparsegpt.strips import strips
+
 # Rows or columns of one product with a triangular matrix, whose zeros beyond the strip are left out.
 STRIP = 256
 # Below this width a triangle is inverted by the library.
@@ -75,11 +77,6 @@ def square_lower(lower: Tensor) -> Tensor:
         lower[strip, : strip.stop] = rest[:, strip].T @ rest[:, : strip.stop]
         lower[: strip.start, strip] = lower[strip, : strip.start].T
     return lower
-
-
-def strips(size: int, step: int) -> list[slice]:
-    """range(size) in slices of `step`."""
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _reverse(matrix: Tensor) -> Tensor:

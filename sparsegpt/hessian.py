@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.factor import inverse_factor, strips
+from sparsegpt.factor import inverse_factor
+from sparsegpt.strips import strips
 
 # Tried in this order, first in the requested precision and then in float64, before giving up.
 DAMPING_STEPS = (1, 10, 100)

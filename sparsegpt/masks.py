@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparsegpt.sparsity import NM, Sparsity
+from sparsegpt.strips import transposed
 
 # Up to this group size every pair is compared at once; above it the table of pairs costs more than a sort.
 PAIRWISE_LIMIT = 16
@@ -29,9 +30,9 @@ def nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
     saliency: [R, C] with C divisible by m. Returns a bool mask [R, C] with exactly n True in every group.
     """
     if pattern.n <= ROUGH_LIMIT:
-        mask_CR = _rough_nm_mask(saliency.T.contiguous(), pattern)
+        mask_CR = _rough_nm_mask(transposed(saliency), pattern)
         if mask_CR.count_nonzero() * pattern.m == saliency.numel() * pattern.n:  # nothing tied
-            return mask_CR.T.contiguous()
+            return transposed(mask_CR)
     columns = saliency.shape[1] // pattern.m
     mask_MX = group_mask(rearrange(saliency, "r (g m) -> m (r g)", m=pattern.m), pattern.n)
     return rearrange(mask_MX, "m (r g) -> r (g m)", g=columns)
@@ -48,21 +49,26 @@ def group_mask(saliency_MX: Tensor, n: int) -> Tensor:
 
 def _ranks_by_pairs(saliency_MX: Tensor) -> Tensor:
     """Rank of each member: how many are larger, or equal and earlier. One comparison a pair, summed by a product."""
-    earlier_P, later_P, tally_MP, offset_M1 = _pair_tables(saliency_MX.shape[0], saliency_MX.device)
-    later_wins_PX = (saliency_MX[later_P] > saliency_MX[earlier_P]).float()
+    m = saliency_MX.shape[0]
+    tally_MP, offset_M1 = _pair_tables(m, saliency_MX.device)
+    later_wins_PX = saliency_MX.new_empty(tally_MP.shape[1], *saliency_MX.shape[1:], dtype=torch.float32)
+    done = 0
+    for distance in range(1, m):
+        pairs = slice(done, done := done + m - distance)
+        torch.gt(saliency_MX[distance:], saliency_MX[:-distance], out=later_wins_PX[pairs])
     return torch.addmm(offset_M1, tally_MP, later_wins_PX)
 
 
 @functools.cache
-def _pair_tables(m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Members of each pair, and rank = offset + tally @ later_wins: the loser of a pair moves one rank down."""
-    earlier_P, later_P = torch.triu_indices(m, m, offset=1, device=device)
-    pairs = torch.arange(len(earlier_P), device=device)
-    tally_MP = torch.zeros(m, len(earlier_P), device=device)
-    tally_MP[earlier_P, pairs] = 1
-    tally_MP[later_P, pairs] = -1
+def _pair_tables(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """rank = offset + tally @ later_wins, pairs ordered by distance: the loser of a pair moves one rank down."""
+    earlier = [first for distance in range(1, m) for first in range(m - distance)]
+    later = [first + distance for distance in range(1, m) for first in range(m - distance)]
+    tally_MP = torch.zeros(m, len(earlier), device=device)
+    tally_MP[earlier, range(len(earlier))] = 1
+    tally_MP[later, range(len(later))] = -1
     offset_M1 = torch.arange(m, device=device, dtype=torch.float32)[:, None]
-    return earlier_P, later_P, tally_MP, offset_M1
+    return tally_MP, offset_M1
 
 
 def unstructured_mask(saliency: Tensor, zeros: int) -> Tensor:
@@ -73,11 +79,12 @@ def unstructured_mask(saliency: Tensor, zeros: int) -> Tensor:
         return torch.zeros_like(saliency, dtype=torch.bool)
     flat = saliency.flatten()
     threshold = _kth_smallest(flat, zeros)
-    mask, ties = flat > threshold, flat == threshold
+    mask = flat > threshold
     ties_kept = flat.numel() - zeros - mask.count_nonzero()
-    if ties.count_nonzero() > ties_kept > 0:
-        ties &= ties.cumsum(0) <= ties_kept
-    return (mask | ties if ties_kept > 0 else mask).view_as(saliency)
+    if ties_kept > 0:
+        ties = flat == threshold
+        mask |= ties & (ties.cumsum(0) <= ties_kept)
+    return mask.view_as(saliency)
 
 
 def _kth_smallest(flat: Tensor, k: int) -> Tensor:

@@ -16,6 +16,7 @@ FOLDERS["calib_data"] = "sparsegpt.calib_data"
 FLOORS = {
     "errors": 0,
     "factor": 0,
+    "strips": 0,
     "sparsity": 0,
     "experts": 1,
     "masks": 1,

@@ -14,7 +14,7 @@ from sparsegpt.masks import layer_mask
 from sparsegpt.solvers import METHODS, products, prune_layer
 from sparsegpt.solvers import admm as admm_module
 from sparsegpt.solvers import refit as refit_module
-from sparsegpt.solvers.admm import RELAXATIONS, RHO, admm, search
+from sparsegpt.solvers.admm import RELAXATIONS, RHO, ROUNDING, admm, search
 from sparsegpt.solvers.products import Multiplier
 from sparsegpt.solvers.refit import descend, refit, row_losses
 from sparsegpt.solvers.sparsegpt import sparsegpt
@@ -199,7 +199,7 @@ def test_admm_returns_sparsegpts_result_where_the_search_ends_worse(sparsity, mo
     weight, raw = random_layer(8, 32)
     hessian, pattern = DampedHessian(raw), parse_sparsity(sparsity)
     swept = sparsegpt(weight, hessian, pattern, block_size=128)
-    monkeypatch.setattr(admm_module, "search", lambda *_: (torch.zeros_like(weight), torch.zeros(8, 32) > 0))
+    monkeypatch.setattr(admm_module, "search", lambda *_: (torch.zeros_like(weight), torch.zeros(8, 32) > 0, torch.tensor(torch.inf)))
     for ours, theirs in zip(admm(weight, hessian, pattern, block_size=128), swept, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -212,7 +212,7 @@ def test_a_layer_without_rows_stays_one(sparsity):
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_the_mask_of_the_search_has_the_exact_pattern(sparsity):
     weight, raw = random_layer(8, 64)
-    found, mask = search(weight, DampedHessian(raw), parse_sparsity(sparsity), torch.zeros_like(weight))
+    found, mask, _ = search(weight, DampedHessian(raw), parse_sparsity(sparsity), torch.zeros_like(weight))
     assert_pattern(mask.float(), sparsity)
     assert_pattern(found, sparsity)
     assert not found.signbit()[~mask].any()
@@ -236,10 +236,22 @@ def test_the_search_is_the_alternation_that_its_file_states(sparsity, piece, mon
         mask = brute_layer_mask(shifted.abs(), pattern)
         sparse = shifted.masked_fill(~mask, 0)
         multiplier += RHO * (relaxed - sparse)
-    found, found_mask = search(weight.double(), DampedHessian(raw, dtype=torch.float64), pattern, start)
+    found, found_mask, loss = search(weight.double(), DampedHessian(raw, dtype=torch.float64), pattern, start)
     assert torch.equal(found_mask, mask)
+    error = weight.double() - found
+    assert float(loss) == pytest.approx(float(((error @ damped(raw)) * error).sum()), rel=1e-9)
     best = best_on_mask(weight, mask, damped(raw))
     assert relative_error(weight, found, damped(raw)) <= relative_error(weight, best, damped(raw)) * 1.01
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_rounded_products_tell_the_loss_to_a_hundredth(sparsity, monkeypatch):
+    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda device_type: True)
+    weight, raw = random_layer(24, 512)
+    start = torch.zeros_like(weight)
+    found, _, loss = search(weight, DampedHessian(raw), parse_sparsity(sparsity), start)
+    error = (weight - found).double()
+    assert float(loss) == pytest.approx(float(((error @ damped(raw)) * error).sum()), rel=ROUNDING)
 
 
 def test_a_resolvent_that_float32_cannot_factor_is_found_in_float64(monkeypatch):

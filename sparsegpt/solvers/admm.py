@@ -37,6 +37,7 @@ from sparsegpt.solvers.products import Multiplier, pieces
 from sparsegpt.solvers.refit import descend, row_losses
 from sparsegpt.solvers.sparsegpt import sweep
 from sparsegpt.sparsity import NM, Sparsity
+from sparsegpt.strips import transposed
 
 RHO = 0.9
 RELAXATIONS = (1.8, 1.8, 1.6, 1.3, 1.0)
@@ -94,7 +95,7 @@ def _alternate(
         shifted = _scaled_columns(start, scale_C, parts)
         _iterate(_scaled_columns(weight, scale_C, parts), shifted, resolvent, pattern)
         for rows in parts:
-            sparse_RC[rows] = shifted.pop(0).T
+            sparse_RC[rows] = transposed(shifted.pop(0))
         together = slice(parts[0].start, parts[-1].stop)
         mask_RC[together] = layer_mask(sparse_RC[together].abs(), pattern)
         # As in the sweep: quicker than masked_fill, and no -0.0.
@@ -112,7 +113,7 @@ def _bound_together(weight: Tensor, pattern: Sparsity) -> list[list[slice]]:
 
 def _scaled_columns(weight: Tensor, scale_C: Tensor, parts: list[slice]) -> list[Tensor]:
     """Rows of weight [R, C] with scaled columns, as [C, R]."""
-    return [(weight[rows] * scale_C).T.contiguous() for rows in parts]
+    return [transposed(weight[rows] * scale_C) for rows in parts]
 
 
 def _iterate(targets: list[Tensor], shifted: list[Tensor], resolvent: Multiplier, pattern: Sparsity) -> None:

@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
-from sparsegpt.factor import strips
 from sparsegpt.hessian import ScaledHessian
+from sparsegpt.strips import strips
 
 # A symmetric matrix whose rows are there, or are made when asked for.
 Symmetric = Tensor | ScaledHessian

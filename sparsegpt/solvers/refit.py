@@ -11,8 +11,8 @@ Dimension key: R out_features, C in_features.
 import torch
 from torch import Tensor
 
-from sparsegpt.factor import strips
 from sparsegpt.solvers.products import Multiplier, pieces
+from sparsegpt.strips import strips
 
 ITERATIONS = 15
 TOLERANCE = 1e-6

@@ -22,6 +22,7 @@ from torch import Tensor
 from sparsegpt.hessian import DampedHessian
 from sparsegpt.masks import group_mask, row_mask, unstructured_mask
 from sparsegpt.sparsity import NM, Sparsity
+from sparsegpt.strips import transposed
 
 # Columns handled one by one; wider ranges are split in halves.
 LEAF = 8
@@ -48,7 +49,7 @@ class _Sweep:
     """The state of one left-to-right pass: current weights, errors and mask, all [C, R]."""
 
     def __init__(self, weight: Tensor, hessian: DampedHessian, pattern: Sparsity, block_size: int) -> None:
-        self.weight_CR = weight.T.clone(memory_format=torch.contiguous_format)
+        self.weight_CR = transposed(weight)
         self.error_CR = torch.empty_like(self.weight_CR)
         self.kept_CR = torch.ones_like(self.weight_CR, dtype=torch.bool)
         self.U_CC = hessian.inverse_factor
@@ -69,7 +70,7 @@ class _Sweep:
         del self.error_CR
         # Six times faster on a CPU than masked_fill for a whole layer; adding 0.0 turns the product's -0.0 into 0.0.
         weight_CR = self.weight_CR.mul_(self.kept_CR).add_(0.0)
-        return weight_CR.T.contiguous(), self.kept_CR.T.contiguous(), loss
+        return transposed(weight_CR), transposed(self.kept_CR), loss
 
     def _sweep(self, start: int, end: int) -> None:
         """Choose masks and eliminate, for columns that have received every update from the left of `start`."""

@@ -14,7 +14,7 @@ from sparsegpt.masks import layer_mask
 from sparsegpt.solvers import METHODS, products, prune_layer
 from sparsegpt.solvers import admm as admm_module
 from sparsegpt.solvers import refit as refit_module
-from sparsegpt.solvers.admm import RELAXATIONS, RHO, ROUNDING, admm, search
+from sparsegpt.solvers.admm import RELAXATIONS, RHO, admm, search
 from sparsegpt.solvers.products import Multiplier
 from sparsegpt.solvers.refit import descend, refit, row_losses
 from sparsegpt.solvers.sparsegpt import sparsegpt
@@ -199,7 +199,8 @@ def test_admm_returns_sparsegpts_result_where_the_search_ends_worse(sparsity, mo
     weight, raw = random_layer(8, 32)
     hessian, pattern = DampedHessian(raw), parse_sparsity(sparsity)
     swept = sparsegpt(weight, hessian, pattern, block_size=128)
-    monkeypatch.setattr(admm_module, "search", lambda *_: (torch.zeros_like(weight), torch.zeros(8, 32) > 0, torch.tensor(torch.inf)))
+    worse = torch.zeros_like(weight), torch.zeros(8, 32) > 0, torch.tensor(torch.inf)
+    monkeypatch.setattr(admm_module, "search", lambda *_: worse)
     for ours, theirs in zip(admm(weight, hessian, pattern, block_size=128), swept, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -239,19 +240,19 @@ def test_the_search_is_the_alternation_that_its_file_states(sparsity, piece, mon
     found, found_mask, loss = search(weight.double(), DampedHessian(raw, dtype=torch.float64), pattern, start)
     assert torch.equal(found_mask, mask)
     error = weight.double() - found
-    assert float(loss) == pytest.approx(float(((error @ damped(raw)) * error).sum()), rel=1e-9)
+    assert 1 - 1e-9 <= float(loss / ((error @ damped(raw)) * error).sum()) <= 1.05
     best = best_on_mask(weight, mask, damped(raw))
     assert relative_error(weight, found, damped(raw)) <= relative_error(weight, best, damped(raw)) * 1.01
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_rounded_products_tell_the_loss_to_a_hundredth(sparsity, monkeypatch):
+def test_rounded_products_bound_the_loss(sparsity, monkeypatch):
     monkeypatch.setattr(products, "_multiplies_bfloat16", lambda device_type: True)
     weight, raw = random_layer(24, 512)
     start = torch.zeros_like(weight)
     found, _, loss = search(weight, DampedHessian(raw), parse_sparsity(sparsity), start)
     error = (weight - found).double()
-    assert float(loss) == pytest.approx(float(((error @ damped(raw)) * error).sum()), rel=ROUNDING)
+    assert 1 <= float(loss / ((error @ damped(raw)) * error).sum()) <= 1.05
 
 
 def test_a_resolvent_that_float32_cannot_factor_is_found_in_float64(monkeypatch):

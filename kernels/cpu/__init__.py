@@ -2,10 +2,11 @@
 
     matmul          outputs [T, N] = inputs [T, K] weight^T + bias       bfloat16 and float32, sums in float32
     swiglu          silu(inputs gate^T) * (inputs up^T)                  the same
-    matmul_integer  as matmul, int8 or int4 values with group scales     bfloat16 inputs, AVX-512 only
+    matmul_integer  as matmul, int8 or int4 values with group scales     bfloat16 inputs, AVX-512
 
-The paths (AVX-512 with and without bfloat16 products, AVX2, plain) are in `matmul24.cpp`; `LEVELS` names them, the machine's best is chosen at
-run time. Without a compiler there is no library, and everything runs through torch on decompressed weights."""
+The paths (AVX-512 with and without bfloat16 products, AVX2, plain) are in `matmul24.cpp`; `LEVELS` names them, the
+machine's best is chosen at run time. Without a compiler there is no library, and everything runs through torch on
+decompressed weights."""
 
 from __future__ import annotations
 

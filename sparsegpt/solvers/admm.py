@@ -42,8 +42,8 @@ from sparsegpt.strips import transposed
 RHO = 0.9
 RELAXATIONS = (1.8, 1.8, 1.6, 1.3, 1.0)
 REFIT_ITERATIONS = 4
-# Both losses are known up to rounding without a product, SparseGPT's from its errors and the search's from the steps of
-# its refit. Above a share of it, or where most of it is the damping's, they are computed.
+# Without a product, SparseGPT's errors bound its loss from below and the steps of the refit bound the search's from
+# above, but for this share of rounding. Where the second is above this share of the first, both losses are computed.
 CLEARLY_BETTER, ROUNDING = 0.9, 0.01
 
 
@@ -56,20 +56,17 @@ def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_siz
     swept, swept_mask, swept_loss = sweep(weight, hessian, pattern, block_size=block_size)
     found, mask, found_loss = search(weight, hessian, pattern, swept)
     at_least = (1 - ROUNDING) * swept_loss - _damping_loss(weight - swept, hessian)
-    if float(found_loss) <= CLEARLY_BETTER * float(at_least):
+    if float(found_loss) < CLEARLY_BETTER * float(at_least):
         return found, mask
     if _loss(weight - found, hessian) <= _loss(weight - swept, hessian):
         return found, mask
     return swept, swept_mask
 
 
-def search(
-    weight: Tensor, hessian: DampedHessian, pattern: Sparsity, start: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def search(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The alternation from the sparse weights `start` [R, C], and the refit on its mask.
 
-    Returns (weight, mask, loss), the loss under the damped Hessian as a scalar, as far as the refit's rounded products
-    tell it.
+    Returns (weight, mask, loss), the most that the loss under the damped Hessian can be, a scalar.
     """
     scale_C = (hessian.damped_diagonal / hessian.inverse_diagonal).pow(0.25)
     hessian.release_factor()
@@ -81,8 +78,8 @@ def search(
     loss = torch.dot(error_RC.flatten(), residual_RC.flatten())
     del error_RC
     residual_RC.mul_(mask_RC)
-    loss -= descend(sparse_RC, mask_RC, residual_RC, multiplier, scaled.diagonal(), iterations=REFIT_ITERATIONS)
-    return sparse_RC.div_(scale_C), mask_RC, loss
+    gained = descend(sparse_RC, mask_RC, residual_RC, multiplier, scaled.diagonal(), iterations=REFIT_ITERATIONS)
+    return sparse_RC.div_(scale_C), mask_RC, (loss - (1 - ROUNDING) * gained).clamp_min(0)
 
 
 def _alternate(

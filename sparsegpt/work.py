@@ -71,11 +71,13 @@ class WorkFolder(Progress):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._done or not unfinished_blocks(self.target):
+        # As the disk has it: a state can arrive whose writing was refused.
+        kept = 0 if self._done else unfinished_blocks(self.target)
+        if not kept:
             self._remove()
         self.lock.release()
-        if isinstance(error, SparseGPTError) and self.finished and "--resume" not in str(error):
-            raise SparseGPTError(f"{error}; {self.finished} finished blocks are kept, go on with --resume") from error
+        if isinstance(error, SparseGPTError) and kept and self.state and "--resume" not in str(error):
+            raise SparseGPTError(f"{error}; {kept} finished blocks are kept, go on with --resume") from error
 
     @property
     def finished(self) -> int:  # type: ignore[override]

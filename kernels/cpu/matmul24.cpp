@@ -74,7 +74,7 @@ void unpack_plain(const T* values, const uint32_t* meta, T* dense, int64_t colum
 template <int ROWS, int BYTES, class T>
 inline void prefetch(const T* values, int64_t at, int64_t kept) {
   const char* ahead = ROWS == 1 ? (const char*)(values + at) + 6144 : (const char*)(values + ROWS * (kept + at));
-  for (int line = 0; line < BYTES / 64; line++) {
+  for (int line = 0; line < (BYTES + 63) / 64; line++) {
     if (ROWS == 1) _mm_prefetch(ahead + 64 * line, _MM_HINT_NTA);
     if (ROWS != 1) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
   }
@@ -292,8 +292,9 @@ AVX512_BF16 void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t e
 // ---------------------------------------------------------------- many tokens
 
 constexpr int kRows = 8;  // of a block
+// From so many tokens on this beats a pass over the weight for every few of them.
 template <class X>
-constexpr int64_t kManyTokens = sizeof(X) == 2 ? 9 : 24;  // from here on this beats spreading for every few tokens
+constexpr int64_t kManyTokens = sizeof(X) == 2 ? 9 : 24;
 
 #define TARGET AVX512
 namespace in_float {

@@ -147,7 +147,7 @@ AVX2 void tile_avx2(const Problem<T, float>& p, int64_t n, int64_t first) {
       p.to.put(n + r, first + t, sum_lanes(sum));
     }
 }
-// Sixteen registers hold twelve sums beside the operands. Two rows share what is loaded of many tokens, four rows of few.
+// Sixteen registers hold twelve sums beside the operands. Two rows share what is loaded of many tokens, four of few.
 template <class T>
 AVX2 void rows_avx2(const Problem<T, float>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += 4) {
@@ -175,16 +175,24 @@ AVX2 void unpack_avx2(const uint16_t* values, const uint32_t* meta, uint16_t* de
   }
 }
 
-// ---------------------------------------------------------------- AVX-512 in float32
+// ---------------------------------------------------------------- AVX-512
 
-AVX512 inline __m512 load_kept(const float* values) { return _mm512_loadu_ps(values); }
-AVX512 inline __m512 load_kept(const bf16* values) {
+constexpr int kRows = 8;  // of a block
+// From so many tokens on a block beats a pass over the weight for every few of them.
+template <class X>
+constexpr int64_t kManyTokens = sizeof(X) == 2 ? 9 : 24;
+
+#define TARGET AVX512
+namespace in_float {
+
+TARGET inline __m512 load_kept(const float* values) { return _mm512_loadu_ps(values); }
+TARGET inline __m512 load_kept(const bf16* values) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
 template <int ROWS, int TOKENS, int STEPS, class T>
-AVX512 inline void add_word(const Problem<T, float>& p, int64_t n, int64_t first, int64_t w, int step,
+TARGET inline void add_word(const Problem<T, float>& p, int64_t n, int64_t first, int64_t w, int step,
                             __m512 (&sums)[ROWS][TOKENS][STEPS]) {
   __m512 kept[ROWS];
   __m512i places[ROWS];
@@ -201,49 +209,45 @@ AVX512 inline void add_word(const Problem<T, float>& p, int64_t n, int64_t first
     }
   }
 }
+constexpr bool kFetchesMeta = true;
 
-template <int ROWS, int TOKENS, int STEPS, class T>
-AVX512 void tile_avx512(const Problem<T, float>& p, int64_t n, int64_t first) {
-  __m512 sums[ROWS][TOKENS][STEPS];
-  for (auto& row : sums)
-    for (auto& token : row)
-      for (auto& sum : token) sum = _mm512_setzero_ps();
-  int64_t w = 0;
-  for (; w + STEPS <= p.words(); w += STEPS) {
-    prefetch<ROWS, ROWS * STEPS * 16 * int(sizeof(T))>(p.values + n * p.kept(), 16 * w, p.kept());
-    const uint32_t* next = p.meta + (n + ROWS) * p.words() + ROWS * w;
-    if (w % 4 == 0) _mm_prefetch((const char*)next, _MM_HINT_T1);  // four rows of four words are a line
-    for (int step = 0; step < STEPS; step++) add_word(p, n, first, w + step, step, sums);
-  }
-  for (; w < p.words(); w++) add_word(p, n, first, w, 0, sums);
-  for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < TOKENS; t++) {
-      __m512 sum = sums[r][t][0];
-      for (int step = 1; step < STEPS; step++) sum = _mm512_add_ps(sum, sums[r][t][step]);
-      p.to.put(n + r, first + t, _mm512_reduce_add_ps(sum));
-    }
+template <class T>
+TARGET inline void spread_word(const T* values, const uint32_t& word, float* dense) {
+  for (int b = 0; b < 4; b++) _mm256_store_ps(dense + 8 * b, spread_eight(values + 4 * b, uint8_t(word >> 8 * b)));
 }
+TARGET inline __m512 multiply_add(const float* weight, const float* inputs, __m512 sum) {
+  return _mm512_fmadd_ps(_mm512_load_ps(weight), _mm512_loadu_ps(inputs), sum);
+}
+TARGET inline void store_eight(const float* sums, float* out) { _mm256_storeu_ps(out, _mm256_loadu_ps(sums)); }
+TARGET inline void store_eight(const float* sums, bf16* out) { _mm_storeu_si128((__m128i*)out, round_eight(sums)); }
+
+#include "products24.h"
+
 // Rows in fours for one token as well: on the machines that have no bfloat16 products the second-level cache fetches
 // four streams faster than one past the caches.
 template <int ROWS, class T>
-AVX512 void all_tokens(const Problem<T, float>& p, int64_t n) {
+TARGET void all_tokens(const Problem<T, float>& p, int64_t n) {
   int64_t t = 0;
-  for (; t + 4 <= p.tokens; t += 4) tile_avx512<ROWS, 4, 1>(p, n, t);
-  if (p.tokens - t == 3) tile_avx512<ROWS, 3, 1>(p, n, t);
-  if (p.tokens - t == 2) tile_avx512<ROWS, 2, 2>(p, n, t);
-  if (p.tokens - t == 1) tile_avx512<ROWS, 1, 2>(p, n, t);
+  for (; t + 4 <= p.tokens; t += 4) tile<ROWS, 4, 1>(p, n, t);
+  if (p.tokens - t == 3) tile<ROWS, 3, 1>(p, n, t);
+  if (p.tokens - t == 2) tile<ROWS, 2, 2>(p, n, t);
+  if (p.tokens - t == 1) tile<ROWS, 1, 2>(p, n, t);
 }
 template <class T>
-AVX512 void rows_avx512(const Problem<T, float>& p, int64_t begin, int64_t end) {
+TARGET void rows_few(const Problem<T, float>& p, int64_t begin, int64_t end) {
   int64_t n = begin;
   for (; n + 4 <= end; n += 4) all_tokens<4>(p, n);
   for (; n < end; n++) all_tokens<1>(p, n);
 }
 
-// ---------------------------------------------------------------- AVX-512 with bfloat16 products
+}  // namespace in_float
+#undef TARGET
+
+#define TARGET AVX512_BF16
+namespace in_bf16 {
 
 template <int ROWS, int TOKENS, int STEPS>
-AVX512_BF16 inline void add_word(const Problem<bf16, bf16>& p, int64_t n, int64_t first, int64_t w, int step,
+TARGET inline void add_word(const Problem<bf16, bf16>& p, int64_t n, int64_t first, int64_t w, int step,
                             __m512 (&sums)[ROWS][TOKENS][STEPS]) {
   __m512i dense[ROWS];
   for (int r = 0; r < ROWS; r++) {
@@ -256,63 +260,8 @@ AVX512_BF16 inline void add_word(const Problem<bf16, bf16>& p, int64_t n, int64_
     }
   }
 }
+constexpr bool kFetchesMeta = false;
 
-template <int ROWS, int TOKENS, int STEPS>
-AVX512_BF16 void tile_bf16(const Problem<bf16, bf16>& p, int64_t n, int64_t first) {
-  __m512 sums[ROWS][TOKENS][STEPS];
-  for (auto& row : sums)
-    for (auto& token : row)
-      for (auto& sum : token) sum = _mm512_setzero_ps();
-  int64_t w = 0;
-  for (; w + STEPS <= p.words(); w += STEPS) {
-    prefetch<ROWS, 32 * ROWS * STEPS>(p.values + n * p.kept(), 16 * w, p.kept());
-    for (int step = 0; step < STEPS; step++) add_word(p, n, first, w + step, step, sums);
-  }
-  for (; w < p.words(); w++) add_word(p, n, first, w, 0, sums);
-  for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < TOKENS; t++) {
-      __m512 sum = sums[r][t][0];
-      for (int step = 1; step < STEPS; step++) sum = _mm512_add_ps(sum, sums[r][t][step]);
-      p.to.put(n + r, first + t, _mm512_reduce_add_ps(sum));
-    }
-}
-// Rows in fours, and for the last token of an odd number one by one: here a plain stream is read fastest.
-AVX512_BF16 void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
-  for (int64_t n = begin; n < end; n += 4) {
-    int64_t t = 0;
-    if (n + 4 <= end) {
-      for (; t + 4 <= p.tokens; t += 4) tile_bf16<4, 4, 1>(p, n, t);
-      for (; t + 2 <= p.tokens; t += 2) tile_bf16<4, 2, 2>(p, n, t);
-    }
-    for (int64_t r = n; r < std::min(n + 4, end); r++)
-      for (int64_t u = t; u < p.tokens; u++) tile_bf16<1, 1, 4>(p, r, u);
-  }
-}
-
-// ---------------------------------------------------------------- many tokens
-
-constexpr int kRows = 8;  // of a block
-// From so many tokens on this beats a pass over the weight for every few of them.
-template <class X>
-constexpr int64_t kManyTokens = sizeof(X) == 2 ? 9 : 24;
-
-#define TARGET AVX512
-namespace in_float {
-template <class T>
-TARGET inline void spread_word(const T* values, const uint32_t& word, float* dense) {
-  for (int b = 0; b < 4; b++) _mm256_store_ps(dense + 8 * b, spread_eight(values + 4 * b, uint8_t(word >> 8 * b)));
-}
-TARGET inline __m512 multiply_add(const float* weight, const float* inputs, __m512 sum) {
-  return _mm512_fmadd_ps(_mm512_load_ps(weight), _mm512_loadu_ps(inputs), sum);
-}
-TARGET inline void store_eight(const float* sums, float* out) { _mm256_storeu_ps(out, _mm256_loadu_ps(sums)); }
-TARGET inline void store_eight(const float* sums, bf16* out) { _mm_storeu_si128((__m128i*)out, round_eight(sums)); }
-#include "block24.h"
-}  // namespace in_float
-#undef TARGET
-
-#define TARGET AVX512_BF16
-namespace in_bf16 {
 TARGET inline void spread_word(const bf16* values, const uint32_t& word, bf16* dense) {
   _mm512_store_si512(dense, spread(load_16(values), word));
 }
@@ -322,14 +271,29 @@ TARGET inline __m512 multiply_add(const bf16* weight, const bf16* inputs, __m512
 TARGET inline void store_eight(const float* sums, bf16* out) {
   _mm_storeu_si128((__m128i*)out, (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(sums)));
 }
-#include "block24.h"
-}  // namespace in_bf16
-#undef TARGET
 
-AVX512_BF16 void unpack_bf16(const uint16_t* values, const uint32_t* meta, uint16_t* dense, int64_t columns) {
+#include "products24.h"
+
+// Rows in fours, and for the last token of an odd number one by one: here a plain stream is read fastest.
+TARGET void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; n += 4) {
+    int64_t t = 0;
+    if (n + 4 <= end) {
+      for (; t + 4 <= p.tokens; t += 4) tile<4, 4, 1>(p, n, t);
+      for (; t + 2 <= p.tokens; t += 2) tile<4, 2, 2>(p, n, t);
+    }
+    for (int64_t r = n; r < std::min(n + 4, end); r++)
+      for (int64_t u = t; u < p.tokens; u++) tile<1, 1, 4>(p, r, u);
+  }
+}
+
+TARGET void unpack(const uint16_t* values, const uint32_t* meta, uint16_t* dense, int64_t columns) {
   for (int64_t w = 0; w < columns / 32; w++)
     _mm512_storeu_si512(dense + 32 * w, spread(load_16(values + 16 * w), meta[w]));
 }
+
+}  // namespace in_bf16
+#undef TARGET
 #endif  // X86
 
 // ---------------------------------------------------------------- threads and choice of path
@@ -361,7 +325,7 @@ void product(const T* gate_values, const uint32_t* gate_meta, const T* values, c
   if constexpr (std::is_same_v<T, bf16>) {
     Problem<bf16, bf16> gate{gate_values, gate_meta, inputs, columns, tokens, to};
     Problem<bf16, bf16> up{values, meta, inputs, columns, tokens, to};
-    const auto rows = tokens < kManyTokens<bf16> ? rows_few : in_bf16::rows_many<bf16, bf16>;
+    const auto rows = tokens < kManyTokens<bf16> ? in_bf16::rows_few : in_bf16::rows_many<bf16, bf16>;
     if (level >= kAvx512Bf16) return run(gate, up, threads, rows);
   }
 #endif
@@ -370,7 +334,7 @@ void product(const T* gate_values, const uint32_t* gate_meta, const T* values, c
   Problem<T, float> gate{gate_values, gate_meta, x, columns, tokens, to};
   Problem<T, float> up{values, meta, x, columns, tokens, to};
 #if X86
-  const auto rows = tokens < kManyTokens<float> ? rows_avx512<T> : in_float::rows_many<T, float>;
+  const auto rows = tokens < kManyTokens<float> ? in_float::rows_few<T> : in_float::rows_many<T, float>;
   if (level >= kAvx512) return run(gate, up, threads, rows);
   if (level >= kAvx2) return run(gate, up, threads, rows_avx2<T>);
 #endif
@@ -434,7 +398,7 @@ void sparse24_huge_pages(void* data, int64_t bytes) {
 void sparse24_unpack_16(const uint16_t* values, const uint32_t* meta, uint16_t* dense, int64_t rows, int64_t padded,
                         int64_t columns, int threads, int level) {
 #if X86
-  if (level >= kAvx512Bf16) return unpack_rows(values, meta, dense, rows, padded, columns, threads, unpack_bf16);
+  if (level >= kAvx512Bf16) return unpack_rows(values, meta, dense, rows, padded, columns, threads, in_bf16::unpack);
   if (level >= kAvx2) return unpack_rows<uint16_t>(values, meta, dense, rows, padded, columns, threads, unpack_avx2);
 #endif
   unpack_rows(values, meta, dense, rows, padded, columns, threads, unpack_plain<uint16_t>);

@@ -87,8 +87,8 @@ def in_words(steps: Sequence[Step]) -> str:
 
 # CPU rows: torch 2.13, candidates taking turns, shapes from 576 x 1536 to 14336 x 4096 (tables in BENCHMARKS.md).
 # avx512_bf16: one core of an AMD EPYC (Zen 5). avx512: two cores of an Intel Xeon without bfloat16 products; avx2: the
-# same, torch's libraries held to AVX2. Without such products torch's bfloat16 is slow at any number of tokens. A step
-# ends where the decompressing route catches up; the ratio is over torch's linear on the dense weight.
+# same, torch's libraries held to AVX2. Without such products torch's bfloat16 lost up to the 1024 tokens measured. A
+# step ends where the decompressing route catches up; the ratio is over torch's linear on the dense weight.
 _BF16, _F32 = torch.bfloat16, torch.float32
 MEASURED = (
     Measured("avx512_bf16", _BF16, 1 << 23, ((64, "cpu"),), ((32, "cpu"),), "2.2 to 3.7"),

@@ -62,13 +62,12 @@ def _ranks_by_pairs(saliency_MX: Tensor) -> Tensor:
 @functools.cache
 def _pair_tables(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """rank = offset + tally @ later_wins, pairs ordered by distance: the loser of a pair moves one rank down."""
-    earlier = [first for distance in range(1, m) for first in range(m - distance)]
-    later = [first + distance for distance in range(1, m) for first in range(m - distance)]
-    tally_MP = torch.zeros(m, len(earlier), device=device)
-    tally_MP[earlier, range(len(earlier))] = 1
-    tally_MP[later, range(len(later))] = -1
+    pairs = [(first, first + distance) for distance in range(1, m) for first in range(m - distance)]
+    tally_MP = torch.zeros(m, len(pairs))
+    for place, (earlier, later) in enumerate(pairs):
+        tally_MP[earlier, place], tally_MP[later, place] = 1, -1
     offset_M1 = torch.arange(m, device=device, dtype=torch.float32)[:, None]
-    return tally_MP, offset_M1
+    return tally_MP.to(device), offset_M1
 
 
 def unstructured_mask(saliency: Tensor, zeros: int) -> Tensor:

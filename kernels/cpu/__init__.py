@@ -141,9 +141,11 @@ def matmul_integer(
 ) -> Tensor:
     """inputs [..., K] contiguous bfloat16 -> [..., N] bfloat16, for int8 or int4 values; `level` of INTEGER_LEVELS.
 
-    Raises SparseGPTError when the kernel cannot serve the weight.
+    Raises SparseGPTError when the kernel cannot serve the weight, or has no such path for it.
     """
     reason = refuse_integer(weight, inputs.dtype)
+    if level not in (None, *INTEGER_LEVELS):
+        reason = f"CPU path for integer values: expected one of {', '.join(INTEGER_LEVELS)}; found {level}"
     function = _function("sparse24_integer_bf16")
     if reason is not None or function is None:
         raise SparseGPTError(str(reason))

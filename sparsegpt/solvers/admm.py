@@ -56,9 +56,7 @@ def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_siz
     swept, swept_mask, swept_loss = sweep(weight, hessian, pattern, block_size=block_size)
     found, mask, found_loss = search(weight, hessian, pattern, swept)
     at_least = (1 - ROUNDING) * swept_loss - _damping_loss(weight - swept, hessian)
-    if float(found_loss) < CLEARLY_BETTER * float(at_least):
-        return found, mask
-    if _loss(weight - found, hessian) <= _loss(weight - swept, hessian):
+    if found_loss < CLEARLY_BETTER * at_least or _loss(weight - found, hessian) <= _loss(weight - swept, hessian):
         return found, mask
     return swept, swept_mask
 

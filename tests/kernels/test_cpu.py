@@ -93,6 +93,8 @@ def test_integer_refusals() -> None:
     assert "bfloat16" in str(refuse_integer(small, torch.float32))
     with pytest.raises(SparseGPTError, match="computes in bfloat16"):
         matmul_integer(small, torch.randn(1, 32))
+    with pytest.raises(SparseGPTError, match="expected one of avx512, avx512_bf16; found avx2"):
+        matmul_integer(small, torch.randn(1, 32).bfloat16(), level="avx2")
 
 
 @needs_compiler

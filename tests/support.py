@@ -45,6 +45,19 @@ def one_line_or_none(call: Callable[[], T]) -> T | None:
 # Layer problems
 
 
+def _sums_int8_exactly() -> bool:
+    """Where a CPU lacks instructions for it, sums of large products may saturate on their way."""
+    large = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(large, large.T) == 64 * 127**2).all())
+
+
+# What quick products may round to, here.
+QUICK_DTYPES = [
+    torch.bfloat16,
+    pytest.param(torch.int8, marks=pytest.mark.skipif(not _sums_int8_exactly(), reason="this CPU sums int8 inexactly")),
+]
+
+
 def random_layer(rows: int, columns: int, seed: int = 0, tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """A float32 weight [rows, columns] and the Hessian of correlated inputs of unequal size [columns, columns]."""
     generator = torch.Generator().manual_seed(seed)

@@ -15,11 +15,19 @@ from sparsegpt.solvers import METHODS, products, prune_layer
 from sparsegpt.solvers import admm as admm_module
 from sparsegpt.solvers import refit as refit_module
 from sparsegpt.solvers.admm import RELAXATIONS, RHO, admm, search
-from sparsegpt.solvers.products import Multiplier
+from sparsegpt.solvers.products import quick_multiplier
 from sparsegpt.solvers.refit import descend, refit, row_losses
 from sparsegpt.solvers.sparsegpt import sparsegpt
 
-from .support import assert_pattern, best_on_mask, brute_layer_mask, damped, random_layer, relative_error
+from .support import (
+    QUICK_DTYPES,
+    assert_pattern,
+    best_on_mask,
+    brute_layer_mask,
+    damped,
+    random_layer,
+    relative_error,
+)
 
 SPARSITIES = ["2:4", "1:4", "4:8", "0.5", "0.8", "0.5/row"]
 
@@ -31,9 +39,9 @@ def masked_problem(rows: int, columns: int, sparsity: str, seed: int = 0):
 
 
 @contextmanager
-def rounded_products():
-    """Products of every width in bfloat16, whatever this machine is quick at."""
-    with patch.object(products, "QUICK_WIDTH", 0), patch.object(products, "_multiplies_bfloat16", lambda _: True):
+def rounded_products(dtype):
+    """Products of every width rounded to `dtype`, whatever this machine is quick at."""
+    with patch.object(products, "QUICK_WIDTH", 0), patch.object(products, "_quick_dtype", lambda _: dtype):
         yield
 
 
@@ -111,12 +119,13 @@ def test_a_refitted_method_imitates_the_corrected_target(method):
 
 @pytest.mark.parametrize("piece", [1, 7 * 64, 1 << 21])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_a_descent_with_rounded_products_comes_within_a_thousandth_of_the_optimum(sparsity, piece, monkeypatch):
+@pytest.mark.parametrize("dtype", QUICK_DTYPES)
+def test_a_descent_with_rounded_products_comes_within_a_thousandth_of_the_optimum(dtype, sparsity, piece, monkeypatch):
     monkeypatch.setattr(products, "PIECE", piece)
     weight, hessian, mask = masked_problem(16, 64, sparsity)
     start = weight.masked_fill(~mask, 0).float()
-    with rounded_products():
-        multiplier = Multiplier(hessian.float())
+    with rounded_products(dtype):
+        multiplier = quick_multiplier(hessian.float())
         residual = multiplier.after_finely(weight.float() - start, hessian.float()).mul_(mask)
         descend(found := start.clone(), mask, residual, multiplier, hessian.float().diagonal(), iterations=15)
     best, found = (relative_error(weight, w, hessian) for w in (best_on_mask(weight, mask, hessian), found))
@@ -174,6 +183,7 @@ def test_admm_clearly_beats_sparsegpt_on_a_layer_of_some_size(sparsity):
     assert ours < 0.95 * theirs
 
 
+@pytest.mark.parametrize("dtype", QUICK_DTYPES)
 @settings(max_examples=40)
 @given(
     rows=st.integers(1, 8),
@@ -183,10 +193,10 @@ def test_admm_clearly_beats_sparsegpt_on_a_layer_of_some_size(sparsity):
     sparsity=st.sampled_from(SPARSITIES),
     seed=st.integers(0, 1000),
 )
-def test_admm_with_rounded_products_is_never_worse_either(rows, groups, tokens, damping, sparsity, seed):
+def test_admm_with_rounded_products_is_never_worse_either(dtype, rows, groups, tokens, damping, sparsity, seed):
     """Also on Hessians of fewer tokens than inputs, which only the damping keeps from being singular."""
     weight, raw = random_layer(rows, 8 * groups, seed, tokens)
-    with rounded_products():
+    with rounded_products(dtype):
         found = prune_weight(weight, raw, sparsity, method="admm", damping=damping)
     swept = prune_weight(weight, raw, sparsity, method="sparsegpt", damping=damping)
     assert_pattern(found.weight, sparsity)
@@ -246,11 +256,12 @@ def test_the_search_is_the_alternation_that_its_file_states(sparsity, piece, mon
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_rounded_products_bound_the_loss(sparsity, monkeypatch):
-    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda device_type: True)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES)
+def test_rounded_products_bound_the_loss(dtype, sparsity):
     weight, raw = random_layer(24, 512)
     start = torch.zeros_like(weight)
-    found, _, loss = search(weight, DampedHessian(raw), parse_sparsity(sparsity), start)
+    with rounded_products(dtype):
+        found, _, loss = search(weight, DampedHessian(raw), parse_sparsity(sparsity), start)
     error = (weight - found).double()
     assert 1 <= float(loss / ((error @ damped(raw)) * error).sum()) <= 1.05
 

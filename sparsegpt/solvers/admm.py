@@ -24,6 +24,9 @@ and 16 of a 135M-parameter Llama, with bfloat16 products except in the second li
     | 4, a 1.8, 1.7, 1.4, 1.0; 4 of refit | 0.0330, 0.0156 | 0.00571, 0.00212 |
     | 5 at rho 0.65, a 1.6 x 2, 1.3, 1.0 x 2; 6 of refit | 0.0354, 0.0165 | 0.00576, 0.00210 |
 
+Rounded to int8 instead, the chosen schedule's errors over 16 layers of each are 0.9999 to 1.0003 times those of float32
+products, on no layer more than 1.002 times.
+
 Dimension key: R out_features, C in_features. Weights of the search lie as [C, R].
 """
 
@@ -33,7 +36,7 @@ from torch import Tensor
 from sparsegpt.factor import cholesky_in_place, invert_lower, square_lower
 from sparsegpt.hessian import DampedHessian, ScaledHessian
 from sparsegpt.masks import layer_mask, rough_rule
-from sparsegpt.solvers.products import Multiplier, pieces
+from sparsegpt.solvers.products import Multiplier, pieces, quick_multiplier
 from sparsegpt.solvers.refit import descend, row_losses
 from sparsegpt.solvers.sparsegpt import sweep
 from sparsegpt.sparsity import NM, Sparsity
@@ -70,7 +73,7 @@ def search(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, start: Ten
     hessian.release_factor()
     scaled = ScaledHessian(hessian, scale_C)
     sparse_RC, mask_RC = _alternate(weight, scale_C, scaled, pattern, start)
-    multiplier = Multiplier(scaled)
+    multiplier = quick_multiplier(scaled)
     error_RC = (weight * scale_C).sub_(sparse_RC)
     residual_RC = multiplier.after_finely(error_RC, scaled)
     loss = torch.dot(error_RC.flatten(), residual_RC.flatten())
@@ -85,7 +88,7 @@ def _alternate(
 ) -> tuple[Tensor, Tensor]:
     """The last Z in scaled columns, and its mask, [R, C] each."""
     sparse_RC, mask_RC = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
-    resolvent = Multiplier(_resolvent(hessian, RHO))
+    resolvent = quick_multiplier(_resolvent(hessian, RHO))
     for parts in _bound_together(weight, pattern):
         shifted = _scaled_columns(start, scale_C, parts)
         _iterate(_scaled_columns(weight, scale_C, parts), shifted, resolvent, pattern)
@@ -116,7 +119,7 @@ def _iterate(targets: list[Tensor], shifted: list[Tensor], resolvent: Multiplier
     for iteration, relaxation in enumerate(RELAXATIONS):
         kept = rough_rule(shifted, pattern) if iteration else None
         for target_CR, shifted_CR in zip(targets, shifted, strict=True):
-            sparse_CR = shifted_CR * kept(shifted_CR) if kept else shifted_CR
+            sparse_CR = kept(shifted_CR).to(shifted_CR.dtype).mul_(shifted_CR) if kept else shifted_CR
             change_CR = shifted_CR.lerp(sparse_CR, 2).sub_(target_CR)
             dense_CR = resolvent.times(change_CR).add_(target_CR)
             shifted_CR.add_(dense_CR.sub_(sparse_CR), alpha=relaxation)

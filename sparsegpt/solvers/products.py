@@ -1,7 +1,10 @@
-"""Matrix products for the steps of an iteration: in bfloat16 where the machine multiplies that several times as fast.
+"""Matrix products for the steps of an iteration: rounded to what the machine multiplies several times as fast.
 
-A product rounded to one part in 256 only bends a step. What the steps lead to is measured in full precision by whoever
-takes them. float64 stays float64.
+    bfloat16    GPUs with tensor cores for it, CPUs with AVX-512 bf16 or AMX
+    int8        other CPUs with AVX-512 VNNI: a scale for each row and column of the two factors, exact 32-bit sums
+
+A rounded product, to one part in 256 of each number or of the largest of a column, only bends a step. What the steps
+lead to is measured in full precision by whoever takes them. float64 stays float64.
 
 Work on rows that do not depend on one another is done in pieces, so that temporaries stay small however large the
 layer is.
@@ -21,46 +24,107 @@ from sparsegpt.strips import strips
 Symmetric = Tensor | ScaledHessian
 # Below this width the conversions eat what the products save.
 QUICK_WIDTH = 256
+# Above it a sum of products of int8 might not fit into 32 bits.
+INT8_WIDTH = (1 << 31) // 127**2
 # Elements of a piece. A CPU multiplies pieces of any size as fast; a GPU wants enough of them to be busy.
 PIECE, PIECE_ON_GPU = 1 << 21, 1 << 26
 
 
 class Multiplier:
-    """A matrix [N, N] for many products with full matrices; results have its dtype.
+    """A symmetric matrix [N, N] for many products with full matrices, in its own dtype."""
 
-    quick: round both factors to bfloat16 where that is faster; the sums are never shorter than the result's rounding.
-    """
-
-    def __init__(self, matrix: Symmetric, *, quick: bool = True) -> None:
-        self.dtype = matrix.dtype
-        self.rounded = _in_dtype(matrix, _quick_dtype(matrix) if quick else matrix.dtype)
+    def __init__(self, matrix: Symmetric) -> None:
+        self._matrix = matrix[:]
 
     def times(self, right: Tensor) -> Tensor:
         """matrix @ right for right [N, K]."""
-        return self._product(self.rounded, right.to(self.rounded.dtype))
+        return self._matrix @ right
 
     def after(self, left: Tensor) -> Tensor:
         """left @ matrix for left [K, N]."""
-        return self._product(left.to(self.rounded.dtype), self.rounded)
+        return left @ self._matrix
 
     def after_finely(self, left: Tensor, matrix: Symmetric) -> Tensor:
-        """left @ matrix with what the matrix lost in rounding added back, at the cost of two products."""
+        """left @ matrix without what the matrix lost in rounding, for the matrix that this was made of."""
+        return self.after(left)
+
+
+class _Bfloat16Multiplier(Multiplier):
+    """Both factors rounded to bfloat16; the sums are never shorter than the result's rounding."""
+
+    def __init__(self, matrix: Symmetric) -> None:
+        self._dtype = matrix.dtype
+        self._matrix = torch.empty(matrix.shape, dtype=torch.bfloat16, device=matrix.device)
+        for rows in pieces(matrix):
+            self._matrix[rows] = matrix[rows]
+
+    def times(self, right: Tensor) -> Tensor:
+        return self._product(self._matrix, right.bfloat16())
+
+    def after(self, left: Tensor) -> Tensor:
+        return self._product(left.bfloat16(), self._matrix)
+
+    def after_finely(self, left: Tensor, matrix: Symmetric) -> Tensor:
+        """What rounding took from the matrix multiplies too: the cost of two products."""
         product = torch.empty_like(left)
         for piece in pieces(left):
             product[piece] = self.after(left[piece])
-        if self.rounded.dtype == self.dtype:
-            return product
         for rows in pieces(matrix):
-            remainder = (matrix[rows] - self.rounded[rows]).to(self.rounded.dtype)
+            remainder = (matrix[rows] - self._matrix[rows]).bfloat16()
             for piece in pieces(left):
-                product[piece] += self._product(left[piece, rows].to(remainder.dtype), remainder)
+                product[piece] += self._product(left[piece, rows].bfloat16(), remainder)
         return product
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if left.is_cuda and left.dtype != self.dtype:
-            product: Tensor = torch.mm(left, right, out_dtype=self.dtype)
+        if left.is_cuda:
+            product: Tensor = torch.mm(left, right, out_dtype=self._dtype)
             return product
-        return (left @ right).to(self.dtype)
+        return (left @ right).to(self._dtype)
+
+
+class _Int8Multiplier(Multiplier):
+    """Both factors as int8 times a scale for each row of the left and each column of the right.
+
+    The diagonal, which dwarfs the rest of its row, is multiplied apart, in full precision.
+    """
+
+    def __init__(self, matrix: Symmetric) -> None:
+        self._diagonal_N = matrix.diagonal().clone()
+        self._matrix = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+        self._scale_N = torch.empty_like(self._diagonal_N)
+        for rows in pieces(matrix):
+            part = matrix[rows].clone() if isinstance(matrix, Tensor) else matrix[rows]
+            part.diagonal(rows.start).zero_()
+            self._matrix[rows], scale = _to_int8(part, 1)
+            self._scale_N[rows] = scale[:, 0]
+
+    def times(self, right: Tensor) -> Tensor:
+        right_NK, scale_K = _to_int8(right, 0)
+        product = torch._int_mm(self._matrix, right_NK).to(right.dtype)
+        return product.mul_(scale_K).mul_(self._scale_N[:, None]).addcmul_(right, self._diagonal_N[:, None])
+
+    def after(self, left: Tensor) -> Tensor:
+        left_KN, scale_K = _to_int8(left, 1)
+        product = torch._int_mm(left_KN, self._matrix.T).to(left.dtype)
+        return product.mul_(scale_K).mul_(self._scale_N).addcmul_(left, self._diagonal_N)
+
+    def after_finely(self, left: Tensor, matrix: Symmetric) -> Tensor:
+        product = torch.zeros_like(left)
+        for rows in pieces(matrix):
+            product.addmm_(left[:, rows], matrix[rows])
+        return product
+
+
+def quick_multiplier(matrix: Symmetric) -> Multiplier:
+    """A multiplier for the steps of an iteration: rounded where that is faster on the matrix's device."""
+    if matrix.dtype != torch.float32 or matrix.shape[0] < QUICK_WIDTH:
+        return Multiplier(matrix)
+    kind = _quick_dtype(matrix.device.type)
+    if kind == torch.bfloat16:
+        return _Bfloat16Multiplier(matrix)
+    if kind == torch.int8 and matrix.shape[0] <= INT8_WIDTH:
+        return _Int8Multiplier(matrix)
+    return Multiplier(matrix)
 
 
 def pieces(matrix: Symmetric) -> list[slice]:
@@ -69,27 +133,22 @@ def pieces(matrix: Symmetric) -> list[slice]:
     return strips(matrix.shape[0], max(1, elements // max(1, matrix.shape[1])))
 
 
-def _in_dtype(matrix: Symmetric, dtype: torch.dtype) -> Tensor:
-    if dtype == matrix.dtype:
-        return matrix[:]
-    rounded = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    for rows in pieces(matrix):
-        rounded[rows] = matrix[rows]
-    return rounded
-
-
-def _quick_dtype(matrix: Symmetric) -> torch.dtype:
-    if matrix.dtype != torch.float32 or matrix.shape[0] < QUICK_WIDTH:
-        return matrix.dtype
-    return torch.bfloat16 if _multiplies_bfloat16(matrix.device.type) else torch.float32
+def _to_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """A matrix as int8 times a scale along `dim`: (int8 of its shape, scale with that dimension 1)."""
+    scale = torch.maximum(matrix.amax(dim, keepdim=True), -matrix.amin(dim, keepdim=True)).div_(127)
+    scale.masked_fill_(scale == 0, 1)
+    return (matrix / scale).round_().to(torch.int8), scale
 
 
 @functools.cache
-def _multiplies_bfloat16(device_type: str) -> bool:
-    """Whether products of bfloat16 run on units of their own: tensor cores, AMX or AVX-512 bf16."""
+def _quick_dtype(device_type: str) -> torch.dtype | None:
+    """What a device multiplies on units of their own, several times as fast as float32; None where there are none."""
     if device_type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     if device_type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return False
+        if any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16")):
+            return torch.bfloat16
+        if capabilities.get("avx512_vnni", False) and hasattr(torch, "_int_mm"):
+            return torch.int8
+    return None

@@ -37,7 +37,7 @@ def refit(
     """
     start_RC = weight.masked_fill(~mask, 0)
     weight_RC = start_RC.clone()
-    multiplier = Multiplier(hessian, quick=False)
+    multiplier = Multiplier(hessian)
     residual_RC = multiplier.after(target - start_RC).mul_(mask)
     descend(weight_RC, mask, residual_RC, multiplier, hessian.diagonal(), iterations=iterations, tolerance=tolerance)
     worse_R = row_losses(target - weight_RC, hessian) > row_losses(target - start_RC, hessian)
@@ -81,11 +81,12 @@ def _descend(
     direction_RC = preconditioned_RC.clone()
     energy_R = (residual_RC * preconditioned_RC).sum(1)
     floor_R = energy_R * tolerance**2
+    kept_RC = mask_RC.to(residual_RC.dtype)  # a product with booleans takes three times as long
     gained_R = torch.zeros_like(energy_R)
     for _ in range(iterations):
         if (energy_R <= floor_R).all():
             break
-        image_RC = multiplier.after(direction_RC).mul_(mask_RC)
+        image_RC = multiplier.after(direction_RC).mul_(kept_RC)
         step_R = _ratio(energy_R, (direction_RC * image_RC).sum(1))
         gained_R += step_R * energy_R
         weight_RC.addcmul_(direction_RC, step_R[:, None])

@@ -20,7 +20,7 @@ from sparsegpt.block_job import BlockJob
 from sparsegpt.blocks import Family, decoder_blocks, family_of
 from sparsegpt.capture import ModelInputs
 from sparsegpt.choices import check_block, check_linear, choose_linears, spread
-from sparsegpt.distill import Distiller, distill
+from sparsegpt.distill import Distiller, distill, single_windows_must_fit
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
@@ -224,7 +224,9 @@ class _Driver:
         with self.solver.timed("distill"):
             student = Distiller(model, blocks, self.streams.inputs, self.residence, self.streams.store, pruned)
             pairs = training_batches(batches, self.streams.dense)
-            helped = distill(student, pairs, settings.distill, settings.distill_rate, report, self.progress, on_epoch)
+            epochs, rate = settings.distill, settings.distill_rate
+            with single_windows_must_fit(pairs):
+                helped = distill(student, pairs, epochs, rate, report, self.progress, on_epoch)
             if not helped:
                 before, after = report.epochs[0].loss, report.epochs[-1].loss
                 report.warnings.append(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparsegpt import pipeline
+from sparsegpt import pipeline, training
+from sparsegpt.distill import Distiller
 from sparsegpt.groups import GroupSolver
 from sparsegpt.models import load_model
 from sparsegpt.run import run
@@ -85,3 +86,19 @@ def test_one_window_that_does_not_fit_is_refused(options, monkeypatch):
     exhausted(monkeypatch, lambda windows, index: False)
     with refused("out of memory", "--seqlen", "--device cpu"):
         run(options("out", 2), resolve_settings("2:4"))
+
+
+@pytest.mark.parametrize(("tokens_per_batch", "tried"), [(16, [1]), (64, [4, 2, 1])])
+def test_distillation_is_refused_once_a_smaller_micro_batch_cannot_help(options, monkeypatch, tokens_per_batch, tried):
+    """A step takes a micro-batch or less: 16 tokens are one window of it from the start, 64 are four."""
+    steps = []
+
+    def step(self, batch, number, rate):
+        steps.append(len(batch[0]))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(Distiller, "step", step)
+    with refused("out of memory in distillation", "16 tokens", "--distill 0", "--resume"):
+        run(options("out", 4), resolve_settings("2:4", distill=1))
+    assert steps == tried

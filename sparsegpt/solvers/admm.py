@@ -36,7 +36,7 @@ from torch import Tensor
 from sparsegpt.factor import cholesky_in_place, invert_lower, square_lower
 from sparsegpt.hessian import DampedHessian, ScaledHessian
 from sparsegpt.masks import layer_mask, rough_rule
-from sparsegpt.solvers.products import Multiplier, pieces, quick_multiplier
+from sparsegpt.solvers.products import Multiplier, multiplier, pieces, quick_dtype
 from sparsegpt.solvers.refit import descend, row_losses
 from sparsegpt.solvers.sparsegpt import sweep
 from sparsegpt.sparsity import NM, Sparsity
@@ -45,50 +45,71 @@ from sparsegpt.strips import transposed
 RHO = 0.9
 RELAXATIONS = (1.8, 1.8, 1.6, 1.3, 1.0)
 REFIT_ITERATIONS = 4
-# Without a product, SparseGPT's errors bound its loss from below and the steps of the refit bound the search's from
-# above, but for this share of rounding. Where the second is above this share of the first, both losses are computed.
-CLEARLY_BETTER, ROUNDING = 0.9, 0.01
+# Share of SparseGPT's loss, as its errors add it up, that may be rounding.
+ROUNDING = 0.01
+# A refit in rounded products whose result has more than this times the loss that its steps foretell was led astray.
+ASTRAY = 1.02
 
 
 def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_size: int) -> tuple[Tensor, Tensor]:
     """Prune weight [R, C] under the Hessian [C, C]. Returns (weight, mask).
 
-    Non-convex as it is, the search can end above SparseGPT's loss on some layer; the better of the two is returned.
-    block_size: of that SparseGPT pass.
+    Where the Hessian is almost singular a refit in rounded products can go astray: it is then done again in full
+    precision. Non-convex as it is, the search can end above SparseGPT's loss on some layer; the better of both results
+    is returned. block_size: of that SparseGPT pass.
     """
     swept, swept_mask, swept_loss = sweep(weight, hessian, pattern, block_size=block_size)
-    found, mask, found_loss = search(weight, hessian, pattern, swept)
+    rounded = quick_dtype(hessian.raw)
+    for rounded_refit in dict.fromkeys((rounded, None)):
+        found, mask, foretold = search(weight, hessian, pattern, swept, rounded, rounded_refit)
+        error = weight - found
+        loss = _loss(error, hessian)
+        if loss + _damping_loss(error, hessian) <= ASTRAY * foretold:
+            break
     at_least = (1 - ROUNDING) * swept_loss - _damping_loss(weight - swept, hessian)
-    if found_loss < CLEARLY_BETTER * at_least or _loss(weight - found, hessian) <= _loss(weight - swept, hessian):
+    if loss <= at_least or loss <= _loss(weight - swept, hessian):
         return found, mask
     return swept, swept_mask
 
 
-def search(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def search(
+    weight: Tensor,
+    hessian: DampedHessian,
+    pattern: Sparsity,
+    start: Tensor,
+    rounded: torch.dtype | None = None,
+    rounded_refit: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The alternation from the sparse weights `start` [R, C], and the refit on its mask.
 
-    Returns (weight, mask, loss), the most that the loss under the damped Hessian can be, a scalar.
+    rounded, rounded_refit: what the products of each are rounded to (`products.multiplier`). Returns (weight, mask,
+    loss under the damped Hessian, a scalar, as the steps of the refit have it).
     """
-    scale_C = (hessian.damped_diagonal / hessian.inverse_diagonal).pow(0.25)
+    scale_C = hessian.damped_diagonal.pow(0.25) * hessian.inverse_diagonal.pow(-0.25)
     hessian.release_factor()
     scaled = ScaledHessian(hessian, scale_C)
-    sparse_RC, mask_RC = _alternate(weight, scale_C, scaled, pattern, start)
-    multiplier = quick_multiplier(scaled)
+    sparse_RC, mask_RC = _alternate(weight, scale_C, scaled, pattern, start, rounded)
+    steps = multiplier(scaled, rounded_refit)
     error_RC = (weight * scale_C).sub_(sparse_RC)
-    residual_RC = multiplier.after_finely(error_RC, scaled)
+    residual_RC = steps.after_finely(error_RC, scaled)
     loss = torch.dot(error_RC.flatten(), residual_RC.flatten())
     del error_RC
     residual_RC.mul_(mask_RC)
-    gained = descend(sparse_RC, mask_RC, residual_RC, multiplier, scaled.diagonal(), iterations=REFIT_ITERATIONS)
-    return sparse_RC.div_(scale_C), mask_RC, (loss - (1 - ROUNDING) * gained).clamp_min(0)
+    gained = descend(sparse_RC, mask_RC, residual_RC, steps, scaled.diagonal(), iterations=REFIT_ITERATIONS)
+    return sparse_RC.div_(scale_C), mask_RC, loss - gained
 
 
 def _alternate(
-    weight: Tensor, scale_C: Tensor, hessian: ScaledHessian, pattern: Sparsity, start: Tensor
+    weight: Tensor,
+    scale_C: Tensor,
+    hessian: ScaledHessian,
+    pattern: Sparsity,
+    start: Tensor,
+    rounded: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """The last Z in scaled columns, and its mask, [R, C] each."""
     sparse_RC, mask_RC = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
-    resolvent = quick_multiplier(_resolvent(hessian, RHO))
+    resolvent = multiplier(_resolvent(hessian, RHO), rounded)
     for parts in _bound_together(weight, pattern):
         shifted = _scaled_columns(start, scale_C, parts)
         _iterate(_scaled_columns(weight, scale_C, parts), shifted, resolvent, pattern)

@@ -88,6 +88,8 @@ def prune_weight(
     """
     pattern, solver = parse_sparsity(sparsity), parse_method(method)
     _check_shapes(weight, hessian, pattern, block_size, name)
+    if dtype not in (torch.float32, torch.float64):
+        raise SparseGPTError(f"{name}: the solvers compute in float32 or float64, not in {dtype}")
     return prune_layer(weight, DampedHessian(hessian, damping, dtype=dtype, name=name), pattern, solver, block_size)
 
 
@@ -144,5 +146,7 @@ def _check_shapes(weight: Tensor, hessian: Tensor, pattern: Sparsity, block_size
 def check_block_size(block_size: int, pattern: Sparsity) -> None:
     """Raise SparseGPTError unless blocks hold whole groups; the default is fine with every pattern, n:m ignores it."""
     splits_groups = isinstance(pattern, NM) and block_size % pattern.m and block_size != BLOCK_SIZE
-    if block_size < 1 or splits_groups:
-        raise SparseGPTError(f"block size {block_size} must be positive and a multiple of the group of {pattern}")
+    if block_size < 1:
+        raise SparseGPTError(f"block size {block_size} must be positive")
+    if splits_groups:
+        raise SparseGPTError(f"block size {block_size} must be a multiple of the group of {pattern}")

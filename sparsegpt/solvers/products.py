@@ -115,16 +115,19 @@ class _Int8Multiplier(Multiplier):
         return product
 
 
-def quick_multiplier(matrix: Symmetric) -> Multiplier:
-    """A multiplier for the steps of an iteration: rounded where that is faster on the matrix's device."""
-    if matrix.dtype != torch.float32 or matrix.shape[0] < QUICK_WIDTH:
-        return Multiplier(matrix)
-    kind = _quick_dtype(matrix.device.type)
-    if kind == torch.bfloat16:
-        return _Bfloat16Multiplier(matrix)
-    if kind == torch.int8 and matrix.shape[0] <= INT8_WIDTH:
-        return _Int8Multiplier(matrix)
-    return Multiplier(matrix)
+def multiplier(matrix: Symmetric, rounded: torch.dtype | None) -> Multiplier:
+    """A multiplier that rounds to bfloat16 or int8, or not at all (None)."""
+    kinds = {None: Multiplier, torch.bfloat16: _Bfloat16Multiplier, torch.int8: _Int8Multiplier}
+    return kinds[rounded](matrix)
+
+
+def quick_dtype(matrix: Symmetric) -> torch.dtype | None:
+    """What products with a matrix are rounded to where that is faster on its device; None where it is not."""
+    width = matrix.shape[0]
+    if matrix.dtype != torch.float32 or width < QUICK_WIDTH:
+        return None
+    dtype = _quick_dtype(matrix.device.type)
+    return None if dtype == torch.int8 and width > INT8_WIDTH else dtype
 
 
 def pieces(matrix: Symmetric) -> list[slice]:

@@ -52,11 +52,15 @@ def allocate(
 
 
 def block_shares(outliers: list[float], sizes: list[int], target: float) -> list[float]:
-    """Fractions per block within about target +- SPREAD, falling with its outliers, whose weighted mean is target."""
-    low, high = min(outliers), max(outliers)
+    """Fractions per block within about target +- SPREAD, falling with its outliers, whose weighted mean is target.
+
+    Blocks of size 0 have nothing to prune: they count for nothing and get the target.
+    """
+    counted = [outlier for outlier, size in zip(outliers, sizes, strict=True) if size]
+    low, high = min(counted), max(counted)
     spread = [(high - outlier) / (high - low) * 2 * SPREAD if high > low else 0.0 for outlier in outliers]
     mean = sum(value * size for value, size in zip(spread, sizes, strict=True)) / sum(sizes)
-    shares = [target + value - mean for value in spread]
+    shares = [target + value - mean if size else target for value, size in zip(spread, sizes, strict=True)]
     if min(shares) < 0 or max(shares) >= 1:
         raise SparseGPTError(
             f"allocation owl cannot meet {target:g}: blocks would get {min(shares):.2f} to {max(shares):.2f} zeros, "

@@ -31,19 +31,25 @@ def choose_linears(
 ) -> dict[str, LinearSettings | None]:
     """What applies to each selected linear, by its full name; None for those a rule leaves dense.
 
-    Raises SparseGPTError when nothing is left to prune.
+    Raises SparseGPTError when nothing is left to prune, and for a pattern that does not fit a linear.
     """
     family = family_of(model)
     blocks = decoder_blocks(model, family)
-    names = []
+    widths: dict[str, int] = {}
     for place in sorted(parse_blocks(only_blocks).places(len(blocks))):
-        inside = [f"{family.blocks}.{place}.{name}" for name in shapes_of(blocks[place])]
-        names += [name for name in inside if select(name)]
-    if not names and not include_head:
+        inside = {f"{family.blocks}.{place}.{name}": shape for name, shape in shapes_of(blocks[place]).items()}
+        widths |= {name: in_features for name, (_, in_features) in inside.items() if select(name)}
+    if not widths and not include_head:
         raise SparseGPTError(
             "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
         )
-    return choose(settings, [*names, "lm_head"] if include_head else names)
+    if include_head and not select("lm_head"):
+        raise SparseGPTError("lm_head is asked for and not selected: loosen --only or --skip, or leave out --include")
+    chosen = choose(settings, [*widths, "lm_head"] if include_head else list(widths))
+    for name, width in widths.items():
+        if (choice := chosen[name]) is not None:
+            choice.sparsity.check(width, name)
+    return chosen
 
 
 def shapes_of(block: nn.Module) -> dict[str, tuple[int, int]]:

@@ -258,7 +258,9 @@ def pack(
     values: Annotated[
         str | None, typer.Option(help="Round kept values to int8 or int4, to nearest; default: keep every bit.")
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale, with --values.")] = 128,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale, with --values; default 128.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes, fewer with --values."""
@@ -267,7 +269,10 @@ def pack(
 
     if values not in (None, "int8", "int4"):
         raise SparseGPTError(f"--values {values!r} is not known: expected int8 or int4")
-    integers = IntegerValues(int(values.removeprefix("int")), group_size) if values else None
+    if group_size is not None and values is None:
+        raise SparseGPTError("--group-size is for rounded values: give --values int8 or int4 too")
+    sized = {} if group_size is None else {"group_size": group_size}
+    integers = IntegerValues(int(values.removeprefix("int")), **sized) if values else None
     report = pack_folder(folder, out, values=integers, overwrite=overwrite)
     before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
     print(

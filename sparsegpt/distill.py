@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.capture import ModelInputs
-from sparsegpt.errors import SparseGPTError
 from sparsegpt.head import logits_behind
 from sparsegpt.progress import Progress
 from sparsegpt.reports import EpochReport, PruneReport
@@ -229,21 +228,6 @@ def distill(
         progress.keep_training(epoch, distiller.tensors(), report)
         on_epoch(report.epochs[-1])
     return report.epochs[-1].loss < report.epochs[0].loss
-
-
-@contextmanager
-def single_windows_must_fit(batches: list[Batch]) -> Iterator[None]:
-    """Work on batches. Out of memory with one window in each no smaller micro-batch can help: raises SparseGPTError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        windows, tokens = batches[0][0].shape
-        if windows > 1:
-            raise
-        raise SparseGPTError(
-            f"the GPU ran out of memory in distillation, one window of {tokens} tokens at a time: "
-            "give a shorter --seqlen, --distill 0 or --device cpu"
-        ) from error
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:

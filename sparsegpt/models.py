@@ -119,7 +119,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         if revision is not None:
             raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise SparseGPTError(f"model folder {source} does not exist: give a folder, a Hub id or one of the short names")
+        found = "is a file" if Path(source).expanduser().is_file() else "does not exist"
+        raise SparseGPTError(f"model folder {source} {found}: give a folder, a Hub id or one of the short names")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             source, revision=revision or "main", trust_remote_code=trust_remote_code

@@ -20,7 +20,7 @@ from sparsegpt.block_job import BlockJob
 from sparsegpt.blocks import Family, decoder_blocks, family_of
 from sparsegpt.capture import ModelInputs
 from sparsegpt.choices import check_block, check_linear, choose_linears, spread
-from sparsegpt.distill import Distiller, distill, single_windows_must_fit
+from sparsegpt.distill import Distiller, distill
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.groups import GroupSolver
 from sparsegpt.head import head_inputs, lm_head_of
@@ -34,7 +34,7 @@ from sparsegpt.settings import LinearSettings, PruneSettings, resolve_settings, 
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.sparsity import Sparsity
 from sparsegpt.streams import ActivationStore, Streams
-from sparsegpt.training import training_batches
+from sparsegpt.training import counting_windows, training_batches
 from sparsegpt.unfuse import unfused
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class _Driver:
             student = Distiller(model, blocks, self.streams.inputs, self.residence, self.streams.store, pruned)
             pairs = training_batches(batches, self.streams.dense)
             epochs, rate = settings.distill, settings.distill_rate
-            with single_windows_must_fit(pairs):
+            with counting_windows("distillation", pairs):
                 helped = distill(student, pairs, epochs, rate, report, self.progress, on_epoch)
             if not helped:
                 before, after = report.epochs[0].loss, report.epochs[-1].loss

@@ -17,6 +17,7 @@ from sparsegpt.training import (
     BETAS,
     Batch,
     autocast,
+    counting_windows,
     held_out_count,
     in_float32,
     remembering_gradient_switches,
@@ -68,7 +69,9 @@ def reconstruct_block(
                 output = forward(hidden)
             return relative_loss(output.float(), target)
 
-        return _train(trained, masks, training_batches(inputs, targets), loss_of, epochs, learning_rate)
+        batches = training_batches(inputs, targets)
+        with counting_windows("reconstruction", batches):
+            return _train(trained, masks, batches, loss_of, epochs, learning_rate)
 
 
 def _train(
@@ -95,8 +98,8 @@ def _train(
             loss.backward()
             for name, mask in masks.items():
                 gradient = trained[name].grad
-                assert gradient is not None
-                gradient.masked_fill_(~mask, 0)  # Adam then never moves a zero
+                if gradient is not None:  # an expert may get no token in a batch
+                    gradient.masked_fill_(~mask, 0)  # Adam then never moves a zero
             optimizer.step()
             schedule.step()
         after = _mean_loss(loss_of, held_out)

@@ -35,6 +35,7 @@ from sparsegpt.run_options import RunOptions, free_gpu_memory, memory_is_scarce,
 from sparsegpt.selection import parse_blocks
 from sparsegpt.settings import PruneSettings
 from sparsegpt.sparsity import NM
+from sparsegpt.training import TrainingOutOfMemory
 from sparsegpt.work import WorkFolder, fingerprint
 
 ACTIVATIONS = ("memory", "disk")
@@ -90,7 +91,9 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         job.listener.stage(f"can do with about {needs}")
         job.load()
         if not job.begin():
-            return read_checked(options.out / REPORT_NAME)
+            report = read_checked(options.out / REPORT_NAME)
+            job.warn_of_unscored(report["perplexity"])
+            return report
         job.score("dense")
         job.prune()
         job.score("pruned")
@@ -175,6 +178,17 @@ class _Job:
                 self.scores[data] = {which: TextScore(**row) for which, row in by_model.items()}
         return True
 
+    def warn_of_unscored(self, scores: dict[str, dict[str, float]]) -> None:
+        """Say which scores that were asked for are not among those {text: {model: score}} of a finished result."""
+        options = self.options
+        missing = [data for data in options.evaluate if data not in scores]
+        if options.kernels is not None:
+            missing += [f"{data} through kernels" for data, known in scores.items() if "kernels" not in known]
+        if missing:
+            self.warn(
+                f"not scored on {', '.join(missing)}: `sparsegpt eval --model {options.out} --data ...` does that"
+            )
+
     def _compare_versions(self) -> None:
         """Warn when finished blocks come from other versions than those to come, and keep the warning with them."""
         versions = {name: version(name) for name in COMPUTING}
@@ -195,7 +209,8 @@ class _Job:
         return {
             "model": fingerprint(self.loaded.model),
             "calibration windows": hashlib.sha256(self.calibration.windows.numpy().tobytes()).hexdigest(),
-            "settings": self.settings.as_dict(),
+            "settings": {name: value for name, value in self.settings.as_dict().items() if "distill" not in name},
+            "distillation": {"epochs": self.settings.distill, "rate": self.settings.distill_rate},
             "--recipe": {f"rule {place}": str(rule) for place, rule in enumerate(self.settings.recipe, start=1)},
             "--only": options.only,
             "--skip": options.skip,
@@ -257,16 +272,21 @@ class _Job:
                 self.warn(warning)
 
     def _halve_micro_batch(self, error: torch.OutOfMemoryError) -> None:
-        """Go on behind the last finished block with smaller steps."""
+        """Go on behind the last finished block with smaller steps, and with a distillation that begins anew."""
         residence = self.loaded.residence
         assert residence is not None
-        if self.micro_batch == 1:
+        training, windows = "", self.micro_batch
+        if isinstance(error, TrainingOutOfMemory):
+            training, windows = error.training, error.windows
+        if windows == 1:
             raise SparseGPTError(
-                "the GPU ran out of memory with one window in a forward pass: give a shorter --seqlen, --preset paper, "
-                "or --device cpu"
+                "the GPU ran out of memory with one window at a time: give --resume "
+                f"{'--distill 0' if training == 'distillation' else 'once it has more'}, or --overwrite with a shorter "
+                "--seqlen, --preset paper or --device cpu"
             ) from error
-        self.micro_batch //= 2
-        self.work.save_state(micro_batch=self.micro_batch)
+        self.micro_batch = windows // 2
+        self.pruned.epochs.clear()
+        self.work.save_state(micro_batch=self.micro_batch, epochs=[])
         del self.pruned.layers[sum(block.linears for block in self.pruned.blocks) :]  # of the block that failed
         self.warn(f"the GPU ran out of memory: going on with --micro-batch {self.micro_batch}")
         residence.unsettle()

@@ -18,6 +18,23 @@ BETAS = (0.9, 0.95)
 Batch = tuple[Tensor, Tensor]
 
 
+class TrainingOutOfMemory(torch.OutOfMemoryError):
+    """A GPU ran out of memory in `training` ("reconstruction", "distillation") with batches of so many windows."""
+
+    def __init__(self, training: str, windows: int) -> None:
+        super().__init__(f"out of memory in {training} with {windows} windows in a step")
+        self.training, self.windows = training, windows
+
+
+@contextmanager
+def counting_windows(training: str, batches: Sequence[Batch]) -> Iterator[None]:
+    """Work on batches: an out-of-memory error tells their size, as a micro-batch above it was not to blame."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingOutOfMemory(training, len(batches[0][0])) from error
+
+
 def training_batches(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Batch]:
     """Micro-batches of both, cut into batches of one training step."""
     windows = max(1, TOKENS_PER_BATCH // inputs[0].shape[1])

@@ -87,19 +87,21 @@ class WorkFolder(Progress):
     def begin(self, identity: dict[str, Any], report: PruneReport) -> bool:
         """Compare what decides the result with the run that is to go on, and fill the report with what it did.
 
+        Finished blocks do not depend on identity["distillation"]: where it alone is another, its epochs begin anew.
         Returns whether the target is the finished result of this very run already.
         """
         identity = json.loads(json.dumps(identity))
         known = self.state.get("identity")
         if known != identity:
-            if self.finished:
+            same_blocks = known is not None and {**known, "distillation": None} == {**identity, "distillation": None}
+            if self.finished and not same_blocks:
                 raise SparseGPTError(
                     f"the unfinished run of {self.target} was another one ({_differences(known, identity)}): give the "
                     "same settings, or --overwrite instead of --resume to start again"
                 )
             if self.resume and self._is_result(identity):
                 return True
-            self.state = {}
+            self.state = {**self.state, "epochs": []} if same_blocks else {}
         self.replaces = self.overwrite or bool(self.state.get("replaces")) or self._is_result(identity)
         if not self.replaces:
             check_target(self.target, overwrite=False)

@@ -1,5 +1,7 @@
 """A GPU that runs out of memory: the run goes on behind its last finished block with half the micro-batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -84,21 +86,47 @@ def test_what_a_failed_block_had_reported_is_forgotten(options, monkeypatch):
 
 def test_one_window_that_does_not_fit_is_refused(options, monkeypatch):
     exhausted(monkeypatch, lambda windows, index: False)
-    with refused("out of memory", "--seqlen", "--device cpu"):
+    with refused("out of memory", "--overwrite", "--seqlen", "--device cpu"):
         run(options("out", 2), resolve_settings("2:4"))
 
 
-@pytest.mark.parametrize(("tokens_per_batch", "tried"), [(16, [1]), (64, [4, 2, 1])])
-def test_distillation_is_refused_once_a_smaller_micro_batch_cannot_help(options, monkeypatch, tokens_per_batch, tried):
-    """A step takes a micro-batch or less: 16 tokens are one window of it from the start, 64 are four."""
-    steps = []
+def distillation_that_fits(monkeypatch, most: int) -> list[int]:
+    """Let steps of distillation fail with more than `most` windows; returns the windows of each step."""
+    steps, real = [], Distiller.step
 
     def step(self, batch, number, rate):
         steps.append(len(batch[0]))
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if steps[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch, number, rate)
 
-    monkeypatch.setattr(training, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(training, "TOKENS_PER_BATCH", 4 * 16)  # four windows
     monkeypatch.setattr(Distiller, "step", step)
-    with refused("out of memory in distillation", "16 tokens", "--distill 0", "--resume"):
+    return steps
+
+
+def test_a_distillation_that_ran_out_of_memory_begins_anew_with_half_its_windows(options, monkeypatch):
+    """What it is compared with at the end, too: the loss before it, on the windows that are held out now."""
+    settings = resolve_settings("2:4", "paper", distill=1)
+    steps = distillation_that_fits(monkeypatch, 2)
+    report = run(options("out", 8), settings)
+    assert steps == [4, 2, 2, 2]  # not with a micro-batch of four, which would change nothing; two windows held out
+    expected = run(options("expected", 2), settings)
+    assert [epoch["loss"] for epoch in report["epochs"]] == pytest.approx(
+        [epoch["loss"] for epoch in expected["epochs"]], rel=1e-3
+    )
+
+
+def test_a_window_that_does_not_fit_into_distillation_is_refused_with_a_way_on(options, monkeypatch, tmp_path):
+    distillation_that_fits(monkeypatch, 0)
+    with refused("out of memory", "--resume --distill 0", "--seqlen"):
         run(options("out", 4), resolve_settings("2:4", distill=1))
-    assert steps == tried
+    plain = resolve_settings("2:4")
+    report = run(replace(options("out", 4), resume=True), plain)
+    assert report["epochs"] == []
+    run(options("expected", 4), plain)
+    expected = weights(tmp_path / "expected")
+    close = {
+        name: torch.allclose(tensor, expected[name], atol=1e-3) for name, tensor in weights(tmp_path / "out").items()
+    }
+    assert all(close.values())

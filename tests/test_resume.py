@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,19 @@ def test_an_interrupted_distillation_resumes_to_the_same_bits(distilled, step):
     assert report["epochs"] == epochs
 
 
+def test_finished_blocks_serve_a_run_that_distills_otherwise(distilled, tmp_path):
+    options, settings, _, expected = distilled
+    less = replace(settings, distill=1)
+    run(changed(options, out=tmp_path / "less"), less)
+    with step_that_fails(8):
+        run(options, settings)
+    listener = Stop(0)
+    report = run(changed(options, resume=True), less, listener)
+    assert "going on behind block 2" in listener.stages
+    assert len(report["epochs"]) == 2
+    assert weights(options.out) == weights(tmp_path / "less") != expected
+
+
 def test_a_damaged_training_is_begun_again(distilled):
     options, settings, epochs, expected = distilled
     with step_that_fails(8):
@@ -173,6 +187,20 @@ def test_resuming_what_is_finished_says_so_and_changes_nothing(options):
     assert not list(options.out.parent.glob(".*"))
     with refused("not empty", "--overwrite"):  # another run
         run(changed(options, resume=True, seed=1), SETTINGS)
+
+
+def test_resuming_what_is_finished_tells_which_scores_it_lacks(options, text_file):
+    options = changed(options, evaluate=(str(text_file),), eval_windows=2)
+    run(options, SETTINGS)
+    warnings = []
+    listener = Stop(0)
+    listener.warn = warnings.append
+    run(changed(options, resume=True), SETTINGS, listener)
+    assert warnings == []
+    run(changed(options, resume=True, evaluate=(str(text_file), "pydoc"), kernels="auto"), SETTINGS, listener)
+    [warning] = warnings
+    assert "not scored on pydoc," in warning
+    assert f"{text_file} through kernels" in warning
 
 
 @pytest.mark.parametrize("name", ["report.json", "model.safetensors"])

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 refused with one line on stderr, 2 wrong usage, 130 interr
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -271,8 +271,9 @@ def pack(
         raise SparseGPTError(f"--values {values!r} is not known: expected int8 or int4")
     if group_size is not None and values is None:
         raise SparseGPTError("--group-size is for rounded values: give --values int8 or int4 too")
-    sized = {} if group_size is None else {"group_size": group_size}
-    integers = IntegerValues(int(values.removeprefix("int")), **sized) if values else None
+    integers = IntegerValues(int(values.removeprefix("int"))) if values else None
+    if integers and group_size is not None:
+        integers = replace(integers, group_size=group_size)
     report = pack_folder(folder, out, values=integers, overwrite=overwrite)
     before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
     print(

@@ -93,8 +93,7 @@ def prune_blocks(
     pruned again; `report` then holds what was reported of them. on_layer, on_block, on_epoch: called with each new
     report.
     """
-    if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
-        raise SparseGPTError(f"expected calibration windows [samples, sequence_length], found {list(windows.shape)}")
+    _check_windows(windows, model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise SparseGPTError("the model is packed or quantised: expected plain weights; `sparsegpt unpack` it first")
     family = family_of(model)
@@ -142,6 +141,17 @@ def prune_blocks(
     finally:
         model.train(was_training)
     return report
+
+
+def _check_windows(windows: Tensor, model: "PreTrainedModel") -> None:
+    if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
+        raise SparseGPTError(f"expected calibration windows [samples, sequence_length], found {list(windows.shape)}")
+    known = len(model.get_input_embeddings().weight)
+    if windows.min() < 0 or windows.max() >= known:
+        raise SparseGPTError(
+            f"expected token ids below {known}, found {int(windows.min())} to {int(windows.max())}: "
+            "the tokenizer must be the model's own"
+        )
 
 
 @dataclass

@@ -334,6 +334,7 @@ def test_kernels_without_2_4_weights_are_refused(prune, run_cli, llama_folder, t
     prune(sparsity="4:8", kernels="auto").refused("--kernels", "2:4", "4:8")
     run_cli("eval", "--model", llama_folder, "--data", text_file, "--kernels", "dense").refused("2:4")
     run_cli("pack", llama_folder, tmp_path / "packed").refused()
+    run_cli("pack", llama_folder, tmp_path / "packed", "--group-size", 64).refused("--group-size", "--values")
     run_cli("unpack", llama_folder, tmp_path / "unpacked").refused()
     assert not list(tmp_path.iterdir())
 
@@ -393,7 +394,9 @@ def test_too_short_a_text_for_scoring_is_refused(prune, run_cli, tmp_path, llama
 
 def test_a_width_that_groups_do_not_divide_is_refused(prune, tmp_path):
     folder = save_model(tmp_path / "odd", intermediate_size=66)
-    prune(model=folder).refused("model.layers.0.mlp.down_proj", "66", "--skip")
+    outcome = prune(model=folder, eval=tmp_path / "never-read.txt")
+    outcome.refused("model.layers.0.mlp.down_proj", "66", "--skip")
+    assert "scoring" not in outcome.out + outcome.err
     assert prune(model=folder, skip="down_proj").code == 0
 
 
@@ -443,6 +446,9 @@ def test_a_choice_of_layers_that_makes_no_sense_is_refused(prune, flags):
         ({"device": "tpu"}, ("'tpu'", "cpu")),
         ({"bos": "sometimes"}, ("'sometimes'", "never")),
         ({"include": "embeddings"}, ("'embeddings'", "lm_head")),
+        ({"include": "lm_head", "skip": "lm_head"}, ("lm_head", "--skip")),
+        ({"learning_rate": "0.1"}, ("learning rate", "--reconstruct")),
+        ({"distill_rate": "0.1"}, ("distillation rate", "--distill")),
         ({"samples": "0"}, ()),
         ({"samples": "-3"}, ()),
         ({"seqlen": "0"}, ()),

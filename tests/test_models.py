@@ -25,6 +25,11 @@ def test_a_folder_that_does_not_exist_is_refused(name, tmp_path, monkeypatch):
         load_model(name)
 
 
+def test_a_file_in_place_of_a_folder_is_refused(text_file):
+    with refused(str(text_file), "is a file"):
+        load_model(str(text_file))
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model", "opt-1.3b"])
 def test_a_hub_name_without_network_is_refused_with_the_way_out(name):
     with refused(f"{name!r}", "--model demo"):

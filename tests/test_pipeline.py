@@ -321,6 +321,15 @@ def test_windows_of_another_shape_are_refused(windows):
         prune_model(tiny_model("llama"), windows, "2:4")
 
 
+@pytest.mark.parametrize("token", [-1, 64])
+def test_tokens_that_the_model_does_not_know_are_refused(token):
+    model = tiny_model("llama", vocab_size=64)
+    windows = random_windows(2)
+    windows[1, 3] = token
+    with refused("token ids below 64", str(token), "tokenizer"):
+        prune_model(model, windows, "2:4")
+
+
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [

@@ -325,6 +325,7 @@ def test_damping_that_was_needed_is_reported():
         (torch.ones(4, 8), torch.eye(8), {"block_size": 0}, ("block size 0",)),
         (torch.ones(4, 8), torch.eye(8), {"method": "obc"}, ("obc", "sparsegpt")),
         (torch.ones(4, 8), -torch.eye(8), {}, ("not positive definite",)),
+        (torch.ones(4, 8), torch.eye(8), {"dtype": torch.bfloat16}, ("float32", "bfloat16")),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_in_one_line(weight, hessian, options, fragments):

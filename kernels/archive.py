@@ -132,7 +132,7 @@ def pack_folder(
             model that transformers does not know; `target` exists and is not empty.
     """
     source, target = Path(source), Path(target)
-    config = _read_config(source)
+    config = read_config(source)
     if config.get("quantization_config"):
         raise SparseGPTError(f"{source}: already packed or quantised (config.json has quantization_config)")
     files = weight_files(source)
@@ -165,7 +165,7 @@ def unpack_folder(
     of a newer format, damaged or truncated, or when `target` exists and is not empty.
     """
     packed, target = Path(packed), Path(target)
-    config = _read_config(packed)
+    config = read_config(packed)
     packing = read_packed_config(config.pop("quantization_config", None), packed)
     files = weight_files(packed)
     verify_files(files)
@@ -294,7 +294,8 @@ def _check_promised(source: Path, promised: Iterable[str], found: list[Matrix]) 
             raise SparseGPTError(f"{source}: report.json lists {layer}, but the weights hold {form}")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder; raises SparseGPTError where there is none or it is no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise SparseGPTError(f"{folder}: expected a Hugging Face folder with config.json; found none")
@@ -309,7 +310,10 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _copy_the_rest(source: Path, stage: Path) -> None:
-    """Tokenizer, report, generation settings, remote code: every file that is no weight and not config.json."""
+    """Tokenizer, report, generation settings, remote code: every file that is no weight and not config.json.
+
+    A folder inside is copied whole: weights there may be of something else, such as an adapter.
+    """
     for path in source.iterdir():
         if path.name.startswith(".") or path.name in ("config.json", INDEX) or _WEIGHTS_OF_OTHERS.match(path.name):
             continue

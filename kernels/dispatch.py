@@ -216,7 +216,7 @@ def _asks(refuse: Refusal) -> Callable[[Packed24], str | None]:
 ROUTES: dict[str, Route] = {
     "dense": Route(lambda weight: None, _prepare_dense, _run_dense),
     "resident": Route(lambda weight: None, dense_weight, _run_dense),
-    "cpu": Route(cpu.refusal, cpu.prepare, cpu.matmul, cpu.swiglu, any_shape=True, swiglu_tokens=_CPU_SWIGLU_TOKENS),
+    "cpu": Route(cpu.refusal, cpu.prepare, cpu.run, cpu.run_swiglu, any_shape=True, swiglu_tokens=_CPU_SWIGLU_TOKENS),
     "portable": Route(_asks(refuse_portable), lambda weight: weight, _run_portable, _swiglu_portable),
     "mma_sp": Route(_asks(refuse_mma_sp), to_fragments, _run_mma_sp, _swiglu_mma_sp),
     "wgmma_sp": Route(_asks(_gluon_refusal("wgmma.sp", "wgmma_sp")), to_fragments, _run_wgmma_sp),

@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsegpt.errors import SparseGPTError
 
-from .archive import check_parts, verify_files
+from .archive import check_parts, read_config, verify_files
 from .experts import PackedExperts
 from .gated import fuse_gated
 from .linear import explain, packed_layers, set_kernels
@@ -127,10 +127,7 @@ def load_packed(folder: str | Path, *, kernels: str = "auto", **kwargs: Any) -> 
     from transformers import AutoModelForCausalLM
 
     register()
-    config_path = Path(folder) / "config.json"
-    if not config_path.is_file():
-        raise SparseGPTError(f"{folder}: expected a packed folder with config.json; found none")
-    read_packed_config(json.loads(config_path.read_text()).get("quantization_config"), folder)
+    read_packed_config(read_config(Path(folder)).get("quantization_config"), folder)
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     set_kernels(model, kernels)
     return model

@@ -20,7 +20,8 @@ def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str]
     """Replace in place every linear of `model` that keeps 2:4 by a packed one; returns their names.
 
     Of experts that share a parameter, a projection is packed when those of all of them keep the pattern. `skip` lists
-    the last name components left alone. Weights that another module shares are left alone too.
+    the last name components left alone. Weights that another module shares are left alone too. Afterwards
+    `save_pretrained` raises SparseGPTError: transformers does not know how a checkpoint names what is packed here.
     """
     shared = _shared_parameters(model)
     replaced = []
@@ -32,7 +33,16 @@ def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str]
         elif any(parameter.ndim == 3 for parameter in module.parameters(False)):
             replaced += _pack_experts(model, name, module, kernels)
     fuse_gated(model)
+    for module in model.modules() if replaced else ():
+        if hasattr(module, "save_pretrained"):
+            module.save_pretrained = _refuse_saving  # type: ignore[assignment]
     return replaced
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise SparseGPTError(
+        "a model packed in memory cannot be saved: save it before packing, then run `python -m sparsegpt pack` on it"
+    )
 
 
 def _pack_linear(model: nn.Module, name: str, module: Any, kernels: str) -> list[str]:

@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
                 )
         if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise SparseGPTError(f"expected inputs [..., {self.in_features}]; found {tuple(input.shape)}")
-        if input.dtype != plan.dtype and torch.is_autocast_enabled(input.device.type):
+        if input.dtype != plan.dtype and plan.autocast is not None and torch.is_autocast_enabled(plan.autocast):
             input = input.to(plan.dtype)
         if input.dtype != plan.dtype or input.device != plan.parts[0].device:
             raise SparseGPTError(
@@ -82,6 +82,10 @@ class PackedLinear(nn.Module):
                 "cast or move them, or the layer"
             )
         return plan, input
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._plan = None  # inference tensors do not count how often they are written to
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # worked out anew by whoever copies or loads the layer
@@ -94,7 +98,7 @@ class PackedLinear(nn.Module):
         )
 
     def _current(self, dtype: torch.dtype | None = None) -> Plan:
-        """The plan for inputs of `dtype`, renewed when a buffer was replaced (loading, moving, casting)."""
+        """The plan for inputs of `dtype`, renewed when a buffer was replaced (moving, casting) or written to."""
         raise NotImplementedError
 
 
@@ -102,8 +106,9 @@ class Sparse24Linear(PackedLinear):
     """`torch.nn.Linear` on a packed weight.
 
     Buffers: values [out, Kp / 2] floating point, meta [out, Kp / 32] int32, bias [out] or None (format: pack.py).
-    Inputs have the dtype of `values`; under autocast they are cast to it. Created with zeros: load a state dict or use
-    `from_linear`. Raises SparseGPTError for in_features not divisible by 4.
+    Inputs, outputs and bias have the dtype of `values`; under autocast inputs are cast to it. Created with zeros: load
+    a state dict or use `from_linear`. Raises SparseGPTError for in_features not divisible by 4, and on use for a bias
+    of another shape, dtype or device.
     """
 
     values: Tensor
@@ -143,16 +148,22 @@ class Sparse24Linear(PackedLinear):
     @property
     def packed(self) -> Packed24:
         """The weight in packed form (the buffers themselves)."""
-        packed: Packed24 = self._current().weight
-        return packed
+        return Packed24(self.values, self.meta, (self.out_features, self.in_features))
 
     def _current(self, dtype: torch.dtype | None = None) -> Plan:
         # the dictionary itself: a buffer's attribute look-up costs a tenth of a small product
         plan, buffers = self._plan, self._buffers
         values, meta, bias = buffers["values"], buffers["meta"], buffers["bias"]
-        if plan is None or plan.parts[0] is not values or plan.parts[1] is not meta or plan.bias is not bias:
+        last = meta if bias is None else bias
+        if (
+            plan is None
+            or plan.parts[0] is not values
+            or plan.parts[1] is not meta
+            or plan.parts[-1] is not last
+            or plan.written()
+        ):
             assert values is not None and meta is not None
-            packed = Packed24(values, meta, (self.out_features, self.in_features))
+            packed = Packed24(values.contiguous(), meta.contiguous(), (self.out_features, self.in_features))
             parts = (values, meta) if bias is None else (values, meta, bias)
             choice = choose(packed, self._kernels)
             plan = self._plan = Plan(packed, parts, bias, values.dtype, choice, ROUTES, dense_weight)
@@ -160,7 +171,11 @@ class Sparse24Linear(PackedLinear):
 
 
 class Plan:
-    """What a forward pass needs, worked out once for the tensors `parts` that a layer holds."""
+    """What a forward pass needs, worked out once for the tensors `parts` that a layer holds, as they now are.
+
+    weight: contiguous, since kernels go by addresses. Raises SparseGPTError for a bias that is not [N] of `dtype` on
+    the weight's device.
+    """
 
     def __init__(
         self,
@@ -172,9 +187,26 @@ class Plan:
         routes: Mapping[str, Route],
         dense: Callable[[Any], Tensor],
     ) -> None:
-        self.weight, self.bias, self.dtype, self.choice = weight, bias, dtype, choice
+        device = parts[0].device
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != dtype or bias.device != device):
+            raise SparseGPTError(
+                f"expected a bias [{weight.shape[0]}] in {dtype} on {device}; found {list(bias.shape)} in {bias.dtype} "
+                f"on {bias.device}: cast or move it, or the layer"
+            )
+        self.weight, self.dtype, self.choice = weight, dtype, choice
+        self.bias = None if bias is None else bias.contiguous()
         self.parts, self._routes, self._dense = parts, routes, dense
+        self._versions = [(part, part._version) for part in parts if not part.is_inference()]
+        # what to ask autocast for; it does not know every device (meta)
+        self.autocast = device.type if torch.amp.is_autocast_available(device.type) else None
         self._states: dict[str, Any] = {}
+
+    def written(self) -> bool:
+        """Whether somebody has written to one of the parts since; inference tensors do not tell."""
+        for part, version in self._versions:  # noqa: SIM110 - asked for every product: a generator would cost more
+            if part._version != version:
+                return True
+        return False
 
     def dense(self) -> Tensor:
         """The decompressed weight [N, K]."""
@@ -188,7 +220,10 @@ class Plan:
         return self._routes[name], self._states[name]
 
     def multiply(self, input: Tensor) -> Tensor:
-        """[..., in_features] of the right dtype and device -> [..., out_features]."""
+        """[..., in_features] of the right dtype and device -> [..., out_features], in that dtype under autocast too."""
+        if self.autocast is not None and torch.is_autocast_enabled(self.autocast):
+            with torch.autocast(self.autocast, enabled=False):
+                return self.multiply(input)
         rows, columns = self.weight.shape
         tokens = input.numel() // columns if columns else 0
         if tokens == 0:
@@ -198,6 +233,13 @@ class Plan:
             return route.run(state, input.contiguous(), self.bias)
         outputs_TN = route.run(state, input.reshape(-1, columns).contiguous(), self.bias)
         return outputs_TN.reshape(*input.shape[:-1], rows)
+
+    def multiply_back(self, grads: Tensor) -> Tensor:
+        """Gradients [..., out_features] of the outputs -> [..., in_features], those of the inputs."""
+        if self.autocast is not None and torch.is_autocast_enabled(self.autocast):
+            with torch.autocast(self.autocast, enabled=False):
+                return self.multiply_back(grads)
+        return grads @ self.dense()
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -212,7 +254,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         parts = ctx.saved_tensors  # looked up for torch's check that nobody has written to them since
-        return grads[0] @ ctx.plan.dense(), None, *(None for _ in parts)
+        return ctx.plan.multiply_back(grads[0]), None, *(None for _ in parts)
 
 
 def set_kernels(model: nn.Module, kernels: str) -> int:

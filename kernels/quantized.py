@@ -11,7 +11,7 @@ Dimension key: N out_features, Kp padded in_features, S scale groups, V kept val
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -39,15 +39,22 @@ class Quantized24:
         check_settings(self.bits, self.group_size)
         expected = ((rows, kept * self.bits // 32), (rows, -(-2 * kept // self.group_size)), meta_shape)
         found = (tuple(self.words.shape), tuple(self.scales.shape), tuple(self.meta.shape))
-        if found != expected:
+        dtypes = (self.words.dtype, self.scales.dtype, self.meta.dtype)
+        if found != expected or dtypes != (torch.int32, torch.float16, torch.int32):
             raise SparseGPTError(
-                f"int{self.bits} 2:4 weight of shape {self.shape} needs words, scales, meta {expected}; found {found}"
+                f"int{self.bits} 2:4 weight of shape {self.shape} needs words, scales, meta {expected} in int32, "
+                f"float16, int32; found {found} in {', '.join(map(str, dtypes))}"
             )
 
     @property
     def nbytes(self) -> int:
         """Bytes of words, scales and metadata together."""
         return self.words.nbytes + self.scales.nbytes + self.meta.nbytes
+
+    def contiguous(self) -> Quantized24:
+        """The same weight with its tensors contiguous (themselves where they are)."""
+        words, scales, meta = self.words.contiguous(), self.scales.contiguous(), self.meta.contiguous()
+        return replace(self, words=words, scales=scales, meta=meta)
 
 
 def quantize(packed: Packed24, bits: int, group_size: int = 128) -> Quantized24:
@@ -92,8 +99,9 @@ def _pack_integers(q: Tensor, bits: int) -> Tensor:
 
 
 def _scale_groups(values: Tensor, group_size: int) -> Tensor:
-    missing = -values.shape[1] % (group_size // 2)
-    return rearrange(functional.pad(values, (0, missing)), "n (s v) -> n s v", v=group_size // 2)
+    kept = max(1, min(group_size // 2, values.shape[1]))  # a group wider than the row is the row
+    missing = -values.shape[1] % kept
+    return rearrange(functional.pad(values, (0, missing)), "n (s v) -> n s v", v=kept)
 
 
 def check_settings(bits: int, group_size: int) -> None:

@@ -111,14 +111,14 @@ class Quantized24Linear(PackedLinear):
         plan, bias = self._plan, self._buffers["bias"]
         parts = tuple(t for name in ("words", "scales", "meta", "bias") if (t := self._buffers[name]) is not None)
         same = plan is not None and len(parts) == len(plan.parts) and all(map(operator.is_, plan.parts, parts))
-        if plan is None or not same or (dtype is not None and dtype != plan.dtype):
+        if plan is None or not same or (dtype is not None and dtype != plan.dtype) or plan.written():
             if dtype is None:
                 dtype = torch.bfloat16 if bias is None else bias.dtype
             if dtype not in _DTYPES:
                 raise SparseGPTError(
                     f"a layer of int{self.bits} values takes bfloat16, float16 or float32; found inputs in {dtype}"
                 )
-            weight = Typed24(self.quantized, dtype)
+            weight = Typed24(self.quantized.contiguous(), dtype)
             given = None if bias is None else bias.to(dtype)
             plan = Plan(weight, parts, given, dtype, choose_integer(weight, self.kernels), INTEGER_ROUTES, _dense)
             self._plan = plan
@@ -183,7 +183,7 @@ def _run_mma_sp(state: Any, inputs: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _run_cpu(weight: Typed24, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    return cpu.matmul_integer(weight.weight, inputs, bias)
+    return cpu.run_integer(weight.weight, inputs, bias)
 
 
 INTEGER_ROUTES: dict[str, Route] = {

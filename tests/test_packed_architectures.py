@@ -335,6 +335,19 @@ def test_a_model_in_memory_is_packed_where_it_is(folder):
     assert pack_linears(model) == []
 
 
+def test_a_model_packed_in_memory_is_not_saved(folder, tmp_path):
+    model = loaded(folder / "pruned")
+    pack_linears(model)
+    for part in (model, model.base_model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with refused("packed in memory", "python -m sparsegpt pack"):
+            part.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    untouched = loaded(folder / "packed")
+    assert pack_linears(untouched) == []
+    untouched.save_pretrained(tmp_path / "saved")
+    assert_same_logits(loaded(tmp_path / "saved"), untouched)
+
+
 @pytest.mark.parametrize("kernels", ["dense", "resident"])
 def test_every_kernel_serves(folder, kernels):
     packed = loaded(folder / "packed")

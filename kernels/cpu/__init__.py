@@ -46,8 +46,9 @@ _SMALL = 1 << 16  # weights: below this a second thread costs more than it saves
 
 def refusal(weight: Packed24) -> str | None:
     """Why the CPU kernel cannot serve a weight, or None."""
-    if weight.values.device.type != "cpu":
-        return f"the CPU kernel needs the weight on the CPU; it is on {weight.values.device.type}"
+    reason = _misplaced(weight.values, weight.meta)
+    if reason is not None:
+        return reason
     if weight.values.dtype not in _MATMUL:
         return f"the CPU kernel computes in bfloat16 and float32; the weight is {weight.values.dtype}"
     return None if load_library() is not None else "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
@@ -55,13 +56,23 @@ def refusal(weight: Packed24) -> str | None:
 
 def refuse_integer(weight: Quantized24, dtype: torch.dtype) -> str | None:
     """Why the CPU kernel for integer values cannot serve a weight with inputs of `dtype`, or None."""
-    if weight.words.device.type != "cpu":
-        return f"the CPU kernel needs the weight on the CPU; it is on {weight.words.device.type}"
+    reason = _misplaced(weight.words, weight.scales, weight.meta)
+    if reason is not None:
+        return reason
     if dtype != torch.bfloat16:
         return f"the CPU kernel for integer values computes in bfloat16; the layer is {dtype}"
     if load_library() is None:
         return "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
     return None if machine_level() in INTEGER_LEVELS else "the CPU kernel for integer values needs AVX-512"
+
+
+def _misplaced(*tensors: Tensor) -> str | None:
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return f"the CPU kernel needs the weight on the CPU; it is on {tensor.device.type}"
+        if not tensor.is_contiguous():
+            return f"the CPU kernel needs a contiguous weight; found strides {tensor.stride()}"
+    return None
 
 
 @cache
@@ -82,16 +93,19 @@ def prepare(weight: Packed24) -> Packed24:
 def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, *, level: str | None = None) -> Tensor:
     """inputs [..., K] contiguous, of the dtype of the values -> [..., N]; `level` forces a path of LEVELS.
 
-    Raises SparseGPTError when the kernel cannot serve the weight.
+    Raises SparseGPTError when the kernel cannot serve the weight, or inputs or bias do not fit it.
     """
-    function = _function(_MATMUL.get(weight.values.dtype))
-    if function is None:
-        raise SparseGPTError(str(refusal(weight)))
+    _check(refusal(weight), weight.shape, weight.values.dtype, inputs, bias)
+    return run(weight, inputs, bias, level=level)
+
+
+def run(weight: Packed24, inputs: Tensor, bias: Tensor | None, *, level: str | None = None) -> Tensor:
+    """`matmul` without its checks, which a layer makes once."""
     rows, columns = weight.shape
     inputs = _padded(inputs, columns)
     padded = inputs.shape[-1]
     outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    function(
+    _function(_MATMUL[weight.values.dtype])(
         weight.values.data_ptr(),
         weight.meta.data_ptr(),
         inputs.data_ptr(),
@@ -109,18 +123,21 @@ def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, *, leve
 def swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | None = None) -> Tensor:
     """silu(inputs gate^T) * (inputs up^T) for weights of one shape: inputs [..., K] contiguous.
 
-    Raises SparseGPTError when the kernel cannot serve the weights.
+    Raises SparseGPTError when the kernel cannot serve the weights, or the inputs do not fit them.
     """
-    function = _function(_SWIGLU.get(up.values.dtype))
-    if function is None:
-        raise SparseGPTError(str(refusal(up)))
+    _check(refusal(gate) or refusal(up), up.shape, up.values.dtype, inputs, None)
+    return run_swiglu(gate, up, inputs, level=level)
+
+
+def run_swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | None = None) -> Tensor:
+    """`swiglu` without those of its checks that a layer makes once."""
     if gate.shape != up.shape or gate.values.dtype != up.values.dtype:
         raise SparseGPTError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape and dtype")
     rows, columns = up.shape
     inputs = _padded(inputs, columns)
     padded = inputs.shape[-1]
     outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    function(
+    _function(_SWIGLU[up.values.dtype])(
         gate.values.data_ptr(),
         gate.meta.data_ptr(),
         up.values.data_ptr(),
@@ -141,19 +158,23 @@ def matmul_integer(
 ) -> Tensor:
     """inputs [..., K] contiguous bfloat16 -> [..., N] bfloat16, for int8 or int4 values; `level` of INTEGER_LEVELS.
 
-    Raises SparseGPTError when the kernel cannot serve the weight, or has no such path for it.
+    Raises SparseGPTError when the kernel cannot serve the weight or has no such path for it, or inputs or bias do not
+    fit it.
     """
     reason = refuse_integer(weight, inputs.dtype)
     if level not in (None, *INTEGER_LEVELS):
         reason = f"CPU path for integer values: expected one of {', '.join(INTEGER_LEVELS)}; found {level}"
-    function = _function("sparse24_integer_bf16")
-    if reason is not None or function is None:
-        raise SparseGPTError(str(reason))
+    _check(reason, weight.shape, torch.bfloat16, inputs, bias)
+    return run_integer(weight, inputs, bias, level=level)
+
+
+def run_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None, *, level: str | None = None) -> Tensor:
+    """`matmul_integer` without its checks, which a layer makes once."""
     rows, columns = weight.shape
     inputs = _padded(inputs, columns)
     padded = inputs.shape[-1]
     outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    function(
+    _function("sparse24_integer_bf16")(
         weight.words.data_ptr(),
         weight.scales.data_ptr(),
         weight.meta.data_ptr(),
@@ -163,7 +184,7 @@ def matmul_integer(
         rows,
         padded,
         inputs.numel() // padded,
-        weight.group_size,
+        min(weight.group_size, padded),
         weight.bits,
         _threads(rows * columns),
         _level_number(level),
@@ -193,6 +214,19 @@ def unpack_fast(weight: Packed24, *, out: Tensor | None = None, level: str | Non
         _level_number(level),
     )
     return dense
+
+
+def _check(reason: str | None, shape: tuple[int, int], dtype: torch.dtype, inputs: Tensor, bias: Tensor | None) -> None:
+    """Refuse, for `reason` or because of their form, operands that the library would misread: it gets addresses."""
+    if reason is not None:
+        raise SparseGPTError(reason)
+    (rows, columns), given = shape, [inputs] if bias is None else [inputs, bias]
+    fit = inputs.shape[-1:] == (columns,) and (bias is None or bias.shape == (rows,))
+    if not fit or any(not each.is_cpu or not each.is_contiguous() or each.dtype != dtype for each in given):
+        found = ", ".join(f"{tuple(each.shape)} {each.dtype} {each.device} strides {each.stride()}" for each in given)
+        raise SparseGPTError(
+            f"the CPU kernel expects contiguous inputs [..., {columns}] and bias [{rows}] in {dtype}; found {found}"
+        )
 
 
 def _padded(inputs: Tensor, columns: int) -> Tensor:

@@ -98,6 +98,39 @@ def test_integer_refusals() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": torch.zeros(8).bfloat16()}, "bfloat16"),
+        ({"bias": torch.zeros(4)}, r"\(4,\)"),
+        ({"bias": torch.zeros(16)[::2]}, r"strides \(2,\)"),
+        ({"inputs": torch.zeros(2, 64).bfloat16()}, "bfloat16"),
+        ({"inputs": torch.zeros(2, 32)}, r"\(2, 32\)"),
+        ({"inputs": torch.zeros(64, 2).T}, r"strides \(1, 2\)"),
+        ({"inputs": torch.zeros(2, 64, device="meta")}, "meta"),
+        ({"weight": (slice(None, None, 2), slice(None, None, 2))}, r"contiguous weight; found strides \(64, 1\)"),
+    ],
+)
+def test_what_the_library_would_misread_is_refused(changes: dict[str, object], message: str) -> None:
+    whole, rows = pack(weight24(16, 64)), changes.pop("weight", (slice(8), slice(8)))
+    weight = Packed24(whole.values[rows[0]], whole.meta[rows[1]], (8, 64))  # type: ignore[index]
+    operands = {"inputs": torch.zeros(2, 64), **changes}
+    with pytest.raises(SparseGPTError, match=message):
+        matmul(weight, **operands)  # type: ignore[arg-type]
+    if "bias" not in changes:
+        with pytest.raises(SparseGPTError, match=message):
+            swiglu(weight, weight, **operands)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(machine_level() not in INTEGER_LEVELS, reason="needs AVX-512")
+def test_integer_operands_that_do_not_fit_are_refused() -> None:
+    small, inputs = quantize(pack(weight24(8, 64)), 8), torch.zeros(2, 64).bfloat16()
+    for bias in (torch.zeros(8), torch.zeros(4).bfloat16(), torch.zeros(16).bfloat16()[::2]):
+        with pytest.raises(SparseGPTError, match=r"expects contiguous inputs \[\.\.\., 64\] and bias \[8\]"):
+            matmul_integer(small, inputs, bias)
+
+
+@needs_compiler
 def test_huge_pages_keep_the_bits() -> None:
     packed = pack(weight24(2048, 4096, torch.bfloat16))
     before = packed.values.clone(), packed.meta.clone()

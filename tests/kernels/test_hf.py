@@ -153,6 +153,13 @@ def test_dense_folder_is_not_packed(folders: tuple[Path, Path]) -> None:
         load_packed(folders[0] / "nowhere")
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
+def test_a_damaged_config_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SparseGPTError, match=r"config\.json: (cannot be read as JSON|expected a JSON object)"):
+        load_packed(tmp_path)
+
+
 @pytest.mark.parametrize("first", ["transformers.quantizers", "sparsegpt.kernels.hf"])
 def test_registering_waits_for_transformers(first: str, folders: tuple[Path, Path]) -> None:
     """Before transformers is imported nothing of it is loaded; an import afterwards finds the quantizer registered."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import pack, semi_structured
+from sparsegpt.kernels import Packed24, cpu, pack, semi_structured, unpack
 from sparsegpt.kernels.dispatch import KERNELS, choose
 from sparsegpt.kernels.in_place import pack_linears
 from sparsegpt.kernels.linear import Sparse24Linear, explain, packed_layers, set_kernels
@@ -85,6 +85,21 @@ def test_autocast_casts_the_input() -> None:
         assert relative_error(packed(inputs), dense(inputs)) < 6e-3
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 65, 300])
+@pytest.mark.parametrize("kernels", ["auto", "dense", "resident"])
+def test_autocast_changes_no_product(kernels: str, tokens: int) -> None:
+    """A float32 layer stays one under bfloat16 autocast, forward and backward, for any number of tokens."""
+    dense, packed = pair((24, 64), torch.float32)
+    packed.kernels = kernels
+    inputs, grads = torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = packed(inputs)
+        found.backward(grads)
+    assert found.dtype == torch.float32 and inputs.grad is not None
+    assert relative_error(found.detach(), dense(inputs).detach()) < 2e-6
+    assert relative_error(inputs.grad, grads.double() @ dense.weight.double()) < 2e-6
+
+
 def test_state_dict_casting_and_moving() -> None:
     dense, packed = pair((24, 64), torch.float32)
     fresh = Sparse24Linear(64, 24)
@@ -95,6 +110,57 @@ def test_state_dict_casting_and_moving() -> None:
     half = packed.to(torch.bfloat16)
     assert half.meta.dtype == torch.int32
     assert relative_error(half(inputs.bfloat16()), dense(inputs)) < 1e-2
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense", "resident", "cpu"])
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_writing_to_the_buffers_is_noticed(tokens: int, kernels: str, inference: bool) -> None:
+    """Loading copies in place; every route that serves a CPU computes with what the buffers then hold."""
+    inputs = torch.randn(tokens, 64)
+    with torch.inference_mode(inference):
+        dense, packed = pair((24, 64), torch.float32)
+        packed.kernels = kernels
+        if kernels == "cpu" and cpu.refusal(packed.packed) is not None:
+            pytest.skip("no C++ compiler here")
+        assert relative_error(packed(inputs), dense(inputs)) < 2e-6
+        dense.weight.copy_(weight24(24, 64, seed=1))
+        dense.bias.copy_(torch.randn(24))
+        packed.load_state_dict(Sparse24Linear.from_linear(dense).state_dict())
+        assert relative_error(packed(inputs), dense(inputs)) < 2e-6
+    if not inference:  # inference tensors do not count their writes
+        expected = torch.nn.functional.linear(inputs, 2 * dense.weight, -dense.bias)
+        packed.values.mul_(2)
+        packed.bias.neg_()
+        assert relative_error(packed(inputs), expected) < 2e-6
+        packed.meta.fill_(0x44444444)
+        expected = torch.nn.functional.linear(inputs, unpack(packed.packed), packed.bias)
+        assert relative_error(packed(inputs), expected) < 2e-6
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(24).bfloat16(), torch.zeros(4), torch.zeros(1), torch.zeros(24, 1)])
+def test_a_bias_that_does_not_fit_is_refused(bias: torch.Tensor) -> None:
+    layer = Sparse24Linear.from_packed(pack(weight24(24, 64)), bias)
+    with pytest.raises(SparseGPTError, match=r"expected a bias \[24\] in torch\.float32 on cpu; found \["):
+        layer(torch.zeros(1, 64))
+    _, replaced = pair((24, 64), torch.float32)
+    replaced(torch.zeros(1, 64))
+    replaced.load_state_dict({**replaced.state_dict(), "bias": torch.zeros(24).half()}, assign=True)
+    with pytest.raises(SparseGPTError, match=r"found \[24\] in torch\.float16 on cpu"):
+        replaced(torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense", "resident"])
+def test_strided_parts(kernels: str) -> None:
+    whole, bias = pack(weight24(48, 64)), torch.randn(48)[::2]
+    rows = Packed24(whole.values[::2], whole.meta[::2], (24, 64))
+    columns = Packed24(rows.values.T.contiguous().T, rows.meta.T.contiguous().T, (24, 64))
+    inputs = torch.randn(3, 64)
+    expected = torch.nn.functional.linear(inputs.double(), weight24(48, 64)[::2].double(), bias.double())
+    for packed in (rows, columns):
+        layer = Sparse24Linear.from_packed(packed, bias, kernels=kernels)
+        assert relative_error(layer(inputs), expected) < 2e-6
+        assert layer.packed.values is packed.values
 
 
 def test_copies_are_independent() -> None:

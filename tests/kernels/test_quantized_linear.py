@@ -18,6 +18,7 @@ from sparsegpt.kernels.archive import pack_folder, unpack_folder
 from sparsegpt.kernels.hf import load_packed, register
 from sparsegpt.kernels.linear import packed_layers, set_kernels
 from sparsegpt.kernels.packed_config import IntegerValues
+from sparsegpt.kernels.quantized import Quantized24
 from sparsegpt.kernels.quantized_linear import Quantized24Linear
 from sparsegpt.kernels.tensor_files import WEIGHTS
 
@@ -84,6 +85,62 @@ def test_casting_leaves_the_integers_alone() -> None:
     assert torch.equal(fresh(torch.ones(1, 64)), packed(torch.ones(1, 64)))
     assert torch.equal(packed.quantized.words, before.words) and "bits=8" in repr(packed)
     assert relative_error(packed.weight, dense) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+def test_writing_to_the_buffers_is_noticed(kernels: str, dtype: torch.dtype) -> None:
+    dense, packed = layer((24, 64), 8, True)
+    packed.kernels = kernels
+    inputs = torch.randn(3, 64).to(dtype)
+    packed(inputs)  # from here on a copy of the bias in `dtype` is kept
+    assert packed.bias is not None
+    packed.bias.add_(5)
+    assert relative_error(packed(inputs), inputs.double() @ dense.T + packed.bias.double()) < TOLERANCE[dtype]
+    small = quantize(pack(weight24(24, 64, seed=1)), 8, 64)
+    other = Quantized24Linear.from_quantized(small, torch.randn(24), kernels=kernels)
+    packed.load_state_dict(other.state_dict())
+    assert torch.equal(packed(inputs), other(inputs))
+
+
+def test_strided_parts_and_a_bias_that_does_not_fit() -> None:
+    whole = quantize(pack(weight24(48, 256)), 8, 64)
+    parts = [part[::2] for part in (whole.words, whole.scales, whole.meta)]
+    strided = Quantized24(*parts, (24, 256), 8, 64)
+    bias, inputs = torch.randn(48)[::2], torch.randn(3, 256).bfloat16()
+    expected = inputs.double() @ unpack(dequantize(whole, torch.float64))[::2].T + bias.double()
+    assert relative_error(Quantized24Linear.from_quantized(strided, bias)(inputs), expected) < 6e-3
+    with pytest.raises(SparseGPTError, match=r"expected a bias \[24\]"):
+        Quantized24Linear.from_quantized(strided, torch.zeros(4))(inputs)
+    with pytest.raises(SparseGPTError, match=r"in int32, float16, int32; found .* torch\.int8"):
+        Quantized24(parts[0].to(torch.int8), parts[1], parts[2], (24, 256), 8, 64)
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_autocast_changes_no_product(tokens: int) -> None:
+    dense, packed = layer((24, 64), 8, True)
+    inputs, grads = torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = packed(inputs)
+        found.backward(grads)
+    assert packed.bias is not None and inputs.grad is not None
+    assert found.dtype == torch.float32
+    expected = inputs.detach().double() @ dense.T + packed.bias.double()
+    assert relative_error(found.detach(), expected) < 2e-6
+    assert relative_error(inputs.grad, grads.double() @ dense) < 2e-6
+
+
+@pytest.mark.parametrize("group_size", [2**40, 2**70])
+def test_a_group_wider_than_the_row_is_the_row(group_size: int) -> None:
+    packed = pack(weight24(24, 100))
+    wide, whole = quantize(packed, 8, group_size), quantize(packed, 8, 128)
+    assert wide.group_size == group_size and wide.scales.shape == (24, 1)
+    assert torch.equal(wide.words, whole.words) and torch.equal(wide.scales, whole.scales)
+    assert torch.equal(unpack(dequantize(wide, torch.float32)), unpack(dequantize(whole, torch.float32)))
+    for dtype in TOLERANCE:
+        inputs = torch.randn(3, 100).to(dtype)
+        layers = (Quantized24Linear.from_quantized(weight, None) for weight in (wide, whole))
+        assert torch.equal(*(each(inputs) for each in layers))
 
 
 def test_gradient_for_the_input() -> None:

@@ -84,13 +84,15 @@ def _descend(
     floor_R = energy_R * tolerance**2
     kept_RC = mask_RC.to(residual_RC.dtype)  # a product with booleans takes three times as long
     gained_R = torch.zeros_like(energy_R)
-    for _ in range(iterations):
+    for left in reversed(range(iterations)):
         if (energy_R <= floor_R).all():
             break
         image_RC = multiplier.after(direction_RC).mul_(kept_RC)
         step_R = _ratio(energy_R, (direction_RC * image_RC).sum(1))
         gained_R += step_R * energy_R
         weight_RC.addcmul_(direction_RC, step_R[:, None])
+        if not left:
+            break  # nothing reads what follows
         residual_RC.addcmul_(image_RC, step_R[:, None], value=-1)
         torch.mul(residual_RC, jacobi_C, out=preconditioned_RC)
         next_energy_R = (residual_RC * preconditioned_RC).sum(1)

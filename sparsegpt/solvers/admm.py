@@ -62,9 +62,8 @@ def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_siz
     rounded = quick_dtype(hessian.raw)
     for rounded_refit in dict.fromkeys((rounded, None)):
         found, mask, foretold = search(weight, hessian, pattern, swept, rounded, rounded_refit)
-        error = weight - found
-        loss = _loss(error, hessian)
-        if loss + _damping_loss(error, hessian) <= ASTRAY * foretold:
+        loss = _loss(weight - found, hessian)
+        if loss + _damping_loss(weight - found, hessian) <= ASTRAY * foretold:
             break
     at_least = (1 - ROUNDING) * swept_loss - _damping_loss(weight - swept, hessian)
     if loss <= at_least or loss <= _loss(weight - swept, hessian):

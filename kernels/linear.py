@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
                 )
         if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise SparseGPTError(f"expected inputs [..., {self.in_features}]; found {tuple(input.shape)}")
-        if input.dtype != plan.dtype and plan.autocast is not None and torch.is_autocast_enabled(plan.autocast):
+        if input.dtype != plan.dtype and torch.is_autocast_enabled(plan.autocast):
             input = input.to(plan.dtype)
         if input.dtype != plan.dtype or input.device != plan.parts[0].device:
             raise SparseGPTError(
@@ -197,8 +197,8 @@ class Plan:
         self.bias = None if bias is None else bias.contiguous()
         self.parts, self._routes, self._dense = parts, routes, dense
         self._versions = [(part, part._version) for part in parts if not part.is_inference()]
-        # what to ask autocast for; it does not know every device (meta)
-        self.autocast = device.type if torch.amp.is_autocast_available(device.type) else None
+        # what to ask autocast for; of a device that it does not know (meta) it changes nothing
+        self.autocast = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
         self._states: dict[str, Any] = {}
 
     def written(self) -> bool:
@@ -221,7 +221,7 @@ class Plan:
 
     def multiply(self, input: Tensor) -> Tensor:
         """[..., in_features] of the right dtype and device -> [..., out_features], in that dtype under autocast too."""
-        if self.autocast is not None and torch.is_autocast_enabled(self.autocast):
+        if torch.is_autocast_enabled(self.autocast):
             with torch.autocast(self.autocast, enabled=False):
                 return self.multiply(input)
         rows, columns = self.weight.shape
@@ -236,10 +236,8 @@ class Plan:
 
     def multiply_back(self, grads: Tensor) -> Tensor:
         """Gradients [..., out_features] of the outputs -> [..., in_features], those of the inputs."""
-        if self.autocast is not None and torch.is_autocast_enabled(self.autocast):
-            with torch.autocast(self.autocast, enabled=False):
-                return self.multiply_back(grads)
-        return grads @ self.dense()
+        with torch.autocast(self.autocast, enabled=False):
+            return grads @ self.dense()
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -43,8 +43,6 @@ def choose_linears(
         raise SparseGPTError(
             "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
         )
-    if include_head and not select("lm_head"):
-        raise SparseGPTError("lm_head is asked for and not selected: loosen --only or --skip, or leave out --include")
     chosen = choose(settings, [*widths, "lm_head"] if include_head else list(widths))
     for name, width in widths.items():
         if (choice := chosen[name]) is not None:
@@ -67,14 +65,13 @@ def check_block(block: nn.Module, prefix: str, chosen: dict[str, LinearSettings]
     with unfused(block):
         for name, linear in prunable_linears(block).items():
             if prefix + name in chosen:
-                check_linear(prefix + name, linear, chosen, finite=finite)
+                check_linear(prefix + name, linear, finite=finite)
                 shapes[name] = (linear.out_features, linear.in_features)
     return shapes
 
 
-def check_linear(name: str, linear: nn.Linear, chosen: dict[str, LinearSettings], *, finite: bool) -> None:
+def check_linear(name: str, linear: nn.Linear, *, finite: bool) -> None:
     """Refuse before any work what would be refused in the middle of it."""
-    chosen[name].sparsity.check(linear.in_features, name)
     if not finite and not all(torch.isfinite(part).all() for part in chunks(linear.weight)):
         raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
 

@@ -107,7 +107,8 @@ def prune_blocks(
     shapes = {prefix: check_block(block, prefix, chosen, finite=finite) for prefix, block in by_prefix.items()}
     head = lm_head_of(model) if "lm_head" in chosen else None
     if head is not None:
-        check_linear("lm_head", head, chosen, finite=finite)
+        chosen["lm_head"].sparsity.check(head.in_features, "lm_head")
+        check_linear("lm_head", head, finite=finite)
     batch = micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1])
     residence = residence or Residence(torch.device(device) if device else None, model.dtype, model.dtype)
     progress, report = progress or Progress(), report or PruneReport(settings)

@@ -76,6 +76,8 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         raise SparseGPTError(f"--kernels runs 2:4 weights only, not {settings.sparsity}: leave it out")
     if options.kernels not in (None, *KERNELS):
         raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
+    if options.include_head and not name_filter(skip=options.skip)("lm_head"):
+        raise SparseGPTError("lm_head is asked for by --include and left out by --skip: give one of them")
     if options.activations not in ACTIVATIONS:
         raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
     with (

@@ -149,9 +149,13 @@ class PruneSettings(LinearSettings):
         if "look_ahead" in self.asked and self.look_ahead and not self.reconstruct:
             raise SparseGPTError("look-ahead is where training compares outputs: give --reconstruct EPOCHS too")
         if "learning_rate" in self.asked and not self.reconstruct:
-            raise SparseGPTError("a learning rate is for training block by block: give --reconstruct EPOCHS too")
+            raise SparseGPTError(
+                "a learning rate is for training block by block: give --reconstruct EPOCHS or leave it out"
+            )
         if "distill_rate" in self.asked and not self.distill:
-            raise SparseGPTError("a distillation rate is for training the whole model: give --distill EPOCHS too")
+            raise SparseGPTError(
+                "a distillation rate is for training the whole model: give --distill EPOCHS or leave it out"
+            )
         if not all(isinstance(rule, Rule) for rule in self.recipe):
             raise SparseGPTError("a recipe is a tuple of rules: recipe.read_recipe(path) reads them from a file")
 

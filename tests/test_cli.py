@@ -197,6 +197,8 @@ def test_the_head_of_a_tied_model_is_pruned_on_request(prune, run_cli, tmp_path,
     report = json.loads((out / "report.json").read_text())
     assert report["perplexity"][str(text_file)]["pruned"] == pytest.approx(plain_perplexity(out, text_file), rel=1e-3)
     assert run_cli("inspect", out).code == 0
+    assert prune("--overwrite", model=folder, include="lm_head", only="self_attn").code == 0
+    assert_pattern(safetensors.torch.load_file(out / "model.safetensors")["lm_head.weight"], "2:4")
 
 
 def test_half_precision_files_stay_half_precision(prune, tmp_path, text_file):
@@ -446,7 +448,7 @@ def test_a_choice_of_layers_that_makes_no_sense_is_refused(prune, flags):
         ({"device": "tpu"}, ("'tpu'", "cpu")),
         ({"bos": "sometimes"}, ("'sometimes'", "never")),
         ({"include": "embeddings"}, ("'embeddings'", "lm_head")),
-        ({"include": "lm_head", "skip": "lm_head"}, ("lm_head", "--skip")),
+        ({"include": "lm_head", "skip": "lm_head"}, ("lm_head", "--include", "--skip")),
         ({"learning_rate": "0.1"}, ("learning rate", "--reconstruct")),
         ({"distill_rate": "0.1"}, ("distillation rate", "--distill")),
         ({"samples": "0"}, ()),

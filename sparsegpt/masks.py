@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from sparsegpt.sparsity import NM, Sparsity
 from sparsegpt.strips import transposed
@@ -30,7 +31,7 @@ def nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
     saliency: [R, C] with C divisible by m. Returns a bool mask [R, C] with exactly n True in every group.
     """
     if pattern.n <= ROUGH_LIMIT:
-        mask_CR = _rough_nm_mask(transposed(saliency), pattern)
+        mask_CR = _keep_largest(transposed(saliency), pattern).bool()
         if mask_CR.count_nonzero() * pattern.m == saliency.numel() * pattern.n:  # nothing tied
             return transposed(mask_CR)
     columns = saliency.shape[1] // pattern.m
@@ -123,32 +124,34 @@ def layer_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:
     return unstructured_mask(saliency, round(pattern.fraction * saliency.numel()))
 
 
-def rough_rule(weights: Sequence[Tensor], pattern: Sparsity) -> Callable[[Tensor], Tensor]:
-    """What keeps the largest weights in a step of a search: a function from some of them, [C, R], to their mask.
+def rough_projection(weights: Sequence[Tensor], pattern: Sparsity) -> Callable[[Tensor], Tensor]:
+    """What zeroes all but the largest weights in a step of a search: a function from some of them, [C, R], to these.
 
     weights: all parts of a layer, [C, R] each. Quicker than `layer_mask`, and the counts may be off a bit: equal
     magnitudes are kept together, and the threshold of a fraction of the layer comes from a sample.
     """
-    if isinstance(pattern, NM):
-        return lambda part: _rough_nm_mask(part.abs(), pattern)
-    if pattern.per_row:
-        return lambda part: layer_mask(part.abs().T, pattern).T
+    if isinstance(pattern, NM) and pattern.n <= ROUGH_LIMIT:
+        return lambda part: _keep_largest(part.abs(), pattern).mul_(part)
+    if isinstance(pattern, NM) or pattern.per_row:
+        return lambda part: layer_mask(part.abs().T, pattern).T.to(part.dtype).mul_(part)
     stride = sum(part.numel() for part in weights) // ROUGH_SAMPLE | 1
     while any(math.gcd(stride, part.shape[1]) > 1 for part in weights):
         stride += 2  # with a factor in common it would meet some of the rows alone
     sample = torch.cat([part.flatten()[::stride] for part in weights]).abs()
     zeros = round(pattern.fraction * len(sample))
-    threshold = sample.kthvalue(zeros).values if zeros else -1
-    return lambda part: part.abs() > threshold
+    if not zeros:
+        return torch.clone
+    return functools.partial(hardshrink, lambd=float(sample.kthvalue(zeros).values))
 
 
-def _rough_nm_mask(saliency: Tensor, pattern: NM) -> Tensor:
-    """`nm_mask` of saliencies that lie as [C, R]; equal ones are kept together."""
-    if pattern.n > ROUGH_LIMIT:
-        return nm_mask(saliency.T, pattern).T
+def _keep_largest(saliency: Tensor, pattern: NM) -> Tensor:
+    """Saliencies that lie as [C, R] to 1 where one of the n largest of its group is, else 0, in their own memory.
+
+    Equal ones are kept together. n is at most ROUGH_LIMIT.
+    """
     saliency_GMR = rearrange(saliency, "(g m) r -> g m r", m=pattern.m)
-    smallest_G1R = _nth_largest(saliency_GMR.unbind(1), pattern.n)[:, None]
-    return rearrange(saliency_GMR >= smallest_G1R, "g m r -> (g m) r")
+    saliency_GMR.ge_(_nth_largest(saliency_GMR.unbind(1), pattern.n)[:, None])
+    return saliency
 
 
 def _nth_largest(members: Sequence[Tensor], n: int) -> Tensor:

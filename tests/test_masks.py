@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegpt import masks
-from sparsegpt.masks import layer_mask, nm_mask, rough_rule, row_mask, unstructured_mask
+from sparsegpt.masks import layer_mask, nm_mask, rough_projection, row_mask, unstructured_mask
 from sparsegpt.sparsity import NM, Unstructured
 
 from .support import brute_layer_mask, brute_mask, brute_nm_mask, brute_row_mask
@@ -105,17 +105,21 @@ def test_layer_mask_of_a_pattern_is_the_group_mask(rows):
     assert torch.equal(layer_mask(saliency, NM(2, 4)), nm_mask(saliency, NM(2, 4)))
 
 
-def rough_mask(saliency, pattern, parts=1):
-    """What `rough_rule` keeps of saliencies [R, C], read in parts of some rows."""
-    columns = [part.T.contiguous() for part in saliency.chunk(parts)]
-    kept = rough_rule(columns, pattern)
-    return torch.cat([kept(part).T for part in columns])
+def rough_mask(weight, pattern, parts=1):
+    """What `rough_projection` keeps of weights [R, C] without zeros, read in parts of some rows."""
+    columns = [part.T.contiguous() for part in weight.chunk(parts)]
+    project = rough_projection(columns, pattern)
+    projected = torch.cat([project(part).T for part in columns])
+    assert torch.equal(weight, torch.cat(columns, 1).T)
+    mask = projected != 0
+    assert torch.equal(projected[mask], weight[mask])
+    return mask
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, Unstructured(0.0), Unstructured(0.3), Unstructured(0.7, True)], ids=str)
-def test_rough_rule_of_a_small_layer_without_ties_is_exact(pattern):
+def test_rough_projection_of_a_small_layer_without_ties_is_exact(pattern):
     columns = 2 * getattr(pattern, "m", 10)
-    saliency = torch.randperm(5 * columns, generator=torch.Generator().manual_seed(0)).float().view(5, columns)
+    saliency = torch.randperm(5 * columns, generator=torch.Generator().manual_seed(0)).add(1.0).view(5, columns)
     sign = torch.ones_like(saliency).index_fill(1, torch.arange(0, columns, 3), -1)
     for parts in (1, 2, 5):
         assert torch.equal(rough_mask(saliency * sign, pattern, parts), brute_layer_mask(saliency, pattern))
@@ -123,8 +127,8 @@ def test_rough_rule_of_a_small_layer_without_ties_is_exact(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @given(data=st.data())
-def test_rough_rule_differs_from_the_exact_one_by_ties_alone(pattern, data):
-    saliency = data.draw(saliencies(pattern.m))
+def test_rough_projection_differs_from_the_exact_one_by_ties_alone(pattern, data):
+    saliency = data.draw(saliencies(pattern.m)) + 1
     rough, exact = rough_mask(saliency, pattern), brute_nm_mask(saliency, pattern)
     assert (rough | ~exact).all()
     groups = saliency.view(-1, pattern.m)
@@ -135,7 +139,7 @@ def test_rough_rule_differs_from_the_exact_one_by_ties_alone(pattern, data):
 
 @pytest.mark.parametrize("rows", [512, 585])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
-def test_rough_rule_of_a_large_layer_keeps_about_the_share(fraction, rows, monkeypatch):
+def test_rough_projection_of_a_large_layer_keeps_about_the_share(fraction, rows, monkeypatch):
     """Rows and columns of very different sizes: a sample of some of them alone would be far off."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.rand(rows, 1, generator=generator) * torch.rand(1024, generator=generator)

@@ -25,6 +25,13 @@ def rounding(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (factor.abs().amax(1, keepdim=True) / 254).expand_as(factor)
 
 
+def times(products, right, start=0.0):
+    """matrix @ right, and `start` everywhere, through `add_times`."""
+    total = torch.full_like(right, start)
+    assert products.add_times(total, right) is total
+    return total
+
+
 @pytest.mark.parametrize("dtype", QUICK_DTYPES)
 def test_products_are_rounded_by_no_more_than_their_factors_are(factors, dtype):
     matrix, other = (factor.double() for factor in factors)
@@ -35,11 +42,12 @@ def test_products_are_rounded_by_no_more_than_their_factors_are(factors, dtype):
     bound = moved_other @ (matrix.abs() + moved).T + other.abs() @ moved.T
     exact = other @ matrix
     bound += rounding(exact.abs() + bound, torch.bfloat16)  # the result may be in bfloat16 first
-    for ours in (rounded.after(factors[1]), rounded.times(factors[1].T).T):
+    for ours in (rounded.after(factors[1]), times(rounded, factors[1].T).T):
         assert ours.dtype == torch.float32
         assert ((ours - exact).abs() <= bound * 1.001).all()
         assert not torch.equal(ours.double(), exact)
         assert (ours[4] == 0).all()  # a row without a scale
+    torch.testing.assert_close(times(rounded, factors[1].T, start=2.0).T, 2 + times(rounded, factors[1].T).T)
 
 
 @pytest.mark.parametrize("dtype", QUICK_DTYPES)
@@ -58,7 +66,7 @@ def test_what_is_not_finite_stays_visible(factors, dtype, bad):
     matrix, other = factors
     other[0, 3] = bad
     rounded = multiplier(matrix, dtype)
-    for ours in (rounded.after(other), rounded.times(other.T).T):
+    for ours in (rounded.after(other), times(rounded, other.T).T):
         assert not ours[0].isfinite().any()
         assert ours[1:].isfinite().all()
 
@@ -68,7 +76,7 @@ def test_products_that_are_not_rounded_are_those_of_torch(factors):
     full = multiplier(matrix, None)
     assert torch.equal(full.after(other), other @ matrix)
     assert torch.equal(full.after_finely(other, matrix), other @ matrix)
-    assert torch.equal(full.times(other.T), matrix @ other.T)
+    torch.testing.assert_close(times(full, other.T, start=2.0), 2 + matrix @ other.T)
 
 
 def test_products_are_rounded_only_where_that_is_right_and_saves_time(factors, monkeypatch):

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from sparsegpt.factor import cholesky_in_place, invert_lower, square_lower
 from sparsegpt.hessian import DampedHessian, ScaledHessian
-from sparsegpt.masks import layer_mask, rough_rule
+from sparsegpt.masks import layer_mask, rough_projection
 from sparsegpt.solvers.products import Multiplier, multiplier, pieces, quick_dtype
 from sparsegpt.solvers.refit import descend, row_losses
 from sparsegpt.solvers.sparsegpt import sweep
@@ -62,9 +62,11 @@ def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_siz
     rounded = quick_dtype(hessian.raw)
     for rounded_refit in dict.fromkeys((rounded, None)):
         found, mask, foretold = search(weight, hessian, pattern, swept, rounded, rounded_refit)
-        loss = _loss(weight - found, hessian)
-        if loss + _damping_loss(weight - found, hessian) <= ASTRAY * foretold:
+        error_RC = weight - found
+        loss = _loss(error_RC, hessian)
+        if loss + _damping_loss(error_RC, hessian) <= ASTRAY * foretold:
             break
+    del error_RC
     at_least = (1 - ROUNDING) * swept_loss - _damping_loss(weight - swept, hessian)
     if loss <= at_least or loss <= _loss(weight - swept, hessian):
         return found, mask
@@ -93,7 +95,6 @@ def search(
     residual_RC = steps.after_finely(error_RC, scaled)
     loss = torch.dot(error_RC.flatten(), residual_RC.flatten())
     del error_RC
-    residual_RC.mul_(mask_RC)
     gained = descend(sparse_RC, mask_RC, residual_RC, steps, scaled.diagonal(), iterations=REFIT_ITERATIONS)
     return sparse_RC.div_(scale_C), mask_RC, loss - gained
 
@@ -135,24 +136,26 @@ def _scaled_columns(weight: Tensor, scale_C: Tensor, parts: list[slice]) -> list
 
 
 def _iterate(targets: list[Tensor], shifted: list[Tensor], resolvent: Multiplier, pattern: Sparsity) -> None:
-    """The iterations on pieces [C, R] of the scaled targets T and of S, which is Z at first; S in place."""
+    """The iterations on pieces [C, R] of the scaled targets T and of S, which is Z at first; S in place.
+
+    resolvent: rho (H + rho)^-1 - 1, of which the product with 2 Z - S - T is what takes Z to 2 Z - S to W.
+    """
     for iteration, relaxation in enumerate(RELAXATIONS):
-        kept = rough_rule(shifted, pattern) if iteration else None
+        project = rough_projection(shifted, pattern) if iteration else torch.clone
         for target_CR, shifted_CR in zip(targets, shifted, strict=True):
-            sparse_CR = kept(shifted_CR).to(shifted_CR.dtype).mul_(shifted_CR) if kept else shifted_CR
+            sparse_CR = project(shifted_CR)
             change_CR = shifted_CR.lerp(sparse_CR, 2).sub_(target_CR)
-            dense_CR = resolvent.times(change_CR).add_(target_CR)
-            shifted_CR.add_(dense_CR.sub_(sparse_CR), alpha=relaxation)
+            shifted_CR.lerp_(resolvent.add_times(sparse_CR, change_CR), relaxation)
 
 
 def _resolvent(matrix: ScaledHessian, rho: float) -> Tensor:
-    """rho (matrix + rho)^-1 for a positive semi-definite matrix; in float64 where float32 cannot factor it."""
+    """rho (matrix + rho)^-1 - 1 for a positive semi-definite matrix; in float64 where float32 cannot factor it."""
     shifted = _plus_diagonal(matrix[:], rho)
     lower = cholesky_in_place(shifted)
     if lower is None:
         lower = torch.linalg.cholesky(_plus_diagonal(matrix[:], rho).double())
     invert_lower(lower)
-    return square_lower(lower).mul_(rho).to(matrix.dtype)
+    return _plus_diagonal(square_lower(lower).mul_(rho), -1).to(matrix.dtype)
 
 
 def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:

@@ -36,9 +36,9 @@ class Multiplier:
     def __init__(self, matrix: Symmetric) -> None:
         self._matrix = matrix[:]
 
-    def times(self, right: Tensor) -> Tensor:
-        """matrix @ right for right [N, K]."""
-        return self._matrix @ right
+    def add_times(self, total: Tensor, right: Tensor) -> Tensor:
+        """total + matrix @ right for right [N, K], in the memory of total."""
+        return total.addmm_(self._matrix, right)
 
     def after(self, left: Tensor) -> Tensor:
         """left @ matrix for left [K, N]."""
@@ -58,8 +58,8 @@ class _Bfloat16Multiplier(Multiplier):
         for rows in pieces(matrix):
             self._matrix[rows] = matrix[rows]
 
-    def times(self, right: Tensor) -> Tensor:
-        return self._product(self._matrix, right.bfloat16())
+    def add_times(self, total: Tensor, right: Tensor) -> Tensor:
+        return total.add_(self._product(self._matrix, right.bfloat16()))
 
     def after(self, left: Tensor) -> Tensor:
         return self._product(left.bfloat16(), self._matrix)
@@ -98,10 +98,10 @@ class _Int8Multiplier(Multiplier):
             self._matrix[rows], scale = _to_int8(part, 1)
             self._scale_N[rows] = scale[:, 0]
 
-    def times(self, right: Tensor) -> Tensor:
+    def add_times(self, total: Tensor, right: Tensor) -> Tensor:
         right_NK, scale_K = _to_int8(right, 0)
-        product = torch._int_mm(self._matrix, right_NK).to(right.dtype)
-        return product.mul_(scale_K).mul_(self._scale_N[:, None]).addcmul_(right, self._diagonal_N[:, None])
+        product = torch._int_mm(self._matrix, right_NK).to(right.dtype).mul_(scale_K)
+        return total.addcmul_(product, self._scale_N[:, None]).addcmul_(right, self._diagonal_N[:, None])
 
     def after(self, left: Tensor) -> Tensor:
         left_KN, scale_K = _to_int8(left, 1)

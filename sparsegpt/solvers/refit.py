@@ -38,7 +38,7 @@ def refit(
     start_RC = weight.masked_fill(~mask, 0)
     weight_RC = start_RC.clone()
     multiplier = Multiplier(hessian)
-    residual_RC = multiplier.after(target - start_RC).mul_(mask)
+    residual_RC = multiplier.after(target - start_RC)
     descend(weight_RC, mask, residual_RC, multiplier, hessian.diagonal(), iterations=iterations, tolerance=tolerance)
     worse_R = row_losses(target - weight_RC, hessian) > row_losses(target - start_RC, hessian)
     return torch.where(worse_R[:, None], start_RC, weight_RC)
@@ -56,7 +56,7 @@ def descend(
 ) -> Tensor:
     """The iterations of `refit` without its last look, in place on weight [R, C], which is zero outside the mask.
 
-    residual: (target - weight) hessian within the mask, [R, C]; used up. multiplier: the Hessian, which may be rounded:
+    residual: (target - weight) hessian, [R, C]; used up. multiplier: the Hessian, which may be rounded:
     then a row can end above its start, far above where the Hessian was almost singular. All steps are relative to the
     residual, so that is worth all digits of the Hessian. diagonal: of the Hessian, [C]. Returns by how much the loss
     fell, a scalar, if the multiplier was the Hessian.
@@ -78,11 +78,12 @@ def _descend(
     tolerance: float,
 ) -> Tensor:
     """Conjugate gradients on some rows, in place on their weights and residuals. Returns what the loss fell by."""
+    kept_RC = mask_RC.to(residual_RC.dtype)  # a product with booleans takes three times as long
+    residual_RC.mul_(kept_RC)
     preconditioned_RC = residual_RC * jacobi_C
     direction_RC = preconditioned_RC.clone()
     energy_R = (residual_RC * preconditioned_RC).sum(1)
     floor_R = energy_R * tolerance**2
-    kept_RC = mask_RC.to(residual_RC.dtype)  # a product with booleans takes three times as long
     gained_R = torch.zeros_like(energy_R)
     for left in reversed(range(iterations)):
         if (energy_R <= floor_R).all():

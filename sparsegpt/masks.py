@@ -80,10 +80,9 @@ def unstructured_mask(saliency: Tensor, zeros: int) -> Tensor:
     flat = saliency.flatten()
     threshold = _kth_smallest(flat, zeros)
     mask = flat > threshold
-    ties_kept = flat.numel() - zeros - mask.count_nonzero()
+    ties_kept = flat.numel() - zeros - int(mask.count_nonzero())
     if ties_kept > 0:
-        ties = flat == threshold
-        mask |= ties & (ties.cumsum(0) <= ties_kept)
+        mask[(flat == threshold).nonzero()[:ties_kept, 0]] = True
     return mask.view_as(saliency)
 
 
@@ -98,8 +97,9 @@ def _kth_smallest(flat: Tensor, k: int) -> Tensor:
     sample = flat[:: flat.numel() // SAMPLE | 1].sort().values  # odd: an even stride could meet few of the columns
     place, margin = k * len(sample) // flat.numel(), 2 * math.isqrt(len(sample))  # four standard deviations or more
     low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
-    below = int((flat < low).count_nonzero())
-    candidates = flat[(flat >= low) & (flat <= high)]
+    at_most_high = flat <= high
+    candidates = flat[at_most_high & (flat >= low)]
+    below = int(at_most_high.count_nonzero()) - len(candidates)
     if below < k <= below + len(candidates):
         return candidates.kthvalue(k - below).values
     return flat.kthvalue(k).values
@@ -110,9 +110,12 @@ def row_mask(saliency: Tensor, zeros: int) -> Tensor:
     if zeros <= 0:
         return torch.ones_like(saliency, dtype=torch.bool)
     threshold_R1 = saliency.kthvalue(zeros, dim=1, keepdim=True).values
-    mask, ties = saliency > threshold_R1, saliency == threshold_R1
+    mask = saliency > threshold_R1
     ties_kept_R1 = saliency.shape[1] - zeros - mask.sum(1, keepdim=True)
-    return mask | (ties & (ties.cumsum(1) <= ties_kept_R1))
+    if ties_kept_R1.any():
+        ties = saliency == threshold_R1
+        mask |= ties & (ties.cumsum(1) <= ties_kept_R1)
+    return mask
 
 
 def layer_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:

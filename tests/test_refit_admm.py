@@ -14,7 +14,7 @@ from sparsegpt.masks import layer_mask
 from sparsegpt.solvers import METHODS, products, prune_layer
 from sparsegpt.solvers import admm as admm_module
 from sparsegpt.solvers import refit as refit_module
-from sparsegpt.solvers.admm import RELAXATIONS, RHO, admm, search
+from sparsegpt.solvers.admm import RELAXATIONS, RHO, SCALE, admm, search
 from sparsegpt.solvers.products import multiplier
 from sparsegpt.solvers.refit import descend, refit, row_losses
 from sparsegpt.solvers.sparsegpt import sparsegpt
@@ -235,7 +235,8 @@ def test_the_search_is_the_alternation_that_its_file_states(sparsity, piece, mon
     monkeypatch.setattr(products, "PIECE", piece)
     weight, raw = random_layer(10, 48)
     pattern, start = parse_sparsity(sparsity), weight.double().flip(0)
-    scale = (damped(raw).diagonal() / torch.linalg.inv(damped(raw)).diagonal()) ** 0.25
+    wanda, sparsegpt = damped(raw).diagonal().sqrt(), torch.linalg.inv(damped(raw)).diagonal().rsqrt()
+    scale = wanda**SCALE * sparsegpt ** (1 - SCALE)
     eigenvalues, vectors = torch.linalg.eigh(damped(raw) / torch.outer(scale, scale))
     target, sparse, multiplier = weight.double() * scale, start * scale, torch.zeros(10, 48).double()
     for relaxation in RELAXATIONS:
@@ -251,7 +252,7 @@ def test_the_search_is_the_alternation_that_its_file_states(sparsity, piece, mon
     error = weight.double() - found
     assert float(loss) == pytest.approx(float(((error @ damped(raw)) * error).sum()))
     best = best_on_mask(weight, mask, damped(raw))
-    assert relative_error(weight, found, damped(raw)) <= relative_error(weight, best, damped(raw)) * 1.01
+    assert relative_error(weight, found, damped(raw)) <= relative_error(weight, best, damped(raw)) * 1.02
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)

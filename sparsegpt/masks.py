@@ -20,7 +20,7 @@ PAIRWISE_LIMIT = 16
 # Values sorted to narrow the search for a threshold.
 SAMPLE = 4096
 # Values that stand for a whole layer where its threshold need not be exact.
-ROUGH_SAMPLE = 65536
+ROUGH_SAMPLE = 32768
 # Up to this n the n-th largest of a group is found by running minima and maxima.
 ROUGH_LIMIT = 8
 
@@ -77,32 +77,32 @@ def unstructured_mask(saliency: Tensor, zeros: int) -> Tensor:
         return torch.ones_like(saliency, dtype=torch.bool)
     if zeros >= saliency.numel():
         return torch.zeros_like(saliency, dtype=torch.bool)
-    flat = saliency.flatten()
-    threshold = _kth_smallest(flat, zeros)
-    mask = flat > threshold
-    ties_kept = flat.numel() - zeros - int(mask.count_nonzero())
-    if ties_kept > 0:
-        mask[(flat == threshold).nonzero()[:ties_kept, 0]] = True
-    return mask.view_as(saliency)
+    return _without_smallest(saliency.flatten(), zeros).view_as(saliency)
 
 
-def _kth_smallest(flat: Tensor, k: int) -> Tensor:
-    """The k-th smallest value, counted from 1, of a 1-D tensor.
+def _without_smallest(flat: Tensor, zeros: int) -> Tensor:
+    """Mask of a 1-D tensor without its `zeros` smallest values.
 
     On a CPU a sorted sample first narrows a large search to a few per cent of the values; when they turn out not to
     hold the answer, the search is done over all.
     """
-    if flat.is_cuda or flat.numel() < 16 * SAMPLE:
-        return flat.kthvalue(k).values
-    sample = flat[:: flat.numel() // SAMPLE | 1].sort().values  # odd: an even stride could meet few of the columns
-    place, margin = k * len(sample) // flat.numel(), 2 * math.isqrt(len(sample))  # four standard deviations or more
-    low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
-    at_most_high = flat <= high
-    candidates = flat[at_most_high & (flat >= low)]
-    below = int(at_most_high.count_nonzero()) - len(candidates)
-    if below < k <= below + len(candidates):
-        return candidates.kthvalue(k - below).values
-    return flat.kthvalue(k).values
+    if not flat.is_cuda and flat.numel() >= 16 * SAMPLE:
+        sample = flat[:: flat.numel() // SAMPLE | 1].sort().values  # odd: an even stride could meet few of the columns
+        place, margin = zeros * len(sample) // flat.numel(), 2 * math.isqrt(len(sample))  # at least 4 deviations
+        low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
+        at_most_high = flat <= high
+        places = (at_most_high & (flat >= low)).nonzero()[:, 0]
+        below = int(at_most_high.count_nonzero()) - len(places)
+        if below <= zeros <= below + len(places) and 2 * len(places) <= flat.numel():
+            mask = at_most_high.logical_not_()
+            mask[places] = unstructured_mask(flat[places], zeros - below)
+            return mask
+    threshold = flat.kthvalue(zeros).values
+    mask = flat > threshold
+    ties_kept = flat.numel() - zeros - int(mask.count_nonzero())
+    if ties_kept > 0:
+        mask[(flat == threshold).nonzero()[:ties_kept, 0]] = True
+    return mask
 
 
 def row_mask(saliency: Tensor, zeros: int) -> Tensor:

@@ -27,7 +27,7 @@ QUICK_WIDTH = 256
 # Above it a sum of products of int8 might not fit into 32 bits.
 INT8_WIDTH = (1 << 31) // 127**2
 # Elements of a piece. A CPU multiplies pieces of any size as fast; a GPU wants enough of them to be busy.
-PIECE, PIECE_ON_GPU = 1 << 21, 1 << 26
+PIECE, PIECE_ON_GPU = 1 << 20, 1 << 26
 
 
 class Multiplier:

@@ -17,7 +17,7 @@ from sparsegpt.strips import strips
 ITERATIONS = 15
 TOLERANCE = 1e-6
 # Columns of one product of `row_losses`.
-LOSS_BLOCK = 512
+LOSS_BLOCK = 256
 
 
 def refit(

@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsegpt.errors import SparseGPTError
 
 from .archive import check_parts, read_config, verify_files
+from .dense_layers import quicken_dense
 from .experts import PackedExperts
 from .gated import fuse_gated
 from .linear import explain, packed_layers, set_kernels
@@ -84,6 +85,7 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             if tensor.dtype != wanted and not any(re.search(kept, name) for kept in model._get_dtype_plan(wanted)):
                 tensor.data = tensor.data.to(wanted)
         fuse_gated(model)
+        quicken_dense(model)
         logger.info(explain(model))
         return model
 

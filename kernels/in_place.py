@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.experts import fused_experts, is_conv1d
 
+from .dense_layers import quicken_dense
 from .experts import PackedExperts
 from .gated import fuse_gated
 from .linear import PackedLinear, Sparse24Linear
@@ -33,6 +34,7 @@ def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str]
         elif any(parameter.ndim == 3 for parameter in module.parameters(False)):
             replaced += _pack_experts(model, name, module, kernels)
     fuse_gated(model)
+    quicken_dense(model)
     for module in model.modules() if replaced else ():
         if hasattr(module, "save_pretrained"):
             module.save_pretrained = _refuse_saving  # type: ignore[assignment]

@@ -3,6 +3,7 @@
     matmul          outputs [T, N] = inputs [T, K] weight^T + bias       bfloat16 and float32, sums in float32
     swiglu          silu(inputs gate^T) * (inputs up^T)                  the same
     matmul_integer  as matmul, int8 or int4 values with group scales     bfloat16 inputs, AVX-512
+    matmul_dense    as matmul, a dense weight                            bfloat16
 
 The paths (AVX-512 with and without bfloat16 products, AVX2, plain) are in `matmul24.cpp`; `LEVELS` names them, the
 machine's best is chosen at run time. Without a compiler there is no library, and everything runs through torch on
@@ -26,6 +27,7 @@ from .build import load_library
 
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
 INTEGER_LEVELS = ("avx512", "avx512_bf16")
+_NO_COMPILER = "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _MATMUL = {torch.bfloat16: "sparse24_matmul_bf16", torch.float32: "sparse24_matmul_f32"}
 _SWIGLU = {torch.bfloat16: "sparse24_swiglu_bf16", torch.float32: "sparse24_swiglu_f32"}
@@ -38,9 +40,12 @@ _ARGUMENTS = {
     "matmul": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 2,
     "swiglu": [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2,
     "integer": [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 3,
+    "dense": [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2,
     "unpack": [_POINTER] * 3 + [_LONG] * 3 + [_INT] * 2,
     "huge": [_POINTER, _LONG],
 }
+# Tokens up to which `matmul_dense` was timed and faster than torch; where a CPU multiplies bfloat16, torch does well.
+DENSE_TOKENS = {"avx2": 1024, "avx512": 1024}
 _SMALL = 1 << 16  # weights: below this a second thread costs more than it saves
 
 
@@ -51,7 +56,7 @@ def refusal(weight: Packed24) -> str | None:
         return reason
     if weight.values.dtype not in _MATMUL:
         return f"the CPU kernel computes in bfloat16 and float32; the weight is {weight.values.dtype}"
-    return None if load_library() is not None else "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
+    return None if load_library() is not None else _NO_COMPILER
 
 
 def refuse_integer(weight: Quantized24, dtype: torch.dtype) -> str | None:
@@ -62,7 +67,7 @@ def refuse_integer(weight: Quantized24, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         return f"the CPU kernel for integer values computes in bfloat16; the layer is {dtype}"
     if load_library() is None:
-        return "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
+        return _NO_COMPILER
     return None if machine_level() in INTEGER_LEVELS else "the CPU kernel for integer values needs AVX-512"
 
 
@@ -186,6 +191,38 @@ def run_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None, *, lev
         inputs.numel() // padded,
         min(weight.group_size, padded),
         weight.bits,
+        _threads(rows * columns),
+        _level_number(level),
+    )
+    return outputs
+
+
+def matmul_dense(weight: Tensor, inputs: Tensor, bias: Tensor | None = None, *, level: str | None = None) -> Tensor:
+    """inputs [..., K] contiguous -> [..., N] for a dense weight [N, K] contiguous, all bfloat16.
+
+    Raises SparseGPTError when there is no library, or the operands are not so.
+    """
+    reason = _misplaced(weight)
+    if reason is None and weight.dtype != torch.bfloat16:
+        reason = f"the CPU kernel for dense weights computes in bfloat16; the weight is {weight.dtype}"
+    if reason is None and load_library() is None:
+        reason = _NO_COMPILER
+    _check(reason, (weight.shape[0], weight.shape[1]), torch.bfloat16, inputs, bias)
+    return run_dense(weight, inputs, bias, level=level)
+
+
+def run_dense(weight: Tensor, inputs: Tensor, bias: Tensor | None, *, level: str | None = None) -> Tensor:
+    """`matmul_dense` without its checks."""
+    rows, columns = weight.shape
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
+    _function("sparse24_dense_bf16")(
+        weight.data_ptr(),
+        inputs.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        outputs.data_ptr(),
+        rows,
+        columns,
+        inputs.numel() // columns,
         _threads(rows * columns),
         _level_number(level),
     )

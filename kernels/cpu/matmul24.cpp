@@ -73,7 +73,7 @@ void unpack_plain(const T* values, const uint32_t* meta, T* dense, int64_t colum
 // later, and then past the caches where the inputs live.
 template <int ROWS, int BYTES, class T>
 inline void prefetch(const T* values, int64_t at, int64_t kept) {
-  const char* ahead = ROWS == 1 ? (const char*)(values + at) + 6144 : (const char*)(values + ROWS * (kept + at));
+  const char* ahead = ROWS == 1 ? (const char*)(values + at) + 6144 : (const char*)(values + std::max<int64_t>(ROWS * kept, 4096) + ROWS * at);
   for (int line = 0; line < (BYTES + 63) / 64; line++) {
     if (ROWS == 1) _mm_prefetch(ahead + 64 * line, _MM_HINT_NTA);
     if (ROWS != 1) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
@@ -112,11 +112,6 @@ AVX2 inline __m256 spread_eight(const bf16* values, uint8_t byte) {
   std::memcpy(&four, values, 8);
   __m256i bytes = _mm256_load_si256((const __m256i*)kPermutations.widened[byte]);
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(four), bytes));
-}
-AVX2 inline float sum_lanes(__m256 v) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 template <int ROWS, int TOKENS, int STEPS, class T>
@@ -185,26 +180,33 @@ constexpr int64_t kManyTokens = sizeof(X) == 2 ? 9 : 24;
 #define TARGET AVX512
 namespace in_float {
 
+// Sixteen kept values and the places of their inputs, in one order. bfloat16: one shuffle within lanes takes the bytes to
+// the upper halves of float32; as both halves of the register are loaded with all of them, lanes come as 0, 2, 1, 3.
 TARGET inline __m512 load_kept(const float* values) { return _mm512_loadu_ps(values); }
 TARGET inline __m512 load_kept(const bf16* values) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  const __m512i front = _mm512_set4_epi32(0x07068080, 0x05048080, 0x03028080, 0x01008080);
+  const __m512i back = _mm512_set4_epi32(0x0f0e8080, 0x0d0c8080, 0x0b0a8080, 0x09088080);
+  const __m512i bytes = _mm512_shuffle_i64x2(front, back, 0);
+  __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)values));
+  return _mm512_castsi512_ps(_mm512_shuffle_epi8(twice, bytes));
 }
+TARGET inline __m512i places(const uint32_t& word, const float*) { return places_of(word, 0, 8, 16, 24); }
+TARGET inline __m512i places(const uint32_t& word, const bf16*) { return places_of(word, 0, 16, 8, 24); }
 
 template <int ROWS, int TOKENS, int STEPS, class T>
 TARGET inline void add_word(const Problem<T, float>& p, int64_t n, int64_t first, int64_t w, int step,
                             __m512 (&sums)[ROWS][TOKENS][STEPS]) {
   __m512 kept[ROWS];
-  __m512i places[ROWS];
+  __m512i from[ROWS];
   for (int r = 0; r < ROWS; r++) {
     kept[r] = load_kept(p.values + (n + r) * p.kept() + 16 * w);
-    places[r] = places_of(p.meta[(n + r) * p.words() + w]);
+    from[r] = places(p.meta[(n + r) * p.words() + w], p.values);
   }
   for (int t = 0; t < TOKENS; t++) {
     const float* x = p.inputs + (first + t) * p.columns + 32 * w;
     __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
     for (int r = 0; r < ROWS; r++) {
-      __m512 inputs = _mm512_permutex2var_ps(low, places[r], high);
+      __m512 inputs = _mm512_permutex2var_ps(low, from[r], high);
       sums[r][t][step] = _mm512_fmadd_ps(kept[r], inputs, sums[r][t][step]);
     }
   }

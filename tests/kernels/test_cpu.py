@@ -18,6 +18,7 @@ from sparsegpt.kernels.cpu import (
     build,
     machine_level,
     matmul,
+    matmul_dense,
     matmul_integer,
     prepare,
     refusal,
@@ -48,6 +49,35 @@ def test_matmul_against_float64(tokens: int, dtype: torch.dtype, level: str, poi
         bias = torch.randn(rows).to(dtype) if seed % 2 else None
         expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
         assert relative_error(matmul(pack(weight), inputs, bias, level=level), expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 17])
+def test_matmul_dense_against_float64(tokens: int, level: str, poisoned: None) -> None:
+    for seed, (rows, columns) in enumerate([(1, 1), (5, 7), (64, 288), (130, 353), (1030, 70)]):
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        inputs = torch.randn(tokens, columns).bfloat16()
+        bias = torch.randn(rows).bfloat16() if seed % 2 else None
+        expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
+        found = matmul_dense(weight, inputs, bias, level=level)
+        assert found.dtype == torch.bfloat16 and relative_error(found, expected) < TOLERANCE[torch.bfloat16]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("weight", "inputs", "message"),
+    [
+        (torch.zeros(8, 64), torch.zeros(2, 64).bfloat16(), "the weight is torch.float32"),
+        (torch.zeros(64, 8).bfloat16().T, torch.zeros(2, 64).bfloat16(), r"contiguous weight; found strides \(1, 8\)"),
+        (torch.zeros(8, 64).bfloat16(), torch.zeros(2, 64), "float32"),
+        (torch.zeros(8, 64).bfloat16(), torch.zeros(2, 32).bfloat16(), r"\(2, 32\)"),
+        (torch.zeros(8, 64).bfloat16(), torch.zeros(64, 2).bfloat16().T, r"strides \(1, 2\)"),
+    ],
+)
+def test_dense_operands_that_do_not_fit_are_refused(weight: Tensor, inputs: Tensor, message: str) -> None:
+    with pytest.raises(SparseGPTError, match=message):
+        matmul_dense(weight, inputs)
 
 
 @needs_compiler

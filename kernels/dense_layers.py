@@ -48,5 +48,7 @@ def quicken_dense(model: nn.Module) -> int:
     tokens = cpu.DENSE_TOKENS.get(cpu.machine_level() or "", 0)
     linears = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in module.__dict__]
     for linear in linears if tokens else ():
+        if linear.weight.is_cpu:
+            cpu.to_huge_pages(linear.weight)
         linear.forward = DenseForward(linear, tokens)  # type: ignore[method-assign]
     return len(linears) if tokens else 0

@@ -89,10 +89,15 @@ def machine_level() -> str | None:
 
 def prepare(weight: Packed24) -> Packed24:
     """The weight itself, its memory moved in place to huge pages where the system allows (a hint, once a weight)."""
-    function = _function("sparse24_huge_pages")
-    for tensor in (weight.values, weight.meta) if function is not None else ():
-        function(tensor.data_ptr(), tensor.nbytes)
+    to_huge_pages(weight.values, weight.meta)
     return weight
+
+
+def to_huge_pages(*tensors: Tensor) -> None:
+    """Have the memory of CPU tensors moved in place to huge pages where the system allows: a hint."""
+    function = _function("sparse24_huge_pages")
+    for tensor in tensors if function is not None else ():
+        function(tensor.data_ptr(), tensor.nbytes)
 
 
 def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, *, level: str | None = None) -> Tensor:

@@ -75,7 +75,8 @@ struct Output {
 
 template <class Body>
 void in_parallel(int64_t rows, int threads, Body body) {
-  const int64_t pieces = threads > 1 ? 2 * threads : 1;  // a thread that others slow down takes fewer of them
+  // A thread that others slow down takes fewer pieces; of a small weight as many would leave each a short stream.
+  const int64_t pieces = threads > 1 ? (rows < 4096 ? 2 : 4) * threads : 1;
   const int64_t step = std::max<int64_t>(8, (rows / pieces + 7) / 8 * 8);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t begin = 0; begin < rows; begin += step) body(begin, std::min(begin + step, rows));

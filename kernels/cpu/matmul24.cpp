@@ -69,11 +69,12 @@ void unpack_plain(const T* values, const uint32_t* meta, T* dense, int64_t colum
 #if X86
 
 // A tile is ROWS rows times TOKENS tokens; STEPS independent sums each hide the latency of the multiply-add. While it is
-// computed the memory behind it is fetched: the next tile into the second-level cache; or, for one row, what comes 6 KiB
-// later, and then past the caches where the inputs live.
+// computed the memory behind it is fetched into the second-level cache, the next tile or what comes 4096 values later; or,
+// for one row, what comes 6 KiB later, and then past the caches where the inputs live.
 template <int ROWS, int BYTES, class T>
 inline void prefetch(const T* values, int64_t at, int64_t kept) {
-  const char* ahead = ROWS == 1 ? (const char*)(values + at) + 6144 : (const char*)(values + std::max<int64_t>(ROWS * kept, 4096) + ROWS * at);
+  const char* ahead = (const char*)(values + at) + 6144;
+  if (ROWS != 1) ahead = (const char*)(values + std::max<int64_t>(ROWS * kept, 4096) + ROWS * at);
   for (int line = 0; line < (BYTES + 63) / 64; line++) {
     if (ROWS == 1) _mm_prefetch(ahead + 64 * line, _MM_HINT_NTA);
     if (ROWS != 1) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);

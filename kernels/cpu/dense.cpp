@@ -1,5 +1,5 @@
-// Products with a dense bfloat16 weight on a CPU without bfloat16 products:  out[t, n] = sum_k weight[n, k] * inputs[t, k]
-// + bias[n], for the layers of a packed model that stay dense, such as its head.
+// Products with a dense bfloat16 weight on a CPU without bfloat16 products, for the layers of a packed model that stay
+// dense, such as its head:  out[t, n] = sum_k weight[n, k] * inputs[t, k] + bias[n].
 //
 // With few tokens reading the weight is all the time there is; what libraries do on such machines to emulate bfloat16
 // products takes two to three times as long. Here inputs and weights are widened to float32, eight weights at a time

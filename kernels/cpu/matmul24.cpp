@@ -69,8 +69,8 @@ void unpack_plain(const T* values, const uint32_t* meta, T* dense, int64_t colum
 #if X86
 
 // A tile is ROWS rows times TOKENS tokens; STEPS independent sums each hide the latency of the multiply-add. While it is
-// computed the memory behind it is fetched into the second-level cache, the next tile or what comes 4096 values later; or,
-// for one row, what comes 6 KiB later, and then past the caches where the inputs live.
+// computed the memory behind it is fetched into the second-level cache, the next tile or what comes 4096 values later;
+// or, for one row, what comes 6 KiB later, and then past the caches where the inputs live.
 template <int ROWS, int BYTES, class T>
 inline void prefetch(const T* values, int64_t at, int64_t kept) {
   const char* ahead = (const char*)(values + at) + 6144;
@@ -181,8 +181,8 @@ constexpr int64_t kManyTokens = sizeof(X) == 2 ? 9 : 24;
 #define TARGET AVX512
 namespace in_float {
 
-// Sixteen kept values and the places of their inputs, in one order. bfloat16: one shuffle within lanes takes the bytes to
-// the upper halves of float32; as both halves of the register are loaded with all of them, lanes come as 0, 2, 1, 3.
+// Sixteen kept values and the places of their inputs, in one order. bfloat16: one shuffle within lanes takes the bytes
+// to the upper halves of float32; both halves of the register hold all of them, so lanes come as 0, 2, 1, 3.
 TARGET inline __m512 load_kept(const float* values) { return _mm512_loadu_ps(values); }
 TARGET inline __m512 load_kept(const bf16* values) {
   const __m512i front = _mm512_set4_epi32(0x07068080, 0x05048080, 0x03028080, 0x01008080);

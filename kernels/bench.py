@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import cpu
 from .dispatch import ROUTES, Choice, Route, choose
-from .measured import dtype_name
+from .measured import OWN_DENSE, dtype_name
 from .pack import Packed24, packed_shapes, unpack
 from .quantized import dequantize, quantize
 from .quantized_linear import INTEGER_ROUTES, Typed24, choose_integer
@@ -45,8 +46,8 @@ _FLUSH_BYTES = 1 << 28
 class KernelRow:
     """One candidate on one shape and number of tokens.
 
-    `kernel` is "library" (torch on the dense weight), a route of the dispatch, or an integer form; `chosen` marks what
-    the automatic choice takes.
+    `kernel` is "library" (torch on the dense weight), "own-dense" (our kernel on it, where linears that stay dense go
+    through that), a route of the dispatch, or an integer form; `chosen` marks what the automatic choice takes.
     """
 
     kernel: str
@@ -223,9 +224,11 @@ class _Candidate:
 
 
 def _candidates(weight: Packed24) -> Iterator[_Candidate]:
-    """The library's product, every route that can serve, and the same for integer values where a kernel takes them."""
+    """Products with the dense weight, every route that can serve, and the same for integer values where any can."""
     dtype, dense = weight.values.dtype, unpack(weight)
     yield _Candidate("library", dtype, lambda inputs: functional.linear(inputs, dense), dense, dense.nbytes)
+    if dtype == torch.bfloat16 and dense.is_cpu and cpu.machine_level() in cpu.DENSE_TOKENS:
+        yield _Candidate(OWN_DENSE, dtype, lambda inputs: cpu.matmul_dense(dense, inputs), dense, dense.nbytes)
     routes = {name: route for name, route in ROUTES.items() if name != "resident"}  # resident is the library's product
     for name in _serving(routes, weight):
         yield _Candidate(name, dtype, _prepared(routes[name], weight), dense, weight.nbytes, choose(weight))

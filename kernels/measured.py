@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANY = 1 << 62  # tokens or weights: no limit
+# What a bench calls this package's product with a dense weight, which is no route of a packed one.
+OWN_DENSE = "own-dense"
 # What a route must gain over dense to be taken, and the tokens from which what wins goes on winning.
 MARGIN, MANY_TOKENS = 1.03, 1024
 FORMAT = 1
@@ -145,6 +147,8 @@ def judge(machine: str, measurements: Iterable[KernelRow]) -> tuple[Measured, ..
     """
     alike: dict[tuple[str, str], dict[int, list[KernelRow]]] = {}
     for row in measurements:
+        if row.kernel == OWN_DENSE:
+            continue
         values = row.kernel.partition(" ")[2]
         alike.setdefault((row.dtype, values), {}).setdefault(row.rows * row.columns, []).append(row)
     return tuple(

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import bench, pack, trial, unpack
+from sparsegpt.kernels import bench, cpu, pack, trial, unpack
 from sparsegpt.kernels.archive import pack_folder
 from sparsegpt.kernels.bench import bench_decode, bench_kernels, time_in_turns, typical_seconds
 from sparsegpt.kernels.dispatch import ROUTES
 from sparsegpt.kernels.hf import register
+from sparsegpt.kernels.measured import OWN_DENSE
 from sparsegpt.kernels.trial import random_packed
 
 from .test_hf import pruned_model
@@ -25,15 +26,21 @@ def test_random_weights_are_valid() -> None:
     assert torch.equal(again.meta[:, :3], packed.meta[:, :3])  # normal values: every kept one is non-zero
 
 
-def test_kernel_rows() -> None:
+@pytest.mark.parametrize("beside_own_dense", [False, True])
+def test_kernel_rows(beside_own_dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_dense = beside_own_dense and cpu.machine_level() is not None
+    monkeypatch.setattr(cpu, "DENSE_TOKENS", {cpu.machine_level(): 8} if own_dense else {})
     measured = bench_kernels(shapes=[(64, 96), (32, 64)], tokens=(1, 40), rounds=2, copy_bytes=1 << 16)
     assert measured.bandwidth > 0 and measured.device == "cpu" and measured.failed == ()
     found = {(row.kernel, row.dtype, row.rows, row.tokens) for row in measured.rows}
     assert {("library", "bfloat16", 64, 1), ("dense", "float32", 32, 40)} <= found
+    assert ((OWN_DENSE, "bfloat16", 64, 40) in found) == own_dense
     for row in measured.rows:
         assert row.microseconds > 0 and row.gigabytes_per_second > 0
         if row.kernel == "library":
             assert row.speedup == row.ceiling == 1 and row.speedup_over_best_dense <= 1
+        elif row.kernel == OWN_DENSE:
+            assert row.ceiling == 1 and row.dtype == "bfloat16" and not row.chosen
         elif "int" in row.kernel:
             kept = int(row.kernel.partition(" int")[2]) * row.columns / 2
             scales = 16 * -(-row.columns // 128)

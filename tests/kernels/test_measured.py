@@ -13,7 +13,7 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import cpu, measured, pack, quantize
 from sparsegpt.kernels.bench import KernelRow
 from sparsegpt.kernels.dispatch import ROUTES, choose, from_measured
-from sparsegpt.kernels.measured import ANY, MEASURED, Measured, find, in_words, judge, machine_name, remember
+from sparsegpt.kernels.measured import ANY, MEASURED, OWN_DENSE, Measured, find, in_words, judge, machine_name, remember
 from sparsegpt.kernels.quantized_linear import INTEGER_ROUTES, Typed24, choose_integer
 
 from .helpers import weight24
@@ -40,6 +40,12 @@ def test_a_route_serves_as_long_as_it_wins_from_the_first_tokens_on() -> None:
     (row,) = judge("GPU", rows)
     assert row == Measured("GPU", BF16, ANY, ((8, "fast"),), ((8, "fast"),), "2.0")
     assert row.closed() == ((8, "fast"), (ANY, "dense"))
+
+
+def test_our_own_dense_product_is_no_route() -> None:
+    rows = taken(1, dense=100, library=100, fast=50)
+    beside = replace(rows[0], kernel=OWN_DENSE, microseconds=10)
+    assert judge("GPU", [*rows, beside]) == judge("GPU", rows)
 
 
 def test_of_two_routes_the_one_that_gains_more_over_its_tokens() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.experts import fused_experts, is_conv1d
 
-from .dense_layers import quicken_dense
+from .dense_layers import DenseLinear, quicken_dense
 from .experts import PackedExperts
 from .gated import fuse_gated
 from .linear import PackedLinear, Sparse24Linear
@@ -29,7 +29,7 @@ def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str]
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in skip or any(id(parameter) in shared for parameter in module.parameters(False)):
             continue
-        if type(module) is nn.Linear or is_conv1d(module):
+        if type(module) in (nn.Linear, DenseLinear) or is_conv1d(module):
             replaced += _pack_linear(model, name, module, kernels)
         elif any(parameter.ndim == 3 for parameter in module.parameters(False)):
             replaced += _pack_experts(model, name, module, kernels)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsegpt.kernels import cpu
 from sparsegpt.kernels.archive import pack_folder
-from sparsegpt.kernels.dense_layers import DenseForward, quicken_dense
+from sparsegpt.kernels.dense_layers import DenseLinear, quicken_dense
 from sparsegpt.kernels.hf import load_packed
 from sparsegpt.kernels.in_place import pack_linears
 
@@ -76,6 +76,15 @@ def test_gradients_autocast_other_dtypes_and_many_tokens_are_the_layers_own(call
     assert not calls
 
 
+def test_compiled_and_exported_it_is_the_layers_own(calls: list[tuple[int, ...]]) -> None:
+    linear, inputs = quickened(), torch.randn(2, 40).bfloat16()
+    with torch.no_grad():
+        expected = nn.functional.linear(inputs, linear.weight, linear.bias)
+        assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(inputs), expected)
+        assert torch.equal(torch.export.export(linear, (inputs,)).module()(inputs), expected)
+    assert not calls
+
+
 @pytest.mark.parametrize("inputs", [torch.zeros(2, 39).bfloat16(), torch.tensor(1.0).bfloat16()])
 def test_inputs_that_do_not_fit_get_torchs_own_message(inputs: Tensor, calls: list[tuple[int, ...]]) -> None:
     linear = quickened()
@@ -88,7 +97,7 @@ def test_inputs_that_do_not_fit_get_torchs_own_message(inputs: Tensor, calls: li
 def test_nothing_changes_where_torch_is_as_fast(level: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "machine_level", lambda: level)
     linear = nn.Linear(8, 8)
-    assert quicken_dense(linear) == 0 and "forward" not in linear.__dict__
+    assert quicken_dense(linear) == 0 and type(linear) is nn.Linear
 
 
 def test_layers_of_other_kinds_and_replaced_forwards_are_left_alone(calls: list[tuple[int, ...]]) -> None:
@@ -97,7 +106,15 @@ def test_layers_of_other_kinds_and_replaced_forwards_are_left_alone(calls: list[
 
     replaced = nn.Linear(8, 8)
     replaced.forward = lambda input: input  # type: ignore[method-assign]
-    assert quicken_dense(nn.Sequential(Own(8, 8), replaced, nn.Bilinear(2, 2, 2))) == 0
+    kept = nn.Sequential(Own(8, 8), replaced, nn.Bilinear(2, 2, 2))
+    assert quicken_dense(kept) == 0 and [type(module) for module in kept] == [Own, nn.Linear, nn.Bilinear]
+
+
+def test_what_stayed_dense_can_be_packed_later(calls: list[tuple[int, ...]]) -> None:
+    model = pruned_model()
+    once = pack_linears(model, skip=("lm_head", "down_proj"))
+    assert type(model.model.layers[0].mlp.down_proj) is DenseLinear
+    assert len(pack_linears(model)) == 2 and len(once) == 12
 
 
 def test_copies_and_pickles_are_of_their_own(calls: list[tuple[int, ...]]) -> None:
@@ -115,7 +132,7 @@ def test_the_head_of_a_loaded_model(tmp_path: Path, calls: list[tuple[int, ...]]
     dense.save_pretrained(tmp_path / "dense")
     pack_folder(tmp_path / "dense", tmp_path / "packed")
     model = load_packed(tmp_path / "packed", dtype=torch.bfloat16)
-    assert isinstance(model.lm_head.forward, DenseForward)
+    assert type(model.lm_head) is DenseLinear
     in_memory = copy.deepcopy(dense)
     pack_linears(in_memory)
     with torch.no_grad():

@@ -37,6 +37,13 @@ def quicken_dense(model: nn.Module) -> int:
     return len(linears)
 
 
+def unquicken_dense(model: nn.Module) -> None:
+    """Make every DenseLinear of `model` a plain `torch.nn.Linear` again, in place."""
+    for module in model.modules():
+        if type(module) is DenseLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
 def _serves(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel computes this product, and faster than torch on the machine where the process now runs."""
     if torch.compiler.is_compiling():

@@ -12,6 +12,7 @@ from torch import nn
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.experts import is_conv1d
 
+from .dense_layers import unquicken_dense
 from .experts import PackedExperts
 from .linear import PackedLinear, Sparse24Linear, packed_layers
 from .model_names import Bank, ModelNames
@@ -43,7 +44,11 @@ def install_packed(model: Any, packing: PackedConfig) -> None:
 
 
 def remove_packed(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put dense modules of the original kinds, with the decompressed weights, in the place of packed ones."""
+    """Put dense modules of the original kinds, with the decompressed weights, in the place of packed ones.
+
+    What stayed dense is of its original kind again too.
+    """
+    unquicken_dense(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedExperts):
             model.set_submodule(name, module.dense(dtype))

@@ -144,3 +144,4 @@ def test_the_head_of_a_loaded_model(tmp_path: Path, calls: list[tuple[int, ...]]
     with torch.no_grad():
         again = load_packed(tmp_path / "again", dtype=torch.bfloat16)
         assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert type(again.dequantize().lm_head) is nn.Linear

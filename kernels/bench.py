@@ -227,7 +227,7 @@ def _candidates(weight: Packed24) -> Iterator[_Candidate]:
     """Products with the dense weight, every route that can serve, and the same for integer values where any can."""
     dtype, dense = weight.values.dtype, unpack(weight)
     yield _Candidate("library", dtype, lambda inputs: functional.linear(inputs, dense), dense, dense.nbytes)
-    if dtype == torch.bfloat16 and dense.is_cpu and cpu.machine_level() in cpu.DENSE_TOKENS:
+    if dtype == torch.bfloat16 and dense.is_cpu and cpu.dense_tokens():
         yield _Candidate(OWN_DENSE, dtype, lambda inputs: cpu.matmul_dense(dense, inputs), dense, dense.nbytes)
     routes = {name: route for name, route in ROUTES.items() if name != "resident"}  # resident is the library's product
     for name in _serving(routes, weight):

@@ -5,6 +5,8 @@ small model half as long as all its packed layers. Parameters, names, `state_dic
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -16,23 +18,23 @@ class DenseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        if weight is not None and _serves(input, weight, bias):
+        # None where someone has put something else, a parametrization say, in the parameter's place
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is not None and (bias is not None or self.bias is None) and _serves(input, weight, bias):
             return cpu.run_dense(weight, input.contiguous(), bias)
         return super().forward(input)
 
 
 def quicken_dense(model: nn.Module) -> int:
-    """Make every plain `torch.nn.Linear` of `model` a DenseLinear, in place; returns how many there were.
+    """Make every plain bfloat16 `torch.nn.Linear` of `model` on the CPU a DenseLinear, in place; returns their number.
 
     None where this machine has no kernel that is faster than torch.
     """
-    if cpu.machine_level() not in cpu.DENSE_TOKENS:
+    linears = [module for module in model.modules() if _is_plain(module)]
+    if not linears or not cpu.dense_tokens():
         return 0
-    linears = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in module.__dict__]
     for linear in linears:
-        if linear.weight.is_cpu:
-            cpu.to_huge_pages(linear.weight)
+        cpu.to_huge_pages(linear.weight)
         linear.__class__ = DenseLinear
     return len(linears)
 
@@ -44,16 +46,21 @@ def unquicken_dense(model: nn.Module) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    return module.weight.is_cpu and module.weight.dtype == torch.bfloat16
+
+
 def _serves(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel computes this product, and faster than torch on the machine where the process now runs."""
     if torch.compiler.is_compiling():
         return False
     operands = (input, weight) if bias is None else (input, weight, bias)
-    tokens = cpu.DENSE_TOKENS.get(cpu.machine_level() or "", 0)
     return (
         input.ndim > 0
         and input.shape[-1] == weight.shape[1]
-        and 0 < input.numel() <= tokens * weight.shape[1]
+        and 0 < input.numel() <= cpu.dense_tokens() * weight.shape[1]
         and weight.is_contiguous()
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and all(operand.dtype == torch.bfloat16 and operand.is_cpu for operand in operands)

@@ -21,8 +21,9 @@ def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str]
     """Replace in place every linear of `model` that keeps 2:4 by a packed one; returns their names.
 
     Of experts that share a parameter, a projection is packed when those of all of them keep the pattern. `skip` lists
-    the last name components left alone. Weights that another module shares are left alone too. Afterwards
-    `save_pretrained` raises SparseGPTError: transformers does not know how a checkpoint names what is packed here.
+    the last name components left alone. Weights that another module shares are left alone too. Linears that stay dense
+    become DenseLinear where that is quicker. Afterwards `save_pretrained` raises SparseGPTError: transformers does not
+    know how a checkpoint names what is packed here.
     """
     shared = _shared_parameters(model)
     replaced = []

@@ -84,7 +84,7 @@ def _without_smallest(flat: Tensor, zeros: int) -> Tensor:
     """Mask of a 1-D tensor without its `zeros` smallest values.
 
     On a CPU a sorted sample first narrows a large search to a few per cent of the values; when they turn out not to
-    hold the answer, the search is done over all.
+    hold the answer, or to be most of the values (ties), the search is done over all.
     """
     if not flat.is_cuda and flat.numel() >= 16 * SAMPLE:
         sample = flat[:: flat.numel() // SAMPLE | 1].sort().values  # odd: an even stride could meet few of the columns

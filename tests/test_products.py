@@ -76,6 +76,7 @@ def test_products_that_are_not_rounded_are_those_of_torch(factors):
     full = multiplier(matrix, None)
     assert torch.equal(full.after(other), other @ matrix)
     assert torch.equal(full.after_finely(other, matrix), other @ matrix)
+    assert torch.equal(times(full, other.T), matrix @ other.T)
     torch.testing.assert_close(times(full, other.T, start=2.0), 2 + matrix @ other.T)
 
 

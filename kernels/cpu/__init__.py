@@ -5,7 +5,7 @@
     matmul_integer  as matmul, int8 or int4 values with group scales     bfloat16 inputs, AVX-512
     matmul_dense    as matmul, a dense weight                            bfloat16
 
-The paths (AVX-512 with and without bfloat16 products, AVX2, plain) are in `matmul24.cpp`; `LEVELS` names them, the
+The paths (AVX-512 with and without bfloat16 products, AVX2, plain) are in the C++ sources; `LEVELS` names them, the
 machine's best is chosen at run time. Without a compiler there is no library, and everything runs through torch on
 decompressed weights."""
 
@@ -85,6 +85,11 @@ def machine_level() -> str | None:
     """The best path of this machine, or None without a library."""
     library = load_library()
     return None if library is None else LEVELS[library.sparse24_level()]
+
+
+def dense_tokens() -> int:
+    """Tokens up to which `matmul_dense` serves dense linears on this machine; 0 where torch does as well."""
+    return DENSE_TOKENS.get(machine_level() or "", 0)
 
 
 def prepare(weight: Packed24) -> Packed24:

@@ -119,12 +119,11 @@ AVX2 inline __m128i round_eight(const float* sums) {
   return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
 
-// Sixteen places among 32 inputs, by VPERMT2PS: two for each group, from its nibble; a lane holds those of the byte of
-// metadata at bit a, b, c, d. `word` by reference: a broadcast from memory costs no shuffle.
-AVX512 inline __m512i places_of(const uint32_t& word, int a = 0, int b = 8, int c = 16, int d = 24) {
-  const __m512i field = _mm512_setr_epi32(a, a + 2, a + 4, a + 6, b, b + 2, b + 4, b + 6,  //
-                                          c, c + 2, c + 4, c + 6, d, d + 2, d + 4, d + 6);
-  const __m512i group = _mm512_andnot_si512(_mm512_set1_epi32(3), field);
+// Sixteen places among 32 inputs, by VPERMT2PS: two for each group, from its nibble. `word` by reference: a broadcast
+// from memory costs no shuffle.
+AVX512 inline __m512i places_of(const uint32_t& word) {
+  const __m512i field = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i group = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
   const __m512i fields = _mm512_srlv_epi32(_mm512_set1_epi32(word), field);
   return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi32(3), group, 0xea);  // fields & 3 | group
 }

@@ -181,33 +181,26 @@ constexpr int64_t kManyTokens = sizeof(X) == 2 ? 9 : 24;
 #define TARGET AVX512
 namespace in_float {
 
-// Sixteen kept values and the places of their inputs, in one order. bfloat16: one shuffle within lanes takes the bytes
-// to the upper halves of float32; both halves of the register hold all of them, so lanes come as 0, 2, 1, 3.
 TARGET inline __m512 load_kept(const float* values) { return _mm512_loadu_ps(values); }
 TARGET inline __m512 load_kept(const bf16* values) {
-  const __m512i front = _mm512_set4_epi32(0x07068080, 0x05048080, 0x03028080, 0x01008080);
-  const __m512i back = _mm512_set4_epi32(0x0f0e8080, 0x0d0c8080, 0x0b0a8080, 0x09088080);
-  const __m512i bytes = _mm512_shuffle_i64x2(front, back, 0);
-  __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)values));
-  return _mm512_castsi512_ps(_mm512_shuffle_epi8(twice, bytes));
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-TARGET inline __m512i places(const uint32_t& word, const float*) { return places_of(word, 0, 8, 16, 24); }
-TARGET inline __m512i places(const uint32_t& word, const bf16*) { return places_of(word, 0, 16, 8, 24); }
 
 template <int ROWS, int TOKENS, int STEPS, class T>
 TARGET inline void add_word(const Problem<T, float>& p, int64_t n, int64_t first, int64_t w, int step,
                             __m512 (&sums)[ROWS][TOKENS][STEPS]) {
   __m512 kept[ROWS];
-  __m512i from[ROWS];
+  __m512i places[ROWS];
   for (int r = 0; r < ROWS; r++) {
     kept[r] = load_kept(p.values + (n + r) * p.kept() + 16 * w);
-    from[r] = places(p.meta[(n + r) * p.words() + w], p.values);
+    places[r] = places_of(p.meta[(n + r) * p.words() + w]);
   }
   for (int t = 0; t < TOKENS; t++) {
     const float* x = p.inputs + (first + t) * p.columns + 32 * w;
     __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
     for (int r = 0; r < ROWS; r++) {
-      __m512 inputs = _mm512_permutex2var_ps(low, from[r], high);
+      __m512 inputs = _mm512_permutex2var_ps(low, places[r], high);
       sums[r][t][step] = _mm512_fmadd_ps(kept[r], inputs, sums[r][t][step]);
     }
   }

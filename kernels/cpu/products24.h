@@ -9,17 +9,6 @@
 //     multiply_add(weight, inputs, sum)       one register of each
 //     store_eight(sums, out)                  eight float32 sums, rounded
 
-// The four sums over all lanes of a, b, c, d.
-TARGET inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
-  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-  __m128 upper = _mm_add_ps(_mm512_extractf32x4_ps(four, 2), _mm512_extractf32x4_ps(four, 3));
-  return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(four), _mm512_extractf32x4_ps(four, 1)), upper);
-}
-
 template <int ROWS, int TOKENS, int STEPS, class T, class X>
 TARGET void tile(const Problem<T, X>& p, int64_t n, int64_t first) {
   __m512 sums[ROWS][TOKENS][STEPS];
@@ -34,16 +23,11 @@ TARGET void tile(const Problem<T, X>& p, int64_t n, int64_t first) {
     for (int step = 0; step < STEPS; step++) add_word(p, n, first, w + step, step, sums);
   }
   for (; w < p.words(); w++) add_word(p, n, first, w, 0, sums);
-  for (auto& row : sums)
-    for (auto& token : row)
-      for (int step = 1; step < STEPS; step++) token[0] = _mm512_add_ps(token[0], token[step]);
-  for (int t = 0; t < TOKENS; t++)
-    if constexpr (ROWS == 4) {
-      float four[4];
-      _mm_storeu_ps(four, sum_lanes(sums[0][t][0], sums[1][t][0], sums[2][t][0], sums[3][t][0]));
-      for (int r = 0; r < 4; r++) p.to.put(n + r, first + t, four[r]);
-    } else {
-      for (int r = 0; r < ROWS; r++) p.to.put(n + r, first + t, _mm512_reduce_add_ps(sums[r][t][0]));
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < TOKENS; t++) {
+      __m512 sum = sums[r][t][0];
+      for (int step = 1; step < STEPS; step++) sum = _mm512_add_ps(sum, sums[r][t][step]);
+      p.to.put(n + r, first + t, _mm512_reduce_add_ps(sum));
     }
 }
 
@@ -51,6 +35,17 @@ template <class X>
 constexpr int kLanes = 64 / sizeof(X);  // of a register
 template <class X>
 constexpr int kWords = kLanes<X>;  // words of metadata in a block: 8 rows of 32 kWords columns are 16 KiB
+
+// The four sums over all lanes of a, b, c, d.
+TARGET inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  __m128 upper = _mm_add_ps(_mm512_extractf32x4_ps(four, 2), _mm512_extractf32x4_ps(four, 3));
+  return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(four), _mm512_extractf32x4_ps(four, 1)), upper);
+}
 
 // sums [TOKENS, kRows] += four rows of the block times inputs [TOKENS, columns], over `length` columns.
 template <int TOKENS, class X>

@@ -26,8 +26,7 @@ the relative error at 2:4 and 50%, damping 0.01, int8 products, over 8 and 20 ot
 
 Errors do not tell all: with the default preset at 2:4 the 135M model has a perplexity of 42.80 and 43.45 (two seeds) in
 the fifth line, 41.87 and 42.86 in the second, and with the first seed 42.16 in the third and 42.06 in the sixth. So the
-refit keeps four steps.
-Products in float32 lead to the same errors within one in the last digit.
+refit keeps four steps. Products in float32 lead to the same errors within one in the last digit.
 
 Dimension key: R out_features, C in_features. Weights of the search lie as [C, R].
 """

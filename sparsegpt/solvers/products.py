@@ -26,7 +26,8 @@ Symmetric = Tensor | ScaledHessian
 QUICK_WIDTH = 256
 # Above it a sum of products of int8 might not fit into 32 bits.
 INT8_WIDTH = (1 << 31) // 127**2
-# Elements of a piece. A CPU multiplies pieces of any size as fast; a GPU wants enough of them to be busy.
+# Elements of a piece. On a CPU small ones stay in the caches, large ones multiply faster (BENCHMARKS.md); a GPU wants
+# enough of them to be busy.
 PIECE, PIECE_ON_GPU = 1 << 20, 1 << 26
 
 

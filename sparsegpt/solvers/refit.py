@@ -56,10 +56,10 @@ def descend(
 ) -> Tensor:
     """The iterations of `refit` without its last look, in place on weight [R, C], which is zero outside the mask.
 
-    residual: (target - weight) hessian, [R, C]; used up. multiplier: the Hessian, which may be rounded:
-    then a row can end above its start, far above where the Hessian was almost singular. All steps are relative to the
-    residual, so that is worth all digits of the Hessian. diagonal: of the Hessian, [C]. Returns by how much the loss
-    fell, a scalar, if the multiplier was the Hessian.
+    residual: (target - weight) hessian, [R, C]; used up. multiplier: the Hessian, which may be rounded: then a row can
+    end above its start, far above where the Hessian was almost singular. All steps are relative to the residual, so
+    that is worth all digits of the Hessian. diagonal: of the Hessian, [C]. Returns by how much the loss fell, a scalar,
+    if the multiplier was the Hessian.
     """
     jacobi_C = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
     gained = diagonal.new_zeros(())

@@ -85,6 +85,20 @@ def test_compiled_and_exported_it_is_the_layers_own(calls: list[tuple[int, ...]]
     assert not calls
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_stands_in_a_parameters_place_is_computed_by_torch(name: str, calls: list[tuple[int, ...]]) -> None:
+    class Twice(nn.Module):
+        def forward(self, parameter: Tensor) -> Tensor:
+            return 2 * parameter
+
+    linear, inputs = quickened(), torch.randn(2, 40).bfloat16()
+    twice = {key: value.detach() * (2 if key == name else 1) for key, value in linear.named_parameters()}
+    nn.utils.parametrize.register_parametrization(linear, name, Twice())
+    with torch.no_grad():
+        assert torch.equal(linear(inputs), nn.functional.linear(inputs, **twice))
+    assert not calls
+
+
 @pytest.mark.parametrize("inputs", [torch.zeros(2, 39).bfloat16(), torch.tensor(1.0).bfloat16()])
 def test_inputs_that_do_not_fit_get_torchs_own_message(inputs: Tensor, calls: list[tuple[int, ...]]) -> None:
     linear = quickened()
@@ -96,7 +110,14 @@ def test_inputs_that_do_not_fit_get_torchs_own_message(inputs: Tensor, calls: li
 @pytest.mark.parametrize("level", [None, "plain", "avx512_bf16"])
 def test_nothing_changes_where_torch_is_as_fast(level: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "machine_level", lambda: level)
-    linear = nn.Linear(8, 8)
+    linear = nn.Linear(8, 8, dtype=torch.bfloat16)
+    assert quicken_dense(linear) == 0 and type(linear) is nn.Linear
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"dtype": torch.bfloat16, "device": "meta"}])
+def test_linears_that_the_kernel_never_serves_build_no_library(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "machine_level", lambda: pytest.fail("looked for the library"))
+    linear = nn.Linear(8, 8, **options)
     assert quicken_dense(linear) == 0 and type(linear) is nn.Linear
 
 
@@ -106,12 +127,12 @@ def test_layers_of_other_kinds_and_replaced_forwards_are_left_alone(calls: list[
 
     replaced = nn.Linear(8, 8)
     replaced.forward = lambda input: input  # type: ignore[method-assign]
-    kept = nn.Sequential(Own(8, 8), replaced, nn.Bilinear(2, 2, 2))
+    kept = nn.Sequential(Own(8, 8), replaced, nn.Bilinear(2, 2, 2)).bfloat16()
     assert quicken_dense(kept) == 0 and [type(module) for module in kept] == [Own, nn.Linear, nn.Bilinear]
 
 
 def test_what_stayed_dense_can_be_packed_later(calls: list[tuple[int, ...]]) -> None:
-    model = pruned_model()
+    model = pruned_model().bfloat16()
     once = pack_linears(model, skip=("lm_head", "down_proj"))
     assert type(model.model.layers[0].mlp.down_proj) is DenseLinear
     assert len(pack_linears(model)) == 2 and len(once) == 12

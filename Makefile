@@ -1,7 +1,7 @@
 # make run          set up .venv, prune the embedded demo model to 2:4, print its perplexities
 # make test         set up .venv, run the tests
 # make test-faults  the long form of the fault tests: kills, full disks, damaged files (`make test` has a short form)
-# make test-oldest  set up .venv-oldest with the oldest supported libraries, run the architecture tests there
+# make test-oldest  set up .venv-oldest with the oldest supported libraries, run the tests that depend on them
 # make check        lint, types and tests: the gate
 PYTHON ?= python3
 VENV := .venv
@@ -33,7 +33,7 @@ test-faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults" -s
 
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python -m pytest $(addprefix tests/test_,architectures.py packed_architectures.py streams.py streamed_run.py mixtures.py structure.py families.py capture.py)
+	$(OLDEST)/bin/python -m pytest tests/kernels $(addprefix tests/test_,architectures.py packed_architectures.py streams.py streamed_run.py mixtures.py structure.py families.py capture.py)
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -2,6 +2,8 @@
 # make test         set up .venv, run the tests
 # make test-faults  the long form of the fault tests: kills, full disks, damaged files (`make test` has a short form)
 # make test-oldest  set up .venv-oldest with the oldest supported libraries, run the tests that depend on them
+# make bench-gpu    set up .venv, test and measure everything on a GPU: bench-gpu/bench-gpu.json, .md and logs
+# make bench-gpu-here  the same with the torch, triton and transformers that $(PYTHON) has: needs no network
 # make check        lint, types and tests: the gate
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +13,7 @@ TYPED := build/typecheck
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 
-.PHONY: setup run test test-fast test-faults test-oldest check lint types bench bench-gpu clean
+.PHONY: setup run test test-fast test-faults test-oldest check lint types bench bench-gpu bench-gpu-here clean
 
 setup: $(READY)
 
@@ -57,7 +59,11 @@ bench: $(READY)
 	$(BIN)/python -m sparsegpt bench solver
 
 bench-gpu: $(READY)
-	$(BIN)/python -m sparsegpt bench gpu
+	$(BIN)/python -m sparsegpt bench gpu $(ARGS)
+
+bench-gpu-here:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation -e .
+	$(PYTHON) -m sparsegpt bench gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -1,15 +1,20 @@
 """`bench gpu`: everything about a GPU in one command: correctness first, then kernels, solver, and a whole prune.
 
-Each part writes its JSON as soon as it is done, so that a run cut short keeps what it measured. A part that would begin
-after BUDGET_SECONDS is left out and named. `--device cpu --small` is a rehearsal without a GPU.
+Each part runs in a process of its own and has to be done by its deadline: a kernel that faults ends all later work of
+its process, one that hangs ends nothing, and neither costs more than the part it is in. What a part has measured by
+then is kept: bench-gpu.json holds it, NAME.log what the part printed.
+`--device cpu --small` is a rehearsal without a GPU. `python -m sparsegpt.eval.bench_gpu PART DEVICE FILE [small]` is
+such a process.
 """
 
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -18,14 +23,17 @@ from typing import Any
 import torch
 
 from sparsegpt.eval.bench_solver import SIZES, bench_solver
-from sparsegpt.kernels.bench import SHAPES, bench_kernels
+from sparsegpt.kernels.bench import SHAPES, KernelFailure, KernelRow, bench_kernels
 from sparsegpt.kernels.measured import judge, machine_name, to_plain
+from sparsegpt.kernels.trial import last_error, trials
 from sparsegpt.pipeline import prune_blocks
 from sparsegpt.settings import resolve_settings
 
-BUDGET_SECONDS = 480.0
+# Seconds after the start by which a part must be done, in the order of the parts: under nine minutes in all.
+DEADLINES = {"correctness": 180.0, "kernels": 360.0, "solver": 420.0, "prune": 525.0}
 TOKENS = (1, 4, 8, 16, 64, 2048)
 KERNEL_SHAPES = (*SHAPES, (4096, 4096))
+TRIAL_SECONDS = 75.0
 
 
 @dataclass(frozen=True)
@@ -54,66 +62,97 @@ class GpuBench:
     results: dict[str, Any] = field(default_factory=dict)
 
     def run(self, tell: Callable[[str], None]) -> dict[str, Any]:
-        """All parts in order; tell(line) is called as each begins. Returns and writes the results."""
+        """All parts in order; tell(line) is called as each begins. Returns and writes the results.
+
+        A part is a dictionary of what it measured, with "failed", a reason, where it did not get to its end.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        self.results = {"date": date.today().isoformat(), "device": self._device_name(), "versions": _versions()}
-        parts = {
-            "correctness": self._correctness,
-            "prune": self._prune,
-            "solver": self._solver,
-            "kernels": self._kernels,
-        }
-        for name, part in parts.items():
-            if time.perf_counter() - started > BUDGET_SECONDS:
-                self.results[name] = f"left out: {BUDGET_SECONDS:.0f} s were over"
-                continue
+        started = time.monotonic()
+        self.results = {"date": date.today().isoformat(), "device": _device_name(self.device), "versions": _versions()}
+        for name, deadline in DEADLINES.items():
             tell(name)
-            self.results[name] = part()
+            self.results[name] = self._part(name, started + deadline - time.monotonic())
             (self.out / "bench-gpu.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
         return self.results
 
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "cpu"
+    def _part(self, name: str, seconds: float) -> dict[str, Any]:
+        """What a process of its own measured in so many seconds."""
+        log, kept = self.out / f"{name}.log", self.out / f"{name}.json"
+        kept.unlink(missing_ok=True)
+        failed = _run_for(self._command(name, kept), log, seconds)
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        kept.unlink(missing_ok=True)
+        if name == "correctness":
+            found["summary"] = ([line for line in log.read_text(encoding="utf-8").splitlines() if line] or [""])[-1]
+        return found if failed is None else {**found, "failed": failed}
 
-    def _correctness(self) -> dict[str, Any]:
-        """The tests marked gpu; their last line and exit code."""
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        (self.out / "correctness.log").write_text(result.stdout + result.stderr, encoding="utf-8")
-        lines = result.stdout.strip().splitlines()
-        return {"exit_code": result.returncode, "summary": lines[-1] if lines else ""}
+    def _command(self, name: str, kept: Path) -> list[str]:
+        if name == "correctness":  # other libraries there may warn of what is none of these tests' business
+            return [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-o", "filterwarnings="]
+        small = ["small"] if self.small else []
+        return [sys.executable, "-m", "sparsegpt.eval.bench_gpu", name, str(self.device), str(kept), *small]
 
-    def _kernels(self) -> dict[str, Any]:
-        shapes, tokens = ((64, 128),) if self.small else KERNEL_SHAPES, (1, 4) if self.small else TOKENS
-        dtypes = (torch.bfloat16,)
-        found = bench_kernels(device=str(self.device), shapes=shapes, tokens=tokens, dtypes=dtypes)
-        rows = judge(machine_name(self.device), found.rows)
-        return {**asdict(found), "measured": [to_plain(row) for row in rows]}
 
-    def _solver(self) -> list[dict[str, Any]]:
-        sizes = ((128, 128),) if self.small else SIZES
-        rows = list(bench_solver(self.device, sizes))
-        return [
-            asdict(row) | {"speedup": row.speedup, "solve_speedup": row.solve_speedup, "admm_cost": row.admm_cost}
-            for row in rows
-        ]
+def _run_for(command: list[str], log: Path, seconds: float) -> str | None:
+    """Run a command, its output going to a file as it comes; why it did not end well in so many seconds, or None."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and the processes that it has started
+            process.wait()
+            return f"not done after {max(0.0, seconds):.0f} s"
+    return None if code == 0 else last_error(log.read_text(encoding="utf-8", errors="replace"), code)
 
-    def _prune(self) -> dict[str, Any]:
-        """A whole prune to 2:4 of a random OPT, by preset: seconds in all and by part, peak GPU bytes."""
-        return {preset: self._prune_once(preset) for preset in ("paper", "default")}
 
-    def _prune_once(self, preset: str) -> dict[str, Any]:
-        shape = SMALL if self.small else OPT_1_3B
-        model = random_opt(shape, self.device)
+def measure_kernels(device: torch.device, small: bool) -> Iterator[dict[str, Any]]:
+    """Every kernel on each shape; the whole so far after each shape, with the rows that dispatch would go by."""
+    shapes, tokens = ((64, 128),) if small else KERNEL_SHAPES, (1, 4) if small else TOKENS
+    dtypes = (torch.bfloat16,)
+    tried = trials(device, dtypes[0], shapes, TRIAL_SECONDS)
+    rows: list[KernelRow] = []
+    failed: list[KernelFailure] = []
+    for shape in shapes:
+        found = bench_kernels(device=str(device), shapes=(shape,), tokens=tokens, dtypes=dtypes, tried=tried)
+        rows += found.rows
+        failed += found.failed
+        measured = judge(machine_name(device), tuple(rows))
+        yield {
+            "device": found.device,
+            "bandwidth": found.bandwidth,
+            "rows": [asdict(row) for row in rows],
+            "failures": [asdict(failure) for failure in failed],
+            "measured": [to_plain(row) for row in measured],
+        }
+
+
+def measure_solver(device: torch.device, small: bool) -> Iterator[dict[str, Any]]:
+    """The layer solvers beside the textbook; the whole so far after each layer and pattern."""
+    rows: list[dict[str, Any]] = []
+    for row in bench_solver(device, ((128, 128),) if small else SIZES):
+        rows.append(asdict(row))
+        yield {"rows": rows}
+
+
+def measure_prune(device: torch.device, small: bool) -> Iterator[dict[str, Any]]:
+    """A whole prune to 2:4 of a random OPT, by preset: seconds in all and by part, peak GPU bytes."""
+    shape = SMALL if small else OPT_1_3B
+    found: dict[str, Any] = {"shape": asdict(shape)}
+    for preset in ("paper", "default"):
+        model = random_opt(shape, device)
         windows = torch.randint(shape.vocabulary, (shape.samples, shape.sequence_length))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         report = prune_blocks(model, windows, resolve_settings("2:4", preset))
         seconds = {"total": time.perf_counter() - started, **report.seconds}
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-        return {"shape": asdict(shape), "seconds": seconds, "peak_gpu_memory_bytes": peak}
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        found[preset] = {"seconds": seconds, "peak_gpu_memory_bytes": peak}
+        yield found
+
+
+PARTS = {"kernels": measure_kernels, "solver": measure_solver, "prune": measure_prune}
 
 
 def random_opt(shape: ModelShape, device: torch.device) -> Any:
@@ -135,6 +174,10 @@ def random_opt(shape: ModelShape, device: torch.device) -> Any:
     return model.to(torch.float16 if device.type == "cuda" else torch.float32).eval()
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+
+
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -145,3 +188,9 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+if __name__ == "__main__":
+    part, device_name, kept_in, *rest = sys.argv[1:]
+    for so_far in PARTS[part](torch.device(device_name), bool(rest)):
+        Path(kept_in).write_text(json.dumps(so_far), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Measurements of the kernels: one product at a time, and a whole packed model generating beside its dense form.
 
     microseconds   median over the rounds, in which the candidates take turns; on a CPU over those rounds in which no
-                   thread of the process lost its core to another (the best round when there is none)
+                   thread of the process lost its core to another (the best round when there is none); on a GPU what it
+                   computes for, launched while it was still busy
     GB/s           bytes of the weight that the candidate reads / time; `bandwidth` is what a plain copy reaches here
     speedup        dense library time in the same dtype / candidate's time, of the same run
     ceiling        dense bytes / packed bytes: the most that reading less can give over a dense kernel bound by memory
@@ -30,7 +31,7 @@ from .measured import OWN_DENSE, dtype_name
 from .pack import Packed24, packed_shapes, unpack
 from .quantized import dequantize, quantize
 from .quantized_linear import INTEGER_ROUTES, Typed24, choose_integer
-from .trial import UNTRIED, failure, random_packed, trial
+from .trial import failure, random_packed, trials
 
 try:
     import resource
@@ -40,6 +41,7 @@ except ImportError:  # Windows
 SHAPES = ((14336, 4096), (4096, 14336))
 TOKENS = (1, 4, 16, 64)
 _FLUSH_BYTES = 1 << 28
+_PAUSE_CYCLES = 400_000  # 0.2 ms
 
 
 @dataclass(frozen=True)
@@ -104,19 +106,20 @@ def bench_kernels(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
     rounds: int = 31,
     copy_bytes: int = 1 << 28,
+    tried: Mapping[str, str | None] | None = None,
     tell: Callable[[str], object] = lambda line: None,
 ) -> KernelBench:
     """Time the library's dense product and every route that can serve, for each shape, dtype and number of tokens.
 
-    A route whose result is wrong, or that does not run, is reported and not timed. tell(line) is called as each shape
-    begins.
+    A route whose result is wrong, or that does not run, is reported and not timed. tried: what `trials` found for these
+    shapes, by default asked here. tell(line) is called as each shape begins.
     """
     target = torch.device(device)
     shapes, tokens = tuple(shapes), tuple(tokens)
     for shape in shapes:
         packed_shapes(shape)  # refused now, not behind the measurements of others
-    sample = random_packed((32, 32), dtypes[0], target)
-    tried = {name: trial(name, target) for name in UNTRIED if ROUTES[name].refusal(sample) is None}
+    if tried is None:
+        tried = trials(target, dtypes[0], shapes)
     rows: list[KernelRow] = []
     failed: list[KernelFailure] = []
     for shape in shapes:
@@ -180,6 +183,7 @@ def time_in_turns(runs: Mapping[str, Callable[[], object]], device: torch.device
         for name, run in runs.items():
             if flush is not None:
                 flush.zero_()  # a weight read again and again would come from the GPU's cache
+                torch.cuda._sleep(_PAUSE_CYCLES)  # until the host has launched what is timed
             before = _preemptions()
             seconds = _time_once(run, device)
             if round_:
@@ -254,7 +258,7 @@ def _bench_one(
     candidates: Sequence[_Candidate],
     tokens: int,
     rounds: int,
-    tried: dict[str, str | None],
+    tried: Mapping[str, str | None],
     failed: list[KernelFailure],
 ) -> list[KernelRow]:
     (rows, columns), device = candidates[0].dense.shape, candidates[0].dense.device

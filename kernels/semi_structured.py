@@ -3,12 +3,15 @@
     out [T, N] = inputs [T, K] weight^T + bias
 
 cuSPARSELt offers several algorithms for a shape; the search runs once for each power of two of tokens and the winner is
-kept. Source of the calls: torch `torch/sparse/semi_structured.py`. Not yet measured on a GPU here, so they are
+kept. torch's CUTLASS kernels are for compute capability 8.x alone. Source of the calls: torch
+`torch/sparse/semi_structured.py` and `test/test_sparse_semi_structured.py`. Not yet measured on a GPU here, so they are
 chosen by themselves only where `tune` has measured them."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +25,18 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass
 class Compressed:
-    """cuSPARSELt's form of a weight [N, K], and the algorithm found best for each power of two of tokens."""
+    """cuSPARSELt's form of a weight [N, K], and what was found best for each power of two of tokens."""
 
     weight: Tensor
-    algorithms: dict[int, int] = field(default_factory=dict)
+    found: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def refuse_cutlass(weight: Packed24) -> str | None:
     """Why torch's CUTLASS kernels cannot serve a weight, or None."""
-    return _refuse("CUTLASS", weight, (32, 64))
+    reason = _refuse("CUTLASS", weight, (32, 64))
+    if reason is None and torch.cuda.get_device_capability(weight.values.device)[0] != 8:
+        return "torch's CUTLASS 2:4 kernels need compute capability 8.x (Ampere, Ada), no newer one; try cusparselt"
+    return reason
 
 
 def refuse_cusparselt(weight: Packed24) -> str | None:
@@ -61,12 +67,23 @@ def run_cusparselt(state: Compressed, inputs: Tensor, bias: Tensor | None) -> Te
     tokens = inputs.shape[0]
     columns_KT = functional.pad(inputs, (0, 0, 0, -tokens % 8)).t()
     size = (tokens - 1).bit_length()
-    if size not in state.algorithms:
-        state.algorithms[size] = int(torch._cslt_sparse_mm_search(state.weight, columns_KT, transpose_result=True))
+    if size not in state.found:
+        state.found[size] = _search(state.weight, columns_KT)
     outputs: Tensor = torch._cslt_sparse_mm(
-        state.weight, columns_KT, bias=bias, transpose_result=True, alg_id=state.algorithms[size]
+        state.weight, columns_KT, bias=bias, transpose_result=True, **state.found[size]
     )
     return outputs[:tokens]
+
+
+def _search(weight: Tensor, columns_KT: Tensor) -> dict[str, Any]:
+    """What `torch._cslt_sparse_mm` is to be given to be fastest."""
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if search is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer versions of torch call this one deprecated
+            return {"alg_id": int(torch._cslt_sparse_mm_search(weight, columns_KT, transpose_result=True))}
+    algorithm, split_k, split_k_mode, _ = search(weight, columns_KT, None, None, None, True)
+    return {"alg_id": int(algorithm), "split_k": int(split_k), "split_k_mode": int(split_k_mode)}
 
 
 def _refuse(library: str, weight: Packed24, divisors: tuple[int, int]) -> str | None:

@@ -200,22 +200,23 @@ def bench_memory_command(
 @bench.command(name="gpu")
 def bench_gpu_command(
     device: Device = "cuda",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and the log.")] = Path("bench-gpu"),
+    out: Annotated[Path, typer.Option(help="Folder for the JSON, the tables and the logs.")] = Path("bench-gpu"),
     small: Annotated[bool, typer.Option("--small", help="Tiny shapes: a rehearsal.")] = False,
 ) -> None:
-    """Everything about a GPU in one go: correctness, a whole prune, solver, kernels; under nine minutes."""
-    from sparsegpt.eval.bench_gpu import GpuBench
+    """Everything about a GPU in one go: correctness, kernels, solver, a whole prune; under nine minutes."""
+    from sparsegpt.console import gpu_tables, markdown
+    from sparsegpt.eval.bench_gpu import DEADLINES, GpuBench
     from sparsegpt.models import pick_device
 
-    silence_libraries()
-    results = GpuBench(pick_device(device), out, small).run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
-    print(json.dumps(results, indent=2))
-    if isinstance(results["kernels"], dict):
-        _print_failed(results["kernels"]["failed"])
-    if isinstance(results["correctness"], dict) and results["correctness"]["exit_code"]:
-        raise SparseGPTError(
-            f"the GPU tests failed: {results['correctness']['summary']}; see {out / 'correctness.log'}"
-        )
+    job = GpuBench(pick_device(device), out, small)
+    results = job.run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
+    _print_failed(results["kernels"].get("failures", []))
+    tables = markdown(gpu_tables(results))
+    (out / "bench-gpu.md").write_text(tables, encoding="utf-8")
+    print(tables, end="")
+    failed = {name: results[name]["failed"] for name in DEADLINES if "failed" in results[name]}
+    if failed:
+        raise SparseGPTError("; ".join(f"{name} failed: {why}, see {out / name}.log" for name, why in failed.items()))
 
 
 def _shapes(text: str) -> tuple[tuple[int, int], ...]:

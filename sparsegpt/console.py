@@ -1,8 +1,10 @@
 """What a person sees: progress, tables and warnings, by rich; plain lines when the output is not a terminal."""
 
 from collections.abc import Sequence
+from io import StringIO
 from typing import Any
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -13,11 +15,12 @@ from sparsegpt.eval.bench_quality import LADDER, QualityRow
 from sparsegpt.eval.bench_solver import SolverRow
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.inspection import TensorFinding
-from sparsegpt.kernels.bench import DecodeRow, KernelBench
+from sparsegpt.kernels.bench import DecodeRow, KernelBench, KernelRow
 from sparsegpt.kernels.measured import ANY, Measured, dtype_name, in_words
 from sparsegpt.plan import Plan, readable
 from sparsegpt.reports import BlockReport, EpochReport, LayerReport
 from sparsegpt.run import Listener
+from sparsegpt.settings import PRESETS
 
 WORST_LAYERS = 5
 
@@ -222,7 +225,7 @@ def kernels_table(bench: KernelBench) -> Table:
             str(row.tokens),
             row.dtype,
             row.kernel + (" *" if row.chosen else ""),
-            f"{row.microseconds:.0f}",
+            f"{row.microseconds:.0f}" if row.microseconds >= 1000 else f"{row.microseconds:.3g}",
             f"{row.gigabytes_per_second:.1f}",
             f"{row.speedup:.2f}x",
             f"{row.speedup_over_best_dense:.2f}x",
@@ -258,3 +261,40 @@ def decode_table(rows: Sequence[DecodeRow]) -> Table:
             peak,
         )
     return table
+
+
+def gpu_tables(results: dict[str, Any]) -> list[str | Table]:
+    """`bench gpu` for BENCHMARKS.md: where and with what, the tests' last line, a table of each part that has rows."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    kernels, solver, prune = (results[name] for name in ("kernels", "solver", "prune"))
+    found: list[str | Table] = [f"{results['date']}, {results['device']}, {versions}."]
+    found.append(f"Tests on the device: {results['correctness']['summary']}")
+    if "rows" in kernels:
+        rows = tuple(KernelRow(**row) for row in kernels["rows"])
+        found.append(kernels_table(KernelBench(kernels["device"], kernels["bandwidth"], rows)))
+    if "rows" in solver:
+        found.append(solver_table([SolverRow(**row) for row in solver["rows"]]))
+    presets = {name: each for name, each in prune.items() if name in PRESETS}
+    if presets:
+        table = Table("preset", "seconds", "of which", "peak GPU memory", title="a whole prune of a random OPT to 2:4")
+        for name, each in presets.items():
+            shares = ", ".join(f"{part} {spent:.1f}" for part, spent in each["seconds"].items() if part != "total")
+            peak = each["peak_gpu_memory_bytes"]
+            memory = "none" if peak is None else f"{peak / 2**30:.1f} GiB"
+            table.add_row(name, f"{each['seconds']['total']:.1f}", shares, memory)
+        found.append(table)
+    return found
+
+
+def markdown(parts: Sequence[str | Table]) -> str:
+    """Paragraphs and tables, the titles of these as paragraphs before them."""
+    written = StringIO()
+    console = Console(file=written, width=160, highlight=False, markup=False)
+    for part in parts:
+        if isinstance(part, Table):
+            console.print(part.title)
+            part.title, part.box = None, MARKDOWN  # which begins and ends with an empty line
+            console.print(part)
+        else:
+            console.print(part, end="\n\n")
+    return "".join(f"{line.rstrip()}\n" for line in written.getvalue().splitlines())

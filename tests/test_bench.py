@@ -1,12 +1,17 @@
 """The benchmarks run, measure what they name, and agree with one another; tiny, for the machinery alone."""
 
 import json
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparsegpt.checkpoint import write_checked
+from sparsegpt.cli_bench import bench_gpu_command
+from sparsegpt.console import gpu_tables
 from sparsegpt.eval import bench_gpu, bench_pipeline, bench_solver
 from sparsegpt.eval.bench_quality import LADDER, QualityBench, QualityRow, draw
 from sparsegpt.settings import resolve_settings
@@ -70,13 +75,62 @@ def test_figure_has_a_line_a_method(tmp_path):
     assert "<svg" in written[1].read_text()
 
 
-def test_gpu_bench_rehearsal_writes_every_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_gpu.GpuBench, "_correctness", lambda self: {"exit_code": 0, "summary": "not run here"})
-    job = bench_gpu.GpuBench(torch.device("cpu"), tmp_path, small=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(bench_gpu, "BUDGET_SECONDS", 1e9)
-        results = job.run(lambda part: None)
-    assert (tmp_path / "bench-gpu.json").read_text() == json.dumps(results, indent=2) + "\n"
-    assert set(results["prune"]) == {"paper", "default"}
-    assert results["solver"][0]["loss_ratio"] == pytest.approx(1, rel=1e-3)
-    assert {row["kernel"] for row in results["kernels"]["rows"]} >= {"library", "dense"}
+@pytest.mark.parametrize("part", list(bench_gpu.PARTS))
+def test_gpu_bench_measures_what_its_tables_show(part):
+    *_, found = bench_gpu.PARTS[part](torch.device("cpu"), True)
+    found = json.loads(json.dumps(found))  # as it comes from a process of its own
+    empty = {"failed": "nothing yet"}
+    results = {"date": "today", "device": "cpu", "versions": {"torch": "2"}, "correctness": {"summary": "1 passed"}}
+    results |= {name: found if name == part else empty for name in bench_gpu.PARTS}
+    first, tests, table = gpu_tables(results)
+    assert first == "today, cpu, torch 2." and tests.endswith("1 passed")
+    if part == "kernels":
+        assert {row["kernel"] for row in found["rows"]} >= {"library", "dense"} and found["failures"] == []
+        assert table.row_count == len(found["rows"]) and found["measured"]
+    elif part == "solver":
+        assert [row["pattern"] for row in found["rows"]] == ["2:4", "0.5"] and table.row_count == 2
+        assert found["rows"][0]["loss_ratio"] == pytest.approx(1, rel=1e-3)
+    else:
+        assert set(found) == {"shape", "paper", "default"} and table.row_count == 2
+        assert found["paper"]["seconds"]["total"] >= found["paper"]["seconds"]["capture"] > 0
+
+
+def test_gpu_bench_keeps_what_a_part_measured_before_it_crashed_or_hung(tmp_path, monkeypatch):
+    """Parts are processes: their exit, their faults and their hanging cost nobody else anything."""
+    keep = "import pathlib, sys, time, subprocess; pathlib.Path(sys.argv[1]).write_text('{\"rows\": [1]}'); "
+    child = (
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(child.pid, flush=True);"
+    )
+    scripts = {
+        "correctness": "print('5 passed')",
+        "kernels": keep + "print('torch.AcceleratorError: CUDA error'); print('advice'); sys.exit(1)",
+        "solver": keep + child + "time.sleep(60)",
+        "prune": keep,
+    }
+    monkeypatch.setattr(bench_gpu, "DEADLINES", {"correctness": 9, "kernels": 19, "solver": 2, "prune": 29})
+    job = bench_gpu.GpuBench(torch.device("cpu"), tmp_path)
+    monkeypatch.setattr(job, "_command", lambda name, kept: [sys.executable, "-c", scripts[name], str(kept)])
+    parts = []
+    results = job.run(parts.append)
+    assert parts == list(scripts) and json.loads((tmp_path / "bench-gpu.json").read_text()) == results
+    assert results["correctness"] == {"summary": "5 passed"}
+    assert results["kernels"] == {"rows": [1], "failed": "torch.AcceleratorError: CUDA error"}
+    assert results["solver"]["rows"] == [1] and re.fullmatch(r"not done after \d s", results["solver"]["failed"])
+    assert results["prune"] == {"rows": [1]}
+    assert not process_lives(int((tmp_path / "solver.log").read_text()))
+    assert {path.name for path in tmp_path.iterdir()} == {"bench-gpu.json", *(f"{name}.log" for name in scripts)}
+
+
+def process_lives(pid: int) -> bool:
+    try:
+        return " Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
+    except FileNotFoundError:
+        return False
+
+
+def test_gpu_bench_as_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_gpu, "DEADLINES", {"correctness": 0, "kernels": 0, "solver": 120, "prune": 0})
+    with refused("correctness failed: not done after 0 s, see", "kernels failed", "prune failed"):
+        bench_gpu_command(device="cpu", out=tmp_path, small=True)
+    printed = capsys.readouterr().out
+    assert "\n\n| layer     | pattern |" in printed and printed == (tmp_path / "bench-gpu.md").read_text()

@@ -83,18 +83,19 @@ def sweep_strip(
     scale: [k] saliency scale. On return pruned weights are zero and `error` holds what is to be moved further right.
     """
     columns, rows = weight.shape
-    _strip_kernel[(triton.cdiv(rows, ROWS),)](
-        weight,
-        error,
-        kept.view(torch.int8),
-        factor,
-        scale,
-        columns,
-        rows,
-        factor.stride(0),
-        KEEP=keep,
-        GROUP=group,
-        K=STRIP,
-        ROWS=ROWS,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(weight):
+        _strip_kernel[(triton.cdiv(rows, ROWS),)](
+            weight,
+            error,
+            kept.view(torch.int8),
+            factor,
+            scale,
+            columns,
+            rows,
+            factor.stride(0),
+            KEEP=keep,
+            GROUP=group,
+            K=STRIP,
+            ROWS=ROWS,
+            num_warps=WARPS,
+        )

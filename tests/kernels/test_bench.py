@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import bench, cpu, pack, trial, unpack
+from sparsegpt.kernels import cpu, pack, trial, unpack
 from sparsegpt.kernels.archive import pack_folder
 from sparsegpt.kernels.bench import bench_decode, bench_kernels, time_in_turns, typical_seconds
 from sparsegpt.kernels.dispatch import ROUTES
@@ -62,11 +62,11 @@ def test_what_is_wrong_or_does_not_run_is_reported_and_not_timed(monkeypatch: py
     dense = replace(ROUTES["dense"], prepare=lambda weight: weight)
     for name, run in {"doubled": doubled, "broken": broken, "untried": dense.run}.items():
         monkeypatch.setitem(ROUTES, name, replace(dense, run=run))
-    monkeypatch.setattr(bench, "UNTRIED", ("untried", "wgmma_sp"))  # the second refuses a CPU, so nobody tries it
+    monkeypatch.setattr(trial, "UNTRIED", ("untried", "wgmma_sp"))  # the second refuses a CPU, so nobody tries it
     asked = []
-    monkeypatch.setattr(bench, "trial", lambda *given: asked.append(given) or "wrong")
+    monkeypatch.setattr(trial, "trial", lambda *given: asked.append(given) or "wrong")
     found = bench_kernels(shapes=[(32, 64)], tokens=(2,), dtypes=[torch.float32], rounds=1, copy_bytes=1 << 16)
-    assert asked == [("untried", torch.device("cpu"))]
+    assert asked == [("untried", torch.device("cpu"), ((32, 64),), 180.0)]
     reasons = {failed.kernel: failed.reason for failed in found.failed}
     assert reasons.keys() == {"doubled", "broken", "untried"} and not reasons.keys() & {
         row.kernel for row in found.rows
@@ -78,8 +78,16 @@ def test_what_is_wrong_or_does_not_run_is_reported_and_not_timed(monkeypatch: py
 def test_a_trial_is_a_process_of_its_own() -> None:
     cpu = torch.device("cpu")
     assert trial.trial("dense", cpu) is None
-    assert "KeyError" in str(trial.trial("missing", cpu))
+    assert trial.trial("missing", cpu) == "KeyError: 'missing'"
+    assert "in_features divisible by 4" in str(trial.trial("dense", cpu, [(8, 6)]))
     assert trial.trial("dense", cpu, seconds=0.01) == "not done after 0 s"
+
+
+def test_the_error_of_a_process_is_the_exception_and_not_the_advice_behind_it() -> None:
+    cuda = "Traceback (most recent call last):\n  File x\ntorch.AcceleratorError: CUDA error: misaligned address\n\n"
+    cuda += "CUDA kernel errors might be asynchronously reported\nDevice-side assertion tracking was not enabled\n"
+    assert trial.last_error(cuda, 1) == "torch.AcceleratorError: CUDA error: misaligned address"
+    assert trial.last_error("no such option\n", 2) == "no such option" and trial.last_error("", -11) == "exit code -11"
 
 
 def test_a_trial_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +96,8 @@ def test_a_trial_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
         trial.try_route("ones", torch.device("cpu"))
     assert trial.failure(lambda: torch.full((2, 3), float("nan")), torch.ones(2, 3)) is not None
     assert trial.failure(lambda: torch.ones(2, 2), torch.ones(2, 3)) == "shape (2, 2) instead of (2, 3)"
+    late = torch.ones(2, 3, device="meta")  # raises when it is read, as the result of a kernel that faulted
+    assert str(trial.failure(lambda: late, torch.ones(2, 3))).startswith(("RuntimeError", "NotImplementedError"))
 
 
 def test_candidates_take_turns() -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,21 +216,32 @@ def test_forced_gpu_kernels_say_why_they_cannot_serve(kernels: str) -> None:
     assert kernels in KERNELS
 
 
-def test_cusparselt_pads_tokens_and_searches_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deprecated", [False, True])
+def test_cusparselt_pads_tokens_and_searches_once_a_size(deprecated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls as torch documents them, with the library's part played by a dense product."""
     searches: list[int] = []
 
-    def search(weight: torch.Tensor, columns: torch.Tensor, transpose_result: bool) -> int:
+    def search(weight, columns, bias, alpha, out_dtype, transpose_result):  # type: ignore[no-untyped-def]
+        assert transpose_result and bias is alpha is out_dtype is None
         searches.append(columns.shape[1])
-        return 3
+        return 3, 2, 1, 0
 
-    def multiply(weight, columns, *, bias, transpose_result, alg_id):  # type: ignore[no-untyped-def]
-        assert transpose_result and alg_id == 3 and columns.shape[1] % 8 == 0
+    def search_before(weight, columns, *, transpose_result):  # type: ignore[no-untyped-def]
+        warnings.warn("deprecated", UserWarning, stacklevel=1)
+        return search(weight, columns, None, None, None, transpose_result)[0]
+
+    def multiply(weight, columns, *, bias, transpose_result, **found):  # type: ignore[no-untyped-def]
+        assert transpose_result and columns.shape[1] % 8 == 0
+        assert found == ({"alg_id": 3} if deprecated else {"alg_id": 3, "split_k": 2, "split_k_mode": 1})
         return columns.t() @ weight.t() + bias
 
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    if deprecated:
+        monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search_before)
+        monkeypatch.delattr(torch._C, "_cusparselt", raising=False)
+    else:
+        monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=search), raising=False)
     dense, packed = pair((32, 64), torch.float32)
     state = semi_structured.prepare_cusparselt(packed.packed)
     for tokens in (1, 3, 4, 17, 30):

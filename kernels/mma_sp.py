@@ -2,7 +2,8 @@
 
 A Gluon kernel that issues PTX `mma.sp::ordered_metadata.m16n8k32` on weights in register order (fragments.py): the kept
 values go from memory to the tensor core as they lie, so no instruction is spent on spreading them. One block computes
-32 rows; its warps split the columns and add up at the end; STEPS tiles are in flight for each warp.
+32 rows; its warps split the columns and add up at the end. While a warp multiplies STEPS steps of 32 columns, the next
+STEPS are on their way, 16 bytes a lane for each tile of 16 rows: 32 KiB a block, enough for one on a multiprocessor.
 
     bytes read: 9/16 of a 16-bit dense weight, so at best 1.78 times dense where memory is the limit (few tokens)
 
@@ -79,12 +80,16 @@ def _activate(x, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
-def _two_tiles(A, E, at, element, step_mask, b, upper, lower, pair, WORDS, TYPE: gl.constexpr):
-    """Adds the products of the two 16-row tiles of a pair; `at` are the steps (words of 32 columns)."""
+def _load_tiles(A, E, at, element, step_mask, pair, WORDS):
+    """The two 16-row tiles of a pair and their metadata; `at` are the steps (words of 32 columns)."""
     values = A + (pair * 2 * WORDS + at) * 128 + element
     a0 = gl.load(values, mask=step_mask, other=0)
     a1 = gl.load(values + WORDS * 128, mask=step_mask, other=0)
-    e = gl.load(E + (pair * WORDS + at) * 32 + element // 4, mask=step_mask, other=0x44444444)
+    return a0, a1, gl.load(E + (pair * WORDS + at) * 32 + element // 4, mask=step_mask, other=0x44444444)
+
+
+@gluon.jit
+def _add_tiles(a0, a1, e, b, upper, lower, TYPE: gl.constexpr):
     return multiply_add(a0, b, upper, e, TYPE, "0x0"), multiply_add(a1, b, lower, e, TYPE, "0x1")
 
 
@@ -122,14 +127,23 @@ def decode_kernel(
     x = inputs + token * stride + lane % 4 + 4 * (element % 4)
     zero = gl.zeros([WARPS, STEPS, BLOCKS, 128], gl.float32, L)
     upper, lower, up_upper, up_lower = zero, zero, zero, zero
-    for first in range(0, WORDS, WARPS * STEPS):
-        at = first + warp * STEPS + step
-        b = gl.load(x + at * 16, mask=(at < WORDS) & (token < TOKENS), other=0)
-        upper, lower = _two_tiles(A, E, at, element, at < WORDS, b, upper, lower, pair, WORDS, TYPE)
+    at = warp * STEPS + step
+    b = gl.load(x + at * 16, mask=(at < WORDS) & (token < TOKENS), other=0)
+    a0, a1, e = _load_tiles(A, E, at, element, at < WORDS, pair, WORDS)
+    if GATED:
+        up0, up1, up_e = _load_tiles(A_up, E_up, at, element, at < WORDS, pair, WORDS)
+    for _ in range(0, WORDS, WARPS * STEPS):
+        # the next steps are on their way while these are multiplied: the assembler puts a load beside its use otherwise
+        at += WARPS * STEPS
+        next_b = gl.load(x + at * 16, mask=(at < WORDS) & (token < TOKENS), other=0)
+        next0, next1, next_e = _load_tiles(A, E, at, element, at < WORDS, pair, WORDS)
+        upper, lower = _add_tiles(a0, a1, e, b, upper, lower, TYPE)
+        a0, a1, e = next0, next1, next_e
         if GATED:
-            up_upper, up_lower = _two_tiles(
-                A_up, E_up, at, element, at < WORDS, b, up_upper, up_lower, pair, WORDS, TYPE
-            )
+            next0, next1, next_e = _load_tiles(A_up, E_up, at, element, at < WORDS, pair, WORDS)
+            up_upper, up_lower = _add_tiles(up0, up1, up_e, b, up_upper, up_lower, TYPE)
+            up0, up1, up_e = next0, next1, next_e
+        b = next_b
     y0, y1 = _over_warps(upper, L), _over_warps(lower, L)
     if GATED:
         y0 = y0 * _sigmoid(y0) * _over_warps(up_upper, L)

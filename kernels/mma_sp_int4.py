@@ -72,6 +72,29 @@ def _layout(WARPS, BLOCKS):
 
 
 @gluon.jit
+def _load_step(Q, E, scales, at, element, pair, STEPS, scale_stride, STEPS_OF_SCALE: gl.constexpr):
+    """Nibbles of the two 16-row tiles of a pair, metadata and scales of step `at` of 128 columns."""
+    live = at < STEPS
+    q0 = gl.load(Q + (pair * 2 * STEPS + at) * 128 + element, mask=live, other=0)
+    q1 = gl.load(Q + (pair * 2 * STEPS + STEPS + at) * 128 + element, mask=live, other=0)
+    e = gl.load(E + (pair * STEPS + at) * 128 + element, mask=live, other=0x44444444)
+    s0 = gl.load(scales + at // STEPS_OF_SCALE, mask=live, other=0.0)
+    return q0, q1, e, s0, gl.load(scales + 16 * scale_stride + at // STEPS_OF_SCALE, mask=live, other=0.0)
+
+
+@gluon.jit
+def _add_step(loaded, x, at, STEPS, inside, upper, lower, zero, TYPE: gl.constexpr):
+    """The sums of both tiles with the products of a loaded step added; `inside`: tokens that there are."""
+    q0, q1, e, s0, s1 = loaded
+    part0, part1 = zero, zero
+    for step in gl.static_range(4):
+        b = gl.load(x + at * 64 + step * 16, mask=(at < STEPS) & inside, other=0)
+        part0 = multiply_add(_widen(q0, TYPE, step), b, part0, e, TYPE, "0x0", step)
+        part1 = multiply_add(_widen(q1, TYPE, step), b, part1, e, TYPE, "0x1", step)
+    return upper + part0 * s0.to(gl.float32), lower + part1 * s1.to(gl.float32)
+
+
+@gluon.jit
 def int4_kernel(
     inputs, Q, E, S, bias, out, TOKENS, ROWS, STEPS, stride, scale_stride,
     WARPS: gl.constexpr, BLOCKS: gl.constexpr, TYPE: gl.constexpr, STEPS_OF_SCALE: gl.constexpr,
@@ -89,21 +112,16 @@ def int4_kernel(
     scales = S + (pair * 32 + lane // 4 + 8 * (element % 4 // 2)) * scale_stride
     zero = gl.zeros([WARPS, BLOCKS, 128], gl.float32, L)
     upper, lower = zero, zero
-    for first in range(0, STEPS, WARPS):
-        at = first + warp
-        live = at < STEPS
-        q0 = gl.load(Q + (pair * 2 * STEPS + at) * 128 + element, mask=live, other=0)
-        q1 = gl.load(Q + (pair * 2 * STEPS + STEPS + at) * 128 + element, mask=live, other=0)
-        e = gl.load(E + (pair * STEPS + at) * 128 + element, mask=live, other=0x44444444)
-        s0 = gl.load(scales + at // STEPS_OF_SCALE, mask=live, other=0.0).to(gl.float32)
-        s1 = gl.load(scales + 16 * scale_stride + at // STEPS_OF_SCALE, mask=live, other=0.0).to(gl.float32)
-        part0, part1 = zero, zero
-        for step in gl.static_range(4):
-            b = gl.load(x + at * 64 + step * 16, mask=live & (token < TOKENS), other=0)
-            part0 = multiply_add(_widen(q0, TYPE, step), b, part0, e, TYPE, "0x0", step)
-            part1 = multiply_add(_widen(q1, TYPE, step), b, part1, e, TYPE, "0x1", step)
-        upper = upper + part0 * s0
-        lower = lower + part1 * s1
+    # of two steps one is on its way while the other is multiplied
+    at = warp
+    one = _load_step(Q, E, scales, at, element, pair, STEPS, scale_stride, STEPS_OF_SCALE)
+    two = _load_step(Q, E, scales, at + WARPS, element, pair, STEPS, scale_stride, STEPS_OF_SCALE)
+    for _ in range(0, STEPS, 2 * WARPS):
+        upper, lower = _add_step(one, x, at, STEPS, token < TOKENS, upper, lower, zero, TYPE)
+        one = _load_step(Q, E, scales, at + 2 * WARPS, element, pair, STEPS, scale_stride, STEPS_OF_SCALE)
+        upper, lower = _add_step(two, x, at + WARPS, STEPS, token < TOKENS, upper, lower, zero, TYPE)
+        two = _load_step(Q, E, scales, at + 3 * WARPS, element, pair, STEPS, scale_stride, STEPS_OF_SCALE)
+        at += 2 * WARPS
     R: gl.constexpr = gl.SliceLayout(0, L)
     place = gl.arange(0, 128, layout=gl.SliceLayout(0, R))[None, :]
     tokens = (gl.program_id(1) * BLOCKS + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, R))[:, None]) * 8

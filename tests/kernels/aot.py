@@ -58,3 +58,32 @@ def run(*command: object) -> str | None:
     if not Path(str(command[0])).is_file():
         return None
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def loads_in_flight(sass: str) -> int:
+    """How many 16-byte loads of the loop around the tensor core's instructions are under way at once, at most.
+
+    A load is under way from its instruction to the first that names one of its registers, around the loop's end too.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\S+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    loops = [
+        instructions[labels[target[1]] : end + 1]
+        for end, text in enumerate(instructions)
+        if (target := re.search(r"BRA.*`\((\.L_\S+)\)", text)) and labels[target[1]] <= end
+    ]
+    body = max((loop for loop in loops if any("HMMA" in text for text in loop)), key=len)
+    under_way = [0] * len(body)
+    for start, text in enumerate(body):
+        if wide := re.search(r"LDG\S*\.128\S*\s+R(\d+)", text):
+            registers = {f"R{int(wide[1]) + i}" for i in range(4)}
+            for later in [*range(start + 1, len(body)), *range(start)]:
+                if registers & set(re.findall(r"\bR\d+\b", body[later])):
+                    break
+                under_way[later] += 1
+    return max(under_way)

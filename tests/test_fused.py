@@ -1,9 +1,6 @@
 """The fused sweep kernel without a GPU: numerics in the interpreter, code generation ahead of time."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from sparsegpt.solvers import fused
 
 from .kernels.aot import compile_for
+from .kernels.interpreter import interpret, interpreter_runs
 
 TYPES = dict.fromkeys(("weight_ptr", "error_ptr", "factor_ptr", "scale_ptr"), "*fp32") | {
     "kept_ptr": "*i8",
@@ -22,13 +20,9 @@ TYPES = dict.fromkeys(("weight_ptr", "error_ptr", "factor_ptr", "scale_ptr"), "*
 }
 
 
+@interpreter_runs
 def test_fused_sweep_in_the_interpreter():
-    cases = Path(__file__).with_name("fused_cases.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(cases)]
-    found = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False
-    )
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    interpret(Path(__file__).with_name("fused_cases.py"))
 
 
 @pytest.mark.parametrize("target", [80, 90])

@@ -1,9 +1,6 @@
 """Triton and Gluon kernels without a GPU: run in the interpreter, compiled ahead of time, fragment order emulated."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,6 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-import triton
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import mma_sp, mma_sp_int4, pack, portable, quantize, reference
@@ -20,23 +16,16 @@ from sparsegpt.kernels.fragments import register_positions, to_fragments
 from .aot import Built, compile_for, loads_in_flight
 from .gluon_emulator import emulate
 from .helpers import relative_error, weight24
+from .interpreter import interpret, interpreter_runs
 
 TARGETS = (80, 90)
 
 
-@pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7),
-    reason="the interpreter of triton 3.6 fails on run-time loop bounds with numpy 2.4",
-)
+@interpreter_runs
 def test_kernels_in_the_interpreter() -> None:
     """In a process of its own: kernels know whether they are interpreted when they are defined."""
-    cases = Path(__file__).with_name("interpreter_cases.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(cases)]
     # numpy warns of overflow in exp(-x), which is infinity there and the right zero afterwards
-    command += ["-W", "ignore:overflow encountered:RuntimeWarning"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    interpret(Path(__file__).with_name("interpreter_cases.py"), "ignore:overflow encountered:RuntimeWarning")
 
 
 # ---------------------------------------------------------------- compiled ahead of time

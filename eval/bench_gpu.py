@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from sparsegpt.eval.bench_solver import SIZES, bench_solver
+from sparsegpt.folders import write_atomically
 from sparsegpt.kernels.bench import SHAPES, KernelFailure, KernelRow, bench_kernels
 from sparsegpt.kernels.measured import judge, machine_name, to_plain
 from sparsegpt.kernels.trial import last_error, trials
@@ -83,7 +84,8 @@ class GpuBench:
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         kept.unlink(missing_ok=True)
         if name == "correctness":
-            found["summary"] = ([line for line in log.read_text(encoding="utf-8").splitlines() if line] or [""])[-1]
+            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+            found["summary"] = next((line for line in reversed(lines) if line), "")
         return found if failed is None else {**found, "failed": failed}
 
     def _command(self, name: str, kept: Path) -> list[str]:
@@ -99,9 +101,11 @@ def _run_for(command: list[str], log: Path, seconds: float) -> str | None:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
+        except BaseException as ended:  # its deadline, or Ctrl-C
             os.killpg(process.pid, signal.SIGKILL)  # and the processes that it has started
             process.wait()
+            if not isinstance(ended, subprocess.TimeoutExpired):
+                raise
             return f"not done after {max(0.0, seconds):.0f} s"
     return None if code == 0 else last_error(log.read_text(encoding="utf-8", errors="replace"), code)
 
@@ -193,4 +197,4 @@ def _versions() -> dict[str, str]:
 if __name__ == "__main__":
     part, device_name, kept_in, *rest = sys.argv[1:]
     for so_far in PARTS[part](torch.device(device_name), bool(rest)):
-        Path(kept_in).write_text(json.dumps(so_far), encoding="utf-8")
+        write_atomically(Path(kept_in), json.dumps(so_far))  # it may be killed at any moment

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_gpu_bench_keeps_what_a_part_measured_before_it_crashed_or_hung(tmp_path
         "solver": keep + child + "time.sleep(60)",
         "prune": keep,
     }
-    monkeypatch.setattr(bench_gpu, "DEADLINES", {"correctness": 9, "kernels": 19, "solver": 2, "prune": 29})
+    monkeypatch.setattr(bench_gpu, "DEADLINES", {"correctness": 9, "kernels": 19, "solver": 4, "prune": 29})
     job = bench_gpu.GpuBench(torch.device("cpu"), tmp_path)
     monkeypatch.setattr(job, "_command", lambda name, kept: [sys.executable, "-c", scripts[name], str(kept)])
     parts = []
@@ -126,6 +127,21 @@ def process_lives(pid: int) -> bool:
         return " Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
     except FileNotFoundError:
         return False
+
+
+def test_ctrl_c_ends_a_part_of_the_gpu_bench_too(tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2)
+        script = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+        with pytest.raises(KeyboardInterrupt):
+            bench_gpu._run_for([sys.executable, "-c", script], tmp_path / "part.log", 30)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not process_lives(int((tmp_path / "part.log").read_text()))
 
 
 def test_gpu_bench_as_a_command(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,8 @@
 A Gluon kernel that issues PTX `mma.sp::ordered_metadata.m16n8k32` on weights in register order (fragments.py): the kept
 values go from memory to the tensor core as they lie, so no instruction is spent on spreading them. One block computes
 32 rows; its warps split the columns and add up at the end. While a warp multiplies STEPS steps of 32 columns, the next
-STEPS are on their way, 16 bytes a lane for each tile of 16 rows: 32 KiB a block, enough for one on a multiprocessor.
+STEPS are on their way, 16 bytes a lane for each tile of 16 rows: 32 KiB or more a block, enough for one to keep a
+multiprocessor's memory busy.
 
     bytes read: 9/16 of a 16-bit dense weight, so at best 1.78 times dense where memory is the limit (few tokens)
 

@@ -73,7 +73,7 @@ class GpuBench:
         for name, deadline in DEADLINES.items():
             tell(name)
             self.results[name] = self._part(name, started + deadline - time.monotonic())
-            (self.out / "bench-gpu.json").write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+            write_atomically(self.out / "bench-gpu.json", json.dumps(self.results, indent=2) + "\n")
         return self.results
 
     def _part(self, name: str, seconds: float) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Measurements of the kernels: one product at a time, and a whole packed model generating beside its dense form.
 
     microseconds   median over the rounds, in which the candidates take turns; on a CPU over those rounds in which no
-                   thread of the process lost its core to another (the best round when there is none); on a GPU what it
-                   computes for, launched while it was still busy
+                   thread of the process lost its core to another (the best round when there is none); on a GPU its
+                   work alone, launched while earlier work still runs
     GB/s           bytes of the weight that the candidate reads / time; `bandwidth` is what a plain copy reaches here
     speedup        dense library time in the same dtype / candidate's time, of the same run
     ceiling        dense bytes / packed bytes: the most that reading less can give over a dense kernel bound by memory

@@ -9,6 +9,7 @@ with a SiLU and packed layers without biases; others (a scale in between, anothe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,29 +24,26 @@ def _reference(self, x):  # type: ignore[no-untyped-def]
     return down_proj  # noqa: RET504  # the very instructions of the models' own forward
 
 
-class GatedForward:
-    """The forward of one gated block: fused where a kernel does that, otherwise the block's own."""
+def gated_forward(block: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """What the block's class computes, to the rounding of the dtype: fused where a kernel does that.
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block, self.activation = block, block.act_fn
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """What the block's class computes, to the rounding of the dtype."""
-        modules = self.block._modules
-        gate, up = modules["gate_proj"], modules["up_proj"]
-        if modules["act_fn"] is self.activation and all(_unwatched(part) for part in (gate, up, self.activation)):
-            hidden = _fused(gate, up, x)
-            if hidden is not None:
-                output: Tensor = modules["down_proj"](hidden)  # type: ignore[misc]
-                return output
-        return type(self.block).forward(self.block, x)  # type: ignore[no-any-return]
+    activation: the one that the block had when it was taken.
+    """
+    modules = block._modules
+    gate, up = modules["gate_proj"], modules["up_proj"]
+    if modules["act_fn"] is activation and all(_unwatched(part) for part in (gate, up, activation)):
+        hidden = _fused(gate, up, x)
+        if hidden is not None:
+            output: Tensor = modules["down_proj"](hidden)  # type: ignore[misc]
+            return output
+    return type(block).forward(block, x)  # type: ignore[no-any-return]
 
 
 def fuse_gated(model: nn.Module) -> int:
     """Give every gated block of packed layers in `model` the fused forward; returns how many there are."""
     blocks = [module for module in model.modules() if is_gated(module)]
     for block in blocks:
-        block.forward = GatedForward(block)
+        block.forward = partial(gated_forward, block, block.get_submodule("act_fn"))
     return len(blocks)
 
 
@@ -59,7 +57,7 @@ def is_gated(module: nn.Module) -> bool:
     if "forward" in module.__dict__ or gate.bias is not None or up.bias is not None:
         return False
     same = (gate.in_features, gate.out_features) == (up.in_features, up.out_features)
-    return same and _is_silu(module._modules.get("act_fn")) and _same_code(type(module).forward)
+    return same and _is_silu(module._modules.get("act_fn")) and same_code(type(module).forward, _reference)
 
 
 def _fused(gate: Any, up: Any, x: Tensor) -> Tensor | None:
@@ -100,10 +98,9 @@ def _is_silu(module: nn.Module | None) -> bool:
     return kind is nn.SiLU or (kind.__module__, kind.__name__) == ("transformers.activations", "SiLUActivation")
 
 
-def _same_code(forward: Any) -> bool:
-    code, reference = getattr(forward, "__code__", None), _reference.__code__
-    return code is not None and (code.co_code, code.co_names, code.co_varnames) == (
-        reference.co_code,
-        reference.co_names,
-        reference.co_varnames,
+def same_code(forward: Any, reference: Any) -> bool:
+    """Whether two functions are the same instructions on the same names and constants."""
+    code, expected = getattr(forward, "__code__", None), reference.__code__
+    return code is not None and all(
+        getattr(code, part) == getattr(expected, part) for part in ("co_code", "co_names", "co_varnames", "co_consts")
     )

@@ -1,9 +1,11 @@
-"""Products with packed 2:4 weights on a CPU: C++ kernels, built on demand, called through ctypes.
+"""Products with packed 2:4 weights on a CPU, and what else a token takes: C++ kernels, built on demand, called
+through ctypes.
 
     matmul          outputs [T, N] = inputs [T, K] weight^T + bias       bfloat16 and float32, sums in float32
     swiglu          silu(inputs gate^T) * (inputs up^T)                  the same
     matmul_integer  as matmul, int8 or int4 values with group scales     bfloat16 inputs, AVX-512
     matmul_dense    as matmul, a dense weight                            bfloat16
+    rms_norm        inputs / sqrt(mean(inputs^2) + epsilon) * weight     bfloat16 and float32
 
 The paths (AVX-512 with and without bfloat16 products, AVX2, plain) are in the C++ sources; `LEVELS` names them, the
 machine's best is chosen at run time. Without a compiler there is no library, and everything runs through torch on
@@ -28,9 +30,10 @@ from .build import load_library
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
 INTEGER_LEVELS = ("avx512", "avx512_bf16")
 _NO_COMPILER = "the CPU kernel needs a C++ compiler (c++, g++, clang++ or $CXX)"
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _MATMUL = {torch.bfloat16: "sparse24_matmul_bf16", torch.float32: "sparse24_matmul_f32"}
 _SWIGLU = {torch.bfloat16: "sparse24_swiglu_bf16", torch.float32: "sparse24_swiglu_f32"}
+_NORM = {torch.bfloat16: "sparse24_norm_bf16", torch.float32: "sparse24_norm_f32"}
 _UNPACK = {
     torch.bfloat16: "sparse24_unpack_16",
     torch.float16: "sparse24_unpack_16",
@@ -41,9 +44,11 @@ _ARGUMENTS = {
     "swiglu": [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2,
     "integer": [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 3,
     "dense": [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2,
+    "norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT] + [_INT] * 2,
     "unpack": [_POINTER] * 3 + [_LONG] * 3 + [_INT] * 2,
     "huge": [_POINTER, _LONG],
 }
+NORM_DTYPES = tuple(_NORM)
 # Tokens up to which `matmul_dense` was timed and faster than torch; where a CPU multiplies bfloat16, torch does well.
 DENSE_TOKENS = {"avx2": 1024, "avx512": 1024}
 _SMALL = 1 << 16  # weights: below this a second thread costs more than it saves
@@ -234,6 +239,38 @@ def run_dense(weight: Tensor, inputs: Tensor, bias: Tensor | None, *, level: str
         columns,
         inputs.numel() // columns,
         _threads(rows * columns),
+        _level_number(level),
+    )
+    return outputs
+
+
+def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float, *, level: str | None = None) -> Tensor:
+    """inputs [..., K] contiguous and weight [K], both bfloat16 or both float32 -> [..., K] (source: norm.cpp).
+
+    Raises SparseGPTError when there is no library, or the operands are not so.
+    """
+    reason = _misplaced(weight)
+    if reason is None and (weight.ndim != 1 or weight.dtype not in _NORM):
+        found = f"{tuple(weight.shape)} {weight.dtype}"
+        reason = f"the CPU kernel for norms expects a weight [K], bfloat16 or float32; found {found}"
+    if reason is None and load_library() is None:
+        reason = _NO_COMPILER
+    _check(reason, (weight.numel(), weight.numel()), weight.dtype, inputs, None)
+    return run_norm(inputs, weight, epsilon, level=level)
+
+
+def run_norm(inputs: Tensor, weight: Tensor, epsilon: float, *, level: str | None = None) -> Tensor:
+    """`rms_norm` without its checks."""
+    columns = weight.shape[0]
+    outputs = inputs.new_empty(*inputs.shape)
+    _function(_NORM[weight.dtype])(
+        inputs.data_ptr(),
+        weight.data_ptr(),
+        outputs.data_ptr(),
+        columns,
+        inputs.numel() // columns,
+        epsilon,
+        _threads(inputs.numel()),
         _level_number(level),
     )
     return outputs

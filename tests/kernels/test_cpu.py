@@ -23,6 +23,7 @@ from sparsegpt.kernels.cpu import (
     prepare,
     refusal,
     refuse_integer,
+    rms_norm,
     swiglu,
     unpack_fast,
 )
@@ -78,6 +79,48 @@ def test_matmul_dense_against_float64(tokens: int, level: str, poisoned: None) -
 def test_dense_operands_that_do_not_fit_are_refused(weight: Tensor, inputs: Tensor, message: str) -> None:
     with pytest.raises(SparseGPTError, match=message):
         matmul_dense(weight, inputs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (1, 700)])
+def test_rms_norm_against_float64(lead: tuple[int, ...], dtype: torch.dtype, level: str, poisoned: None) -> None:
+    for columns, size, epsilon in ((1, 1.0, 1e-6), (7, 1e-4, 1e-5), (96, 300.0, 1e-6), (577, 1.0, 0.5)):
+        inputs, weight = (size * torch.randn(*lead, columns)).to(dtype), torch.randn(columns).to(dtype)
+        mean = inputs.double().square().mean(-1, keepdim=True)
+        expected = inputs.double() / (mean + epsilon).sqrt() * weight.double()
+        found = rms_norm(inputs, weight, epsilon, level=level)
+        assert found.shape == inputs.shape and found.dtype == dtype
+        assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+def test_rms_norm_rounds_before_the_weight() -> None:
+    """As the models do: 1.00390625 is halfway between two bfloat16 and becomes 1, which 3 times is 3."""
+    inputs = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
+    scale = 1.00390625
+    found = rms_norm(inputs, torch.full((2,), 3.0, dtype=torch.bfloat16), scale**-2 - 1)
+    assert torch.equal(found, torch.full((2,), 3.0, dtype=torch.bfloat16))
+    assert torch.tensor(3 * scale).bfloat16() > 3
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("inputs", "weight", "message"),
+    [
+        (torch.zeros(2, 64), torch.ones(32), r"contiguous inputs \[\.\.\., 32\]"),
+        (torch.zeros(2, 64).bfloat16(), torch.ones(64), "float32"),
+        (torch.zeros(64, 2).T, torch.ones(64), r"strides \(1, 2\)"),
+        (torch.zeros(2, 64), torch.ones(128)[::2], r"strides \(2,\)"),
+        (torch.zeros(2, 64), torch.ones(1, 64), r"expects a weight \[K\].*found \(1, 64\)"),
+        (torch.zeros(2, 64).half(), torch.ones(64).half(), "float16"),
+        (torch.zeros(2, 64), torch.ones(64, device="meta"), "meta"),
+    ],
+)
+def test_norm_operands_that_do_not_fit_are_refused(inputs: Tensor, weight: Tensor, message: str) -> None:
+    with pytest.raises(SparseGPTError, match=message):
+        rms_norm(inputs, weight, 1e-5)
 
 
 @needs_compiler
@@ -208,6 +251,10 @@ def test_threads_do_not_change_the_bits() -> None:
         one = matmul(packed, inputs)
         torch.set_num_threads(3)
         assert torch.equal(matmul(packed, inputs), one)
+        norms = torch.randn(500, 256), torch.randn(256), 1e-5
+        many = rms_norm(*norms)
+        torch.set_num_threads(1)
+        assert torch.equal(rms_norm(*norms), many)
     finally:
         torch.set_num_threads(threads)
 

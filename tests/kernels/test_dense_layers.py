@@ -1,4 +1,4 @@
-"""Linears that stay dense: through the kernel where it serves, their own forward otherwise, the same values always."""
+"""What stays dense: through the kernel where it serves, its own forward otherwise, the same values always."""
 
 import copy
 import pickle
@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from sparsegpt.kernels import cpu
 from sparsegpt.kernels.archive import pack_folder
-from sparsegpt.kernels.dense_layers import DenseLinear, quicken_dense
+from sparsegpt.kernels.dense_layers import DenseLinear, is_quick_norm, quicken_dense
 from sparsegpt.kernels.hf import load_packed
 from sparsegpt.kernels.in_place import pack_linears
 
@@ -32,6 +36,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(cpu, "run_dense", spy)
     monkeypatch.setattr(cpu, "DENSE_TOKENS", dict.fromkeys(cpu.LEVELS, 6))
+    return seen
+
+
+@pytest.fixture
+def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the inputs that reach the norm's kernel."""
+    seen: list[tuple[int, ...]] = []
+    run = cpu.run_norm
+
+    def spy(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        seen.append(tuple(inputs.shape))
+        return run(inputs, weight, epsilon)
+
+    monkeypatch.setattr(cpu, "run_norm", spy)
     return seen
 
 
@@ -166,3 +184,108 @@ def test_the_head_of_a_loaded_model(tmp_path: Path, calls: list[tuple[int, ...]]
         again = load_packed(tmp_path / "again", dtype=torch.bfloat16)
         assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
     assert type(again.dequantize().lm_head) is nn.Linear
+
+
+def norm_of(kind: type[nn.Module] = LlamaRMSNorm, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, nn.Module]:
+    """A norm of its own forward, and its quickened copy."""
+    own = kind(40, eps=1e-3).to(dtype)  # type: ignore[call-arg]
+    own.weight.data.normal_(1, 0.3)
+    quick = copy.deepcopy(own)
+    assert quicken_dense(nn.Sequential(quick)) == 1
+    return own, quick
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, MistralRMSNorm, Qwen3RMSNorm])
+def test_norms_of_the_known_form(kind: type[nn.Module], dtype: torch.dtype, norm_calls: list[tuple[int, ...]]) -> None:
+    own, quick = norm_of(kind, dtype)
+    with torch.no_grad():
+        for inputs in (torch.randn(1, 1, 40), torch.randn(3, 40), torch.randn(40), torch.randn(40, 3).T):
+            torch.testing.assert_close(quick(inputs.to(dtype)), own(inputs.to(dtype)), atol=1e-6, rtol=8e-3)
+    assert norm_calls == [(1, 1, 40), (3, 40), (40,), (3, 40)]
+
+
+def test_norms_of_other_forms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Squarer(LlamaRMSNorm):
+        def forward(self, hidden_states):  # type: ignore[no-untyped-def]
+            input_dtype = hidden_states.dtype
+            hidden_states = hidden_states.to(torch.float32)
+            variance = hidden_states.pow(4).mean(-1, keepdim=True)
+            hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+            return self.weight * hidden_states.to(input_dtype)
+
+    replaced = LlamaRMSNorm(8)
+    replaced.forward = lambda hidden_states: hidden_states  # type: ignore[method-assign]
+    half, elsewhere = LlamaRMSNorm(8).half(), LlamaRMSNorm(8).to("meta")
+    monkeypatch.setattr(cpu, "machine_level", lambda: pytest.fail("looked for the library"))
+    others = nn.ModuleList([Squarer(8), GemmaRMSNorm(8), nn.RMSNorm(8), nn.LayerNorm(8), replaced, half, elsewhere])
+    assert quicken_dense(others) == 0
+    assert not any(map(is_quick_norm, others))
+
+
+def test_norms_stay_as_they_are_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, quick = norm_of()
+    inputs = torch.randn(2, 40).bfloat16()
+    monkeypatch.setattr(cpu, "machine_level", lambda: None)
+    monkeypatch.setattr(cpu, "run_norm", lambda *_: pytest.fail("reached the kernel"))
+    assert quicken_dense(LlamaRMSNorm(8)) == 0
+    with torch.no_grad():
+        assert quick(inputs).shape == (2, 40)  # quickened on another machine
+
+
+def test_gradients_autocast_other_dtypes_and_no_tokens_are_the_norms_own(norm_calls: list[tuple[int, ...]]) -> None:
+    own, quick = norm_of()
+    inputs = torch.randn(2, 40).bfloat16()
+    for norm in (own, quick):
+        norm(inputs).sum().backward()
+    assert torch.equal(quick.weight.grad, own.weight.grad)
+    with torch.no_grad():
+        for given in (inputs.float(), torch.zeros(0, 40).bfloat16(), torch.randn(2, 1).bfloat16()):
+            found, expected = quick(given), own(given)
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(quick(inputs), own(inputs))
+        assert quick.to("meta")(inputs.to("meta")).is_meta
+    assert not norm_calls
+
+
+def test_compiled_and_exported_a_norm_is_its_own(norm_calls: list[tuple[int, ...]]) -> None:
+    own, quick = norm_of()
+    inputs = torch.randn(2, 40).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(quick, backend="eager", fullgraph=True)(inputs), own(inputs))
+        assert torch.equal(torch.export.export(quick, (inputs,)).module()(inputs), own(inputs))
+    assert not norm_calls
+
+
+def test_hooks_of_a_norm_are_called(norm_calls: list[tuple[int, ...]]) -> None:
+    _, quick = norm_of()
+    seen: list[Tensor] = []
+    quick.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        assert quick(torch.randn(2, 40).bfloat16()) is seen[0]
+    assert len(norm_calls) == 1
+
+
+def test_copies_and_pickles_of_a_norm_are_of_their_own(norm_calls: list[tuple[int, ...]]) -> None:
+    _, quick = norm_of()
+    inputs = torch.randn(2, 40).bfloat16()
+    with torch.no_grad():
+        expected = quick(inputs)
+        for other in (copy.deepcopy(quick), pickle.loads(pickle.dumps(quick))):
+            quick.weight.zero_()
+            assert torch.equal(other(inputs), expected) and other.state_dict().keys() == quick.state_dict().keys()
+    assert len(norm_calls) == 3
+
+
+def test_the_norms_of_a_loaded_model(tmp_path: Path, norm_calls: list[tuple[int, ...]]) -> None:
+    dense = pruned_model()
+    dense.save_pretrained(tmp_path / "dense")
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    model = load_packed(tmp_path / "packed", kernels="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, dense(TOKENS).logits, atol=1e-5, rtol=1e-4)
+        assert norm_calls == 5 * [(1, 10, 32)]
+        plain = model.dequantize()
+        torch.testing.assert_close(plain(TOKENS).logits, dense(TOKENS).logits, atol=1e-5, rtol=1e-4)
+    assert len(norm_calls) == 5 and not any(map(is_quick_norm, plain.modules()))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import cpu
 from .gated import same_code
+from .operators import dense_linear
 
 
 class DenseLinear(nn.Linear):
@@ -28,8 +29,12 @@ class DenseLinear(nn.Linear):
         """[..., in_features] -> [..., out_features]."""
         # None where someone has put something else, a parametrization say, in the parameter's place
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if weight is not None and (bias is not None or self.bias is None) and _serves_linear(input, weight, bias):
-            return cpu.run_dense(weight, input.contiguous(), bias)
+        if weight is not None and (bias is not None or self.bias is None):
+            if torch.compiler.is_compiling() and _plain_on_cpu(torch.bfloat16, input, weight, bias):
+                output: Tensor = dense_linear(input, weight, bias)
+                return output
+            if not torch.compiler.is_compiling() and serves_linear(input, weight, bias):
+                return cpu.run_dense(weight, input.contiguous(), bias)
         return super().forward(input)
 
 
@@ -108,11 +113,10 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def _serves_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def serves_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel computes this product, and faster than torch on the machine where the process now runs."""
-    operands = (input, weight) if bias is None else (input, weight, bias)
     return (
-        _plain_on_cpu(torch.bfloat16, *operands)
+        _plain_on_cpu(torch.bfloat16, input, weight, bias)
         and input.ndim > 0
         and input.shape[-1] == weight.shape[1]
         and 0 < input.numel() <= cpu.dense_tokens() * weight.shape[1]
@@ -124,7 +128,8 @@ def _serves_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _serves_norm(input: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this norm, and the library is there in the process where the model now is."""
     return (
-        _plain_on_cpu(weight.dtype, input, weight)
+        not torch.compiler.is_compiling()  # which fuses the six steps itself
+        and _plain_on_cpu(weight.dtype, input, weight)
         and weight.dtype in cpu.NORM_DTYPES
         and weight.ndim == 1
         and input.shape[-1:] == weight.shape
@@ -134,11 +139,13 @@ def _serves_norm(input: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _plain_on_cpu(dtype: torch.dtype, *operands: Tensor) -> bool:
-    """Tensors of one dtype on the CPU, of which nobody wants gradients, casts or a graph."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+def _plain_on_cpu(dtype: torch.dtype, *operands: Tensor | None) -> bool:
+    """Tensors of one dtype on the CPU, of which nobody wants gradients or casts."""
+    if torch.is_autocast_enabled("cpu"):
         return False
     for operand in operands:
+        if operand is None:
+            continue
         if operand.dtype != dtype or not operand.is_cpu or (operand.requires_grad and torch.is_grad_enabled()):
             return False
     return True

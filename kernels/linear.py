@@ -5,7 +5,7 @@ the weight itself does not train: unpack the model for that"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from sparsegpt.errors import SparseGPTError
 
 from .dispatch import KERNELS, ROUTES, Choice, Route, choose, dense_weight
+from .operators import PackedProduct, autocast_device, introduce, packed_linear
 from .pack import Packed24, pack, packed_shapes
 
 
 class PackedLinear(nn.Module):
     """What linear layers with packed weights share: the choice of kernels, the checks, the gradient for the input.
 
-    Input [..., in_features], any number of leading dimensions, any strides. A subclass has the buffers and `_current`.
+    Input [..., in_features], any number of leading dimensions, any strides. A subclass has the buffers
+    and what raises NotImplementedError here.
     transposed: ordinary checkpoints keep its weight as [in, out] (Conv1D, some experts). Raises SparseGPTError for an
     unknown `kernels` and for inputs of another width, dtype or device.
     """
@@ -49,39 +51,77 @@ class PackedLinear(nn.Module):
     @property
     def choice(self) -> Choice:
         """The route chosen for this layer where it now lies, and why."""
-        return self._current().choice
+        return self.plan().choice
 
     @property
     def weight(self) -> Tensor:
         """The dense weight [out, in], decompressed on every access."""
-        return self._current().dense()
+        return self.plan().dense()
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The tensors of the weight, in the order of the file format."""
+        raise NotImplementedError
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """in_features and, of a weight of integers, bits and group_size; else 0."""
+        raise NotImplementedError
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that inputs of `dtype` are multiplied in."""
+        raise NotImplementedError
+
+    def plan(self, dtype: torch.dtype | None = None) -> Plan:
+        """The plan for inputs of `dtype`, renewed when a buffer was replaced (moving, casting) or written to."""
+        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if torch.compiler.is_compiling():
+            return self._in_graph(input)
         plan, input = self.planned(input)
         if input.requires_grad and torch.is_grad_enabled():
-            output: Tensor = _PackedProduct.apply(input, plan, *plan.parts)  # type: ignore[no-untyped-call]
-            return output
+            return self._with_gradient(input)
         return plan.multiply(input)
 
     def planned(self, input: Tensor) -> tuple[Plan, Tensor]:
         """What serves this input, and the input as it takes it; raises SparseGPTError for one that does not fit."""
-        plan = self._current(input.dtype)
-        for tensor in plan.parts:
+        plan = self.plan(input.dtype)
+        return plan, self._fitting(input, plan.parts, plan.dtype, plan.autocast)
+
+    def _fitting(self, input: Tensor, parts: Iterable[Tensor], dtype: torch.dtype, autocast: str) -> Tensor:
+        """The input, in `dtype` under autocast; raises SparseGPTError where it or the parts cannot be multiplied."""
+        for tensor in parts:
             if tensor.requires_grad:
                 raise SparseGPTError(
                     "a packed 2:4 layer does not train its weight or bias; unpack the model for training"
                 )
+            device = tensor.device
         if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise SparseGPTError(f"expected inputs [..., {self.in_features}]; found {tuple(input.shape)}")
-        if input.dtype != plan.dtype and torch.is_autocast_enabled(plan.autocast):
-            input = input.to(plan.dtype)
-        if input.dtype != plan.dtype or input.device != plan.parts[0].device:
+        if input.dtype != dtype and torch.is_autocast_enabled(autocast):
+            input = input.to(dtype)
+        if input.dtype != dtype or input.device != device:
             raise SparseGPTError(
-                f"expected inputs in {plan.dtype} on {plan.parts[0].device}; found {input.dtype} on {input.device}: "
+                f"expected inputs in {dtype} on {device}; found {input.dtype} on {input.device}: "
                 "cast or move them, or the layer"
             )
-        return plan, input
+        return input
+
+    def _in_graph(self, input: Tensor) -> Tensor:
+        """`forward` while torch compiles or exports it: one operator."""
+        weight, bias = self.operands, self.bias
+        parts = weight if bias is None else (*weight, bias)
+        input = self._fitting(input, parts, self.computes_in(input.dtype), autocast_device(weight[0]))
+        if input.requires_grad and torch.is_grad_enabled():
+            return self._with_gradient(input)
+        output: Tensor = packed_linear(input, list(weight), bias, self._kernels, *self.form)
+        return output
+
+    def _with_gradient(self, input: Tensor) -> Tensor:
+        output: Tensor = PackedProduct.apply(input, self.bias, self._kernels, self.form, *self.operands)  # type: ignore[no-untyped-call]
+        return output
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -96,10 +136,6 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, kernels={self._kernels}"
         )
-
-    def _current(self, dtype: torch.dtype | None = None) -> Plan:
-        """The plan for inputs of `dtype`, renewed when a buffer was replaced (moving, casting) or written to."""
-        raise NotImplementedError
 
 
 class Sparse24Linear(PackedLinear):
@@ -150,7 +186,22 @@ class Sparse24Linear(PackedLinear):
         """The weight in packed form (the buffers themselves)."""
         return Packed24(self.values, self.meta, (self.out_features, self.in_features))
 
-    def _current(self, dtype: torch.dtype | None = None) -> Plan:
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """values and meta."""
+        return self.values, self.meta
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """in_features, and no bits."""
+        return self.in_features, 0, 0
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of `values`."""
+        return self.values.dtype
+
+    def plan(self, dtype: torch.dtype | None = None) -> Plan:
+        """The plan, of one dtype whatever is asked."""
         # the dictionary itself: a buffer's attribute look-up costs a tenth of a small product
         plan, buffers = self._plan, self._buffers
         values, meta, bias = buffers["values"], buffers["meta"], buffers["bias"]
@@ -167,6 +218,7 @@ class Sparse24Linear(PackedLinear):
             parts = (values, meta) if bias is None else (values, meta, bias)
             choice = choose(packed, self._kernels)
             plan = self._plan = Plan(packed, parts, bias, values.dtype, choice, ROUTES, dense_weight)
+            introduce(self)
         return plan
 
 
@@ -197,8 +249,7 @@ class Plan:
         self.bias = None if bias is None else bias.contiguous()
         self.parts, self._routes, self._dense = parts, routes, dense
         self._versions = [(part, part._version) for part in parts if not part.is_inference()]
-        # what to ask autocast for; of a device that it does not know (meta) it changes nothing
-        self.autocast = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+        self.autocast = autocast_device(parts[0])
         self._states: dict[str, Any] = {}
 
     def written(self) -> bool:
@@ -233,26 +284,6 @@ class Plan:
             return route.run(state, input.contiguous(), self.bias)
         outputs_TN = route.run(state, input.reshape(-1, columns).contiguous(), self.bias)
         return outputs_TN.reshape(*input.shape[:-1], rows)
-
-    def multiply_back(self, grads: Tensor) -> Tensor:
-        """Gradients [..., out_features] of the outputs -> [..., in_features], those of the inputs."""
-        with torch.autocast(self.autocast, enabled=False):
-            return grads @ self.dense()
-
-
-class _PackedProduct(torch.autograd.Function):
-    """Forward through the chosen kernel, backward for the input through the decompressed weight."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, plan: Plan, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(*parts)
-        ctx.plan = plan
-        return plan.multiply(input)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        parts = ctx.saved_tensors  # looked up for torch's check that nobody has written to them since
-        return ctx.plan.multiply_back(grads[0]), None, *(None for _ in parts)
 
 
 def set_kernels(model: nn.Module, kernels: str) -> int:

@@ -34,6 +34,7 @@ from .dispatch import (
 )
 from .linear import PackedLinear, Plan
 from .measured import find
+from .operators import introduce
 from .pack import packed_shapes
 from .quantized import Quantized24, dequantize
 
@@ -107,7 +108,22 @@ class Quantized24Linear(PackedLinear):
         """Shape, bias, bits and kernels, for printing."""
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
 
-    def _current(self, dtype: torch.dtype | None = None) -> Plan:
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """words, scales and meta."""
+        return self.words, self.scales, self.meta
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """in_features, bits, group_size."""
+        return self.in_features, self.bits, self.group_size
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """That of the inputs."""
+        return dtype
+
+    def plan(self, dtype: torch.dtype | None = None) -> Plan:
+        """The plan for a dtype, by default the bias's or bfloat16; raises SparseGPTError for one that it cannot be."""
         plan, bias = self._plan, self._buffers["bias"]
         parts = tuple(t for name in ("words", "scales", "meta", "bias") if (t := self._buffers[name]) is not None)
         same = plan is not None and len(parts) == len(plan.parts) and all(map(operator.is_, plan.parts, parts))
@@ -122,6 +138,7 @@ class Quantized24Linear(PackedLinear):
             given = None if bias is None else bias.to(dtype)
             plan = Plan(weight, parts, given, dtype, choose_integer(weight, self.kernels), INTEGER_ROUTES, _dense)
             self._plan = plan
+            introduce(self)
         return plan
 
 

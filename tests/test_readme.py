@@ -40,20 +40,29 @@ def commands() -> list[str]:
 needs_text = pytest.mark.skipif(README.count("\n") < 10, reason="the README is not written yet")
 
 
-@needs_text
-def test_commands_on_the_demo_model_run_one_after_another(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder in which the commands on the demo model have run one after another, as a reader runs them."""
+    folder = tmp_path_factory.mktemp("readme")
     runnable = [command for command in commands() if not LOCAL.search(command)]
     assert runnable
-    monkeypatch.chdir(tmp_path)
     for recipe in fenced("toml"):  # the first line is the file's name
-        (tmp_path / recipe.split("\n")[0].removeprefix("# ")).write_text(recipe)
-    for command in runnable:
-        words = shlex.split(command)
-        monkeypatch.setattr(sys, "argv", ["sparsegpt", *words, *SHORTER.get(words[0], [])])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            assert not ended.code, f"{command}: {capsys.readouterr().err}"
+        (folder / recipe.split("\n")[0].removeprefix("# ")).write_text(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in runnable:
+            words = shlex.split(command)
+            patch.setattr(sys, "argv", ["sparsegpt", *words, *SHORTER.get(words[0], [])])
+            try:
+                cli.main()
+            except SystemExit as ended:
+                assert not ended.code, command
+    return folder
+
+
+@needs_text
+def test_commands_on_the_demo_model_run_one_after_another(done):
+    assert (done / "pruned/demo/report.json").is_file()
 
 
 @pytest.mark.parametrize("command", commands())
@@ -75,9 +84,9 @@ def test_there_is_a_python_example():
 
 
 @pytest.mark.parametrize("code", fenced("python"))
-def test_python_examples_run(code, tmp_path):
+def test_python_examples_run(code, done):
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=CHILD_ENVIRONMENT, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=done, env=CHILD_ENVIRONMENT, check=False
     )
     assert result.returncode == 0, result.stderr
 

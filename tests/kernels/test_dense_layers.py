@@ -94,15 +94,6 @@ def test_gradients_autocast_other_dtypes_and_many_tokens_are_the_layers_own(call
     assert not calls
 
 
-def test_compiled_and_exported_it_is_the_layers_own(calls: list[tuple[int, ...]]) -> None:
-    linear, inputs = quickened(), torch.randn(2, 40).bfloat16()
-    with torch.no_grad():
-        expected = nn.functional.linear(inputs, linear.weight, linear.bias)
-        assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(inputs), expected)
-        assert torch.equal(torch.export.export(linear, (inputs,)).module()(inputs), expected)
-    assert not calls
-
-
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_what_stands_in_a_parameters_place_is_computed_by_torch(name: str, calls: list[tuple[int, ...]]) -> None:
     class Twice(nn.Module):

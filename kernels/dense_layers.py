@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import cpu
 from .gated import same_code
-from .operators import dense_linear
+from .operators import dense_linear, is_plain
 
 
 class DenseLinear(nn.Linear):
@@ -30,10 +30,11 @@ class DenseLinear(nn.Linear):
         # None where someone has put something else, a parametrization say, in the parameter's place
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if weight is not None and (bias is not None or self.bias is None):
-            if torch.compiler.is_compiling() and _plain_on_cpu(torch.bfloat16, input, weight, bias):
-                output: Tensor = dense_linear(input, weight, bias)
-                return output
-            if not torch.compiler.is_compiling() and serves_linear(input, weight, bias):
+            if torch.compiler.is_compiling():
+                if not torch.compiler.is_exporting() and _alike_on_cpu(torch.bfloat16, input, weight, bias):
+                    output: Tensor = dense_linear(input, weight, bias)
+                    return output
+            elif is_plain(input) and serves_linear(input, weight, bias):
                 return cpu.run_dense(weight, input.contiguous(), bias)
         return super().forward(input)
 
@@ -49,15 +50,16 @@ def _reference(self, hidden_states):  # type: ignore[no-untyped-def]
 def norm_forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     """What the norm's class computes, [..., K] -> [..., K]: in our kernel without gradients, otherwise its own way."""
     weight = norm._parameters.get("weight")
-    if weight is not None and _serves_norm(hidden_states, weight):
+    compiling = torch.compiler.is_compiling()  # which fuses the six steps itself
+    if weight is not None and not compiling and is_plain(hidden_states) and _serves_norm(hidden_states, weight):
         return cpu.run_norm(hidden_states.contiguous(), weight, norm.variance_epsilon)  # type: ignore[arg-type]
     return type(norm).forward(norm, hidden_states)  # type: ignore[no-any-return]
 
 
 def quicken_dense(model: nn.Module) -> int:
-    """Give what stays dense in `model`, on the CPU, our kernels, in place; returns how many modules that are.
+    """Give what stays dense in `model`, on the CPU, our kernels, in place; returns how many modules got one.
 
-    None where this machine has no kernel that is faster than torch.
+    What torch computes as fast on this machine stays as it is, and so does everything where there is no library.
     """
     modules = list(model.modules())
     return _quicken_linears(list(filter(_is_plain, modules))) + _quicken_norms(list(filter(_is_norm, modules)))
@@ -116,7 +118,7 @@ def _is_norm(module: nn.Module) -> bool:
 def serves_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel computes this product, and faster than torch on the machine where the process now runs."""
     return (
-        _plain_on_cpu(torch.bfloat16, input, weight, bias)
+        _alike_on_cpu(torch.bfloat16, input, weight, bias)
         and input.ndim > 0
         and input.shape[-1] == weight.shape[1]
         and 0 < input.numel() <= cpu.dense_tokens() * weight.shape[1]
@@ -128,8 +130,7 @@ def serves_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _serves_norm(input: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this norm, and the library is there in the process where the model now is."""
     return (
-        not torch.compiler.is_compiling()  # which fuses the six steps itself
-        and _plain_on_cpu(weight.dtype, input, weight)
+        _alike_on_cpu(weight.dtype, input, weight)
         and weight.dtype in cpu.NORM_DTYPES
         and weight.ndim == 1
         and input.shape[-1:] == weight.shape
@@ -139,7 +140,7 @@ def _serves_norm(input: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _plain_on_cpu(dtype: torch.dtype, *operands: Tensor | None) -> bool:
+def _alike_on_cpu(dtype: torch.dtype, *operands: Tensor | None) -> bool:
     """Tensors of one dtype on the CPU, of which nobody wants gradients or casts."""
     if torch.is_autocast_enabled("cpu"):
         return False

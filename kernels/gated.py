@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
+from .operators import is_plain
+
 _GLOBAL_HOOKS = (module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks)
 
 
@@ -29,7 +31,7 @@ def gated_forward(block: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
 
     activation: the one that the block had when it was taken.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses what lies between the products
+    if torch.compiler.is_compiling() or not is_plain(x):  # a compiler fuses what lies between the products itself
         return type(block).forward(block, x)  # type: ignore[no-any-return]
     modules = block._modules
     gate, up = modules["gate_proj"], modules["up_proj"]

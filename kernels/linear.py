@@ -5,7 +5,7 @@ the weight itself does not train: unpack the model for that"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsegpt.errors import SparseGPTError
 
 from .dispatch import KERNELS, ROUTES, Choice, Route, choose, dense_weight
-from .operators import PackedProduct, autocast_device, introduce, packed_linear
+from .operators import autocast_device, has_tangent, introduce, is_plain, packed_linear
 from .pack import Packed24, pack, packed_shapes
 
 
@@ -78,26 +78,27 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if torch.compiler.is_compiling():
-            return self._in_graph(input)
+        if torch.compiler.is_compiling() or not is_plain(input):
+            return self._as_operator(input)
         plan, input = self.planned(input)
         if input.requires_grad and torch.is_grad_enabled():
-            return self._with_gradient(input)
+            output: Tensor = _PackedProduct.apply(input, plan, *plan.parts)  # type: ignore[no-untyped-call]
+            return output
         return plan.multiply(input)
 
     def planned(self, input: Tensor) -> tuple[Plan, Tensor]:
         """What serves this input, and the input as it takes it; raises SparseGPTError for one that does not fit."""
         plan = self.plan(input.dtype)
-        return plan, self._fitting(input, plan.parts, plan.dtype, plan.autocast)
+        return plan, self.fitting(input, plan.parts, plan.dtype, plan.autocast)
 
-    def _fitting(self, input: Tensor, parts: Iterable[Tensor], dtype: torch.dtype, autocast: str) -> Tensor:
+    def fitting(self, input: Tensor, parts: tuple[Tensor, ...], dtype: torch.dtype, autocast: str) -> Tensor:
         """The input, in `dtype` under autocast; raises SparseGPTError where it or the parts cannot be multiplied."""
         for tensor in parts:
             if tensor.requires_grad:
                 raise SparseGPTError(
                     "a packed 2:4 layer does not train its weight or bias; unpack the model for training"
                 )
-            device = tensor.device
+        device = parts[0].device
         if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise SparseGPTError(f"expected inputs [..., {self.in_features}]; found {tuple(input.shape)}")
         if input.dtype != dtype and torch.is_autocast_enabled(autocast):
@@ -109,18 +110,14 @@ class PackedLinear(nn.Module):
             )
         return input
 
-    def _in_graph(self, input: Tensor) -> Tensor:
-        """`forward` while torch compiles or exports it: one operator."""
+    def _as_operator(self, input: Tensor) -> Tensor:
+        """`forward` where torch must see what is computed."""
+        if not torch.compiler.is_compiling() and has_tangent(input):
+            raise SparseGPTError("a packed 2:4 layer has no forward derivatives; unpack the model for them")
         weight, bias = self.operands, self.bias
         parts = weight if bias is None else (*weight, bias)
-        input = self._fitting(input, parts, self.computes_in(input.dtype), autocast_device(weight[0]))
-        if input.requires_grad and torch.is_grad_enabled():
-            return self._with_gradient(input)
+        input = self.fitting(input, parts, self.computes_in(input.dtype), autocast_device(weight[0]))
         output: Tensor = packed_linear(input, list(weight), bias, self._kernels, *self.form)
-        return output
-
-    def _with_gradient(self, input: Tensor) -> Tensor:
-        output: Tensor = PackedProduct.apply(input, self.bias, self._kernels, self.form, *self.operands)  # type: ignore[no-untyped-call]
         return output
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -284,6 +281,26 @@ class Plan:
             return route.run(state, input.contiguous(), self.bias)
         outputs_TN = route.run(state, input.reshape(-1, columns).contiguous(), self.bias)
         return outputs_TN.reshape(*input.shape[:-1], rows)
+
+    def multiply_back(self, grads: Tensor) -> Tensor:
+        """Gradients [..., out_features] of the outputs -> [..., in_features], those of the inputs."""
+        with torch.autocast(self.autocast, enabled=False):
+            return grads @ self.dense()
+
+
+class _PackedProduct(torch.autograd.Function):
+    """Forward through the chosen kernel, backward for the input through the decompressed weight."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, plan: Plan, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.plan = plan
+        return plan.multiply(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = ctx.saved_tensors  # looked up for torch's check that nobody has written to them since
+        return ctx.plan.multiply_back(grads[0]), None, *(None for _ in parts)
 
 
 def set_kernels(model: nn.Module, kernels: str) -> int:

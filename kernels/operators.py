@@ -1,11 +1,12 @@
 """Products of packed models as operators of torch: what torch.compile and torch.export put in their graphs.
 
-    sparsegpt::packed_linear   x W^T + b on a packed weight, through the kernel that the layer would choose
+    sparsegpt::packed_linear   x W^T + b on a packed weight, through the kernel that its layer would choose
     sparsegpt::packed_weight   W itself [N, K], for the gradient of the input
     sparsegpt::dense_linear    x W^T + b on a dense weight, through the CPU kernel where that is quicker
 
-They depend on their arguments alone, so a graph serves every layer of one shape, and an exported program runs wherever
-`sparsegpt.kernels.linear` is imported. Eager layers call the kernels without them, which saves some 6 us a call."""
+Their results depend on their arguments alone: a graph serves every layer of one shape, and an exported program runs
+wherever `sparsegpt.kernels.linear` is imported. Layers call the kernels themselves, which saves some 10 us a call, as
+long as an input is plain memory and nobody but autograd watches (`is_plain`)."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils import _python_dispatch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import cpu
@@ -36,8 +39,36 @@ packed_linear: Any = torch.ops.sparsegpt.packed_linear.default
 packed_weight: Any = torch.ops.sparsegpt.packed_weight.default
 dense_linear: Any = torch.ops.sparsegpt.dense_linear.default
 
-# First tensor of a weight -> what its layer was made for, and where the layer is: as long as that tensor lives.
-_layers = WeakTensorKeyDictionary()
+# By the first tensor of a weight, for as long as that lives: the layer that it belongs to; one made for it here, on
+# aliases, as with the key itself inside a value the dictionary would never let go.
+_owners = WeakTensorKeyDictionary()
+_made = WeakTensorKeyDictionary()
+
+
+def is_plain(input: Tensor) -> bool:
+    """Whether a kernel may go by the address of an input and return its result unseen.
+
+    Not for tensors of other classes, wrapped by a transform or lazily negated, nor while somebody traces, intercepts
+    what is computed (fake tensors, say) or takes forward derivatives.
+    """
+    return (
+        type(input) in (Tensor, nn.Parameter)
+        and not input.is_neg()
+        and not _python_dispatch.is_in_torch_dispatch_mode()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    )
+
+
+def has_tangent(input: Tensor) -> bool:
+    """Whether forward derivatives are taken through an input."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None
+
+
+def introduce(layer: PackedLinear) -> None:
+    """Have the operators go through this very layer, with what it has prepared, for its tensors while it lives."""
+    _owners[layer.operands[0]] = weakref.ref(layer)
 
 
 def autocast_device(tensor: Tensor) -> str:
@@ -46,46 +77,27 @@ def autocast_device(tensor: Tensor) -> str:
     return kind if torch.amp.is_autocast_available(kind) else "cpu"
 
 
-class PackedProduct(torch.autograd.Function):
-    """`packed_linear` with a gradient for the input."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, bias: Tensor | None, kernels: str, form: tuple[int, int, int], *weight: Tensor
-    ) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        ctx.save_for_backward(*weight)
-        ctx.form = form
-        output: Tensor = packed_linear(input, list(weight), bias, kernels, *form)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients [..., out_features] of the output -> those of the input."""
-        weight_NK = packed_weight(list(ctx.saved_tensors), grads[0].dtype, *ctx.form)
-        with torch.autocast(autocast_device(weight_NK), enabled=False):
-            input_grads = grads[0] @ weight_NK
-        return input_grads, None, None, None, *(None for _ in ctx.saved_tensors)
-
-
-def introduce(layer: PackedLinear) -> None:
-    """Have the operators go through this very layer, with what it has prepared, for its tensors while it lives."""
-    _layers[layer.operands[0]] = (_key(layer.operands, layer.bias, layer.kernels, layer.form), weakref.ref(layer))
-
-
 def _packed_linear(input: Tensor, weight: list[Tensor], bias: Tensor | None, kernels: str, *form: int) -> Tensor:
-    key = _key(weight, bias, kernels, form)
-    made_for, place = _layers.get(weight[0], (None, None))
-    layer = place() if made_for == key else None
-    if layer is None:  # an exported program's, say; aliases, as with the key in it the dictionary would never let go
-        layer = _layer([part.detach() for part in weight], None if bias is None else bias.detach(), kernels, *form)
-        _layers[weight[0]] = (key, lambda kept=layer: kept)
-    plan, input = layer.planned(input)
-    return plan.multiply(input)
+    parts = weight if bias is None else [*weight, bias]
+    owner, made = _owners.get(weight[0]), _made.get(weight[0])
+    for layer in (None if owner is None else owner(), made):
+        if layer is not None and layer.kernels == kernels and layer.form == form:
+            plan = layer.plan(input.dtype)
+            if _same(plan.parts, parts):
+                break
+    else:
+        aliases, alias = [part.detach() for part in weight], None if bias is None else bias.detach()
+        layer = _made[weight[0]] = _layer(aliases, alias, kernels, *form)
+        plan = layer.plan(input.dtype)
+    outputs: Tensor = plan.multiply(layer.fitting(input, plan.parts, plan.dtype, plan.autocast))
+    return outputs
 
 
-def _key(weight: Sequence[Tensor], bias: Tensor | None, kernels: str, form: tuple[int, ...]) -> tuple[Any, ...]:
-    return kernels, *form, None if bias is None else bias.data_ptr(), *map(Tensor.data_ptr, weight)
+def _same(parts: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether tensors, or what they are aliases of, are the same ones."""
+    if len(parts) != len(others):
+        return False
+    return all(part is other or part.data_ptr() == other.data_ptr() for part, other in zip(parts, others, strict=True))
 
 
 def _packed_weight(weight: list[Tensor], dtype: torch.dtype, *form: int) -> Tensor:
@@ -121,18 +133,39 @@ def _packed(weight: list[Tensor], in_features: int, bits: int, group_size: int) 
     return Quantized24(words, scales.view(torch.float16), meta, shape, bits, group_size)
 
 
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, _, *ctx.form = inputs
+    ctx.save_for_backward(*weight)
+
+
+def _input_grads(ctx: Any, grads: Tensor) -> tuple[Any, ...]:
+    """Gradients [..., out_features] of the output -> [..., in_features], those of the input; nothing else trains."""
+    weight = list(ctx.saved_tensors)
+    weight_NK = packed_weight(weight, grads.dtype, *ctx.form)
+    with torch.autocast(autocast_device(weight_NK), enabled=False):
+        return grads @ weight_NK, [None] * len(weight), None, None, *(None for _ in ctx.form)
+
+
 def _outputs(input: Tensor, rows: int) -> Tensor:
     return input.new_empty(*input.shape[:-1], rows)
 
 
-for _name, _function, _result in (
-    ("packed_linear", _packed_linear, lambda input, weight, *_: _outputs(input, weight[0].shape[0])),
-    (
-        "packed_weight",
-        _packed_weight,
-        lambda weight, dtype, columns, *_: weight[0].new_empty(weight[0].shape[0], columns, dtype=dtype),
-    ),
-    ("dense_linear", _dense_linear, lambda input, weight, _: _outputs(input, weight.shape[0])),
-):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparsegpt::{_name}", _result)
+def _packed_linear_shape(input: Tensor, weight: list[Tensor], *_: Any) -> Tensor:
+    return _outputs(input, weight[0].shape[0])
+
+
+def _packed_weight_shape(weight: list[Tensor], dtype: torch.dtype, in_features: int, *_: int) -> Tensor:
+    return weight[0].new_empty(weight[0].shape[0], in_features, dtype=dtype)
+
+
+def _dense_linear_shape(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _outputs(input, weight.shape[0])
+
+
+_LIBRARY.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_weight", _packed_weight, "CompositeExplicitAutograd")
+_LIBRARY.impl("dense_linear", _dense_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsegpt::packed_linear", _packed_linear_shape)
+torch.library.register_fake("sparsegpt::packed_weight", _packed_weight_shape)
+torch.library.register_fake("sparsegpt::dense_linear", _dense_linear_shape)
+torch.library.register_autograd("sparsegpt::packed_linear", _input_grads, setup_context=_save_weight)

@@ -245,7 +245,7 @@ def run_dense(weight: Tensor, inputs: Tensor, bias: Tensor | None, *, level: str
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, epsilon: float, *, level: str | None = None) -> Tensor:
-    """inputs [..., K] contiguous and weight [K], both bfloat16 or both float32 -> [..., K] (source: norm.cpp).
+    """inputs [..., K] contiguous and weight [K], both bfloat16 or both float32 -> [..., K] (formula: norm.cpp).
 
     Raises SparseGPTError when there is no library, or the operands are not so.
     """

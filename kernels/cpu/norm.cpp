@@ -1,4 +1,4 @@
-// Root mean square norm (Zhang & Sennrich 2019), one pass over each token:
+// Root mean square norm (Zhang & Sennrich 2019), token by token:
 //     out[t, k] = weight[k] * round(inputs[t, k] / sqrt(mean_k(inputs[t, k]^2) + epsilon))
 // with the mean in float32 and round to the dtype of the inputs, in which models multiply by their weight.
 
@@ -44,11 +44,11 @@ AVX2 void tokens_avx2(const Norm<T>& p, int64_t begin, int64_t end) {
 
 template <class T>
 void norm(const Norm<T>& p, int64_t tokens, int threads, int level) {
-  void (*few)(const Norm<T>&, int64_t, int64_t) = tokens_plain<T>;
+  void (*normalise)(const Norm<T>&, int64_t, int64_t) = tokens_plain<T>;
 #if X86
-  if (level >= kAvx2) few = tokens_avx2<T>;
+  if (level >= kAvx2) normalise = tokens_avx2<T>;
 #endif
-  in_parallel(tokens, threads, [&](int64_t begin, int64_t end) { few(p, begin, end); });
+  in_parallel(tokens, threads, [&](int64_t begin, int64_t end) { normalise(p, begin, end); });
 }
 
 }  // namespace

@@ -21,10 +21,9 @@ from .pack import Packed24, pack, packed_shapes
 class PackedLinear(nn.Module):
     """What linear layers with packed weights share: the choice of kernels, the checks, the gradient for the input.
 
-    Input [..., in_features], any number of leading dimensions, any strides. A subclass has the buffers
-    and what raises NotImplementedError here.
-    transposed: ordinary checkpoints keep its weight as [in, out] (Conv1D, some experts). Raises SparseGPTError for an
-    unknown `kernels` and for inputs of another width, dtype or device.
+    Input [..., in_features], any number of leading dimensions, any strides. A subclass has the buffers and what raises
+    NotImplementedError here. transposed: ordinary checkpoints keep its weight as [in, out] (Conv1D, some experts).
+    Raises SparseGPTError for an unknown `kernels` and for inputs of another width, dtype or device.
     """
 
     bias: Tensor | None

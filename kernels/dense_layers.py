@@ -3,7 +3,7 @@
     linears  bfloat16, on a CPU that does not multiply it itself: there torch takes 1.4 to 4 times as long, and for one
              token the head of a small model half as long as all its packed layers
     norms    the root mean square norm of Llama and its kin, which torch computes in six steps; for one token they take
-             half as long as all packed layers
+             a third as long as all packed layers
 
 Figures: BENCHMARKS.md. Parameters, names, `state_dict` and saving stay as they are, and so do the values up to the
 order of a sum. A norm is taken when its class's forward is, instruction for instruction, `_reference` below; others
@@ -30,12 +30,12 @@ class DenseLinear(nn.Linear):
         # None where someone has put something else, a parametrization say, in the parameter's place
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if weight is not None and (bias is not None or self.bias is None):
-            if torch.compiler.is_compiling():
-                if not torch.compiler.is_exporting() and _alike_on_cpu(torch.bfloat16, input, weight, bias):
-                    output: Tensor = dense_linear(input, weight, bias)
-                    return output
-            elif is_plain(input) and serves_linear(input, weight, bias):
+            if is_plain(input) and serves_linear(input, weight, bias):
                 return cpu.run_dense(weight, input.contiguous(), bias)
+            compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            if compiling and _alike_on_cpu(torch.bfloat16, input, weight, bias):
+                output: Tensor = dense_linear(input, weight, bias)
+                return output
         return super().forward(input)
 
 
@@ -50,8 +50,7 @@ def _reference(self, hidden_states):  # type: ignore[no-untyped-def]
 def norm_forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     """What the norm's class computes, [..., K] -> [..., K]: in our kernel without gradients, otherwise its own way."""
     weight = norm._parameters.get("weight")
-    compiling = torch.compiler.is_compiling()  # which fuses the six steps itself
-    if weight is not None and not compiling and is_plain(hidden_states) and _serves_norm(hidden_states, weight):
+    if weight is not None and is_plain(hidden_states) and _serves_norm(hidden_states, weight):
         return cpu.run_norm(hidden_states.contiguous(), weight, norm.variance_epsilon)  # type: ignore[arg-type]
     return type(norm).forward(norm, hidden_states)  # type: ignore[no-any-return]
 

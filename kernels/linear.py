@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if torch.compiler.is_compiling() or not is_plain(input):
+        if not is_plain(input):
             return self._as_operator(input)
         plan, input = self.planned(input)
         if input.requires_grad and torch.is_grad_enabled():

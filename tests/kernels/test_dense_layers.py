@@ -190,9 +190,10 @@ def norm_of(kind: type[nn.Module] = LlamaRMSNorm, dtype: torch.dtype = torch.bfl
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, MistralRMSNorm, Qwen3RMSNorm])
 def test_norms_of_the_known_form(kind: type[nn.Module], dtype: torch.dtype, norm_calls: list[tuple[int, ...]]) -> None:
     own, quick = norm_of(kind, dtype)
+    rounding = 8e-3 if dtype == torch.bfloat16 else 1e-5
     with torch.no_grad():
         for inputs in (torch.randn(1, 1, 40), torch.randn(3, 40), torch.randn(40), torch.randn(40, 3).T):
-            torch.testing.assert_close(quick(inputs.to(dtype)), own(inputs.to(dtype)), atol=1e-6, rtol=8e-3)
+            torch.testing.assert_close(quick(inputs.to(dtype)), own(inputs.to(dtype)), atol=1e-6, rtol=rounding)
     assert norm_calls == [(1, 1, 40), (3, 40), (40,), (3, 40)]
 
 

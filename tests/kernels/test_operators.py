@@ -43,9 +43,8 @@ def layer_of(
     if not bits:
         return Sparse24Linear.from_packed(packed, given), weight24(24, 64, dtype, seed).double(), given
     layer = Quantized24Linear.from_quantized(quantize(packed, bits, 32), given)
-    integers, kept = layer.quantized, torch.arange(64)
-    scale = integers.scales.double()[:, kept // 32]
-    return layer, (layer.plan(torch.float32).dense().double() / scale).round() * scale, given
+    scale_NK = layer.quantized.scales.double().repeat_interleave(32, 1)
+    return layer, (weight24(24, 64, dtype, seed).double() / scale_NK).round() * scale_NK, given
 
 
 def arguments(layer: PackedLinear, inputs: Tensor) -> tuple[object, ...]:
@@ -210,9 +209,8 @@ def watched(kind: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     if kind == "norm":
         norm = norm_of()
         return norm, lambda x: LlamaRMSNorm.forward(norm, x)
-    layer = layer_of(0 if kind == "packed" else 8, torch.float32)[0]
-    weight, bias = layer.weight.float(), layer.bias
-    return layer, lambda x: nn.functional.linear(x, weight, bias)
+    layer, weight, bias = layer_of(0 if kind == "packed" else 8, torch.float32)
+    return layer, lambda x: nn.functional.linear(x, weight.float(), bias)
 
 
 @pytest.mark.parametrize("kind", ["norm", "packed", "integers"])
@@ -227,7 +225,7 @@ class TestWhoeverWatches:
             traced = torch.jit.trace(layer, (inputs,), check_trace=False)
         made = make_fx(layer)(inputs)
         for run in (traced, made):
-            torch.testing.assert_close(run(others), own(others), atol=1e-5, rtol=1e-4 if kind != "integers" else 1e-2)
+            torch.testing.assert_close(run(others), own(others), atol=1e-5, rtol=1e-4)
 
     def test_fake_tensors(self, kind: str) -> None:
         layer, own = watched(kind)
@@ -238,7 +236,7 @@ class TestWhoeverWatches:
         layer, own = watched(kind)
         inputs = torch.randn(3, 64)
         found = layer(torch._neg_view(inputs))
-        torch.testing.assert_close(found, own(-inputs), atol=1e-5, rtol=1e-4 if kind != "integers" else 1e-2)
+        torch.testing.assert_close(found, own(-inputs), atol=1e-5, rtol=1e-4)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's forward derivatives themselves use
     def test_transforms_and_forward_derivatives_are_right_or_refused(self, kind: str) -> None:

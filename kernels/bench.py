@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import cpu
-from .dispatch import ROUTES, Choice, Route, choose
-from .measured import OWN_DENSE, dtype_name
+from .dispatch import ROUTES, choose
+from .integer24 import INTEGER_ROUTES, choose_integer
+from .measured import OWN_DENSE, KernelRow, dtype_name
 from .pack import Packed24, packed_shapes, unpack
-from .quantized import dequantize, quantize
-from .quantized_linear import INTEGER_ROUTES, Typed24, choose_integer
+from .quantized import Typed24, dequantize, quantize
+from .route import Choice, Route
 from .trial import failure, random_packed, trials
 
 try:
@@ -42,27 +43,6 @@ SHAPES = ((14336, 4096), (4096, 14336))
 TOKENS = (1, 4, 16, 64)
 _FLUSH_BYTES = 1 << 28
 _PAUSE_CYCLES = 400_000  # 0.2 ms
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """One candidate on one shape and number of tokens.
-
-    `kernel` is "library" (torch on the dense weight), "own-dense" (our kernel on it, where linears that stay dense go
-    through that), a route of the dispatch, or an integer form; `chosen` marks what the automatic choice takes.
-    """
-
-    kernel: str
-    dtype: str
-    rows: int
-    columns: int
-    tokens: int
-    microseconds: float
-    gigabytes_per_second: float
-    speedup: float
-    speedup_over_best_dense: float
-    ceiling: float
-    chosen: bool
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu
-from .gated import same_code
-from .operators import dense_linear, is_plain
+from .plain import is_plain, same_code
+from .schemas import dense_linear
 
 
 class DenseLinear(nn.Linear):

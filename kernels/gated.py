@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from .operators import is_plain
+from .linear import PackedLinear, Sparse24Linear
+from .plain import is_plain, same_code
 
 _GLOBAL_HOOKS = (module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks)
 
@@ -53,8 +54,6 @@ def fuse_gated(model: nn.Module) -> int:
 
 def is_gated(module: nn.Module) -> bool:
     """Whether a module is a gated block in the sense of this file whose forward is still its class's own."""
-    from .linear import PackedLinear, Sparse24Linear
-
     gate, up, down = (module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
     if type(gate) is not Sparse24Linear or type(up) is not Sparse24Linear or not isinstance(down, PackedLinear):
         return False
@@ -66,8 +65,6 @@ def is_gated(module: nn.Module) -> bool:
 
 def _fused(gate: Any, up: Any, x: Tensor) -> Tensor | None:
     """silu(gate(x)) * up(x) in one kernel, or None where no kernel does that."""
-    from .linear import Sparse24Linear
-
     if type(gate) is not Sparse24Linear or type(up) is not Sparse24Linear:
         return None
     if gate.bias is not None or up.bias is not None or (x.requires_grad and torch.is_grad_enabled()):
@@ -100,11 +97,3 @@ def _unwatched(module: Any) -> bool:
 def _is_silu(module: nn.Module | None) -> bool:
     kind = type(module)
     return kind is nn.SiLU or (kind.__module__, kind.__name__) == ("transformers.activations", "SiLUActivation")
-
-
-def same_code(forward: Any, reference: Any) -> bool:
-    """Whether two functions are the same instructions on the same names and constants."""
-    code, expected = getattr(forward, "__code__", None), reference.__code__
-    return code is not None and all(
-        getattr(code, part) == getattr(expected, part) for part in ("co_code", "co_names", "co_varnames", "co_consts")
-    )

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
 
-from .dispatch import KERNELS, ROUTES, Choice, Route, choose, dense_weight
-from .operators import autocast_device, has_tangent, introduce, is_plain, packed_linear
+from .dense import dense_weight
+from .dispatch import KERNELS, ROUTES, choose
 from .pack import Packed24, pack, packed_shapes
+from .plain import autocast_device, has_tangent, is_plain
+from .route import Choice, Route
+from .schemas import introduce, packed_linear
 
 
 class PackedLinear(nn.Module):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,9 +28,6 @@ from sparsegpt.folders import write_atomically
 from . import cpu
 from .cpu.build import cache_folder
 from .tensor_files import read_json
-
-if TYPE_CHECKING:
-    from .bench import KernelRow
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +40,27 @@ FORMAT = 1
 
 # Up to so many tokens, this route.
 Step = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One candidate on one shape and number of tokens.
+
+    `kernel` is "library" (torch on the dense weight), "own-dense" (our kernel on it, where linears that stay dense go
+    through that), a route of the dispatch, or an integer form; `chosen` marks what the automatic choice takes.
+    """
+
+    kernel: str
+    dtype: str
+    rows: int
+    columns: int
+    tokens: int
+    microseconds: float
+    gigabytes_per_second: float
+    speedup: float
+    speedup_over_best_dense: float
+    ceiling: float
+    chosen: bool
 
 
 @dataclass(frozen=True)

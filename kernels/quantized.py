@@ -22,6 +22,9 @@ from sparsegpt.errors import SparseGPTError
 
 from .pack import WORD_COLUMNS, Packed24, packed_shapes
 
+# What a layer of integers multiplies in.
+INTEGER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @dataclass(frozen=True, eq=False)
 class Quantized24:
@@ -55,6 +58,19 @@ class Quantized24:
         """The same weight with its tensors contiguous (themselves where they are)."""
         words, scales, meta = self.words.contiguous(), self.scales.contiguous(), self.meta.contiguous()
         return replace(self, words=words, scales=scales, meta=meta)
+
+
+@dataclass(frozen=True, eq=False)
+class Typed24:
+    """An integer weight and the dtype that it is multiplied in."""
+
+    weight: Quantized24
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the dense weight."""
+        return self.weight.shape
 
 
 def quantize(packed: Packed24, bits: int, group_size: int = 128) -> Quantized24:

@@ -12,14 +12,13 @@ and one sum adds all three; as sums may be taken in any order, attention counts 
 undoes what the corrected attention has left over, and no drift is undone twice.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.selection import compile_regex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -254,11 +253,3 @@ def prunable_linears(block: nn.Module) -> dict[str, nn.Linear]:
 def _is_router(block: nn.Module, name: str) -> bool:
     parent, _, last = name.rpartition(".")
     return last in _ROUTERS and any("expert" in child for child, _ in block.get_submodule(parent).named_children())
-
-
-def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:
-    """Which full module names to prune: those where the regex `only` is found, without those where `skip` is."""
-    wanted, unwanted = (
-        compile_regex(text, flag) if text else None for flag, text in (("--only", only), ("--skip", skip))
-    )
-    return lambda name: not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))

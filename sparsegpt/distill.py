@@ -11,7 +11,7 @@ Weights in float32 and two moments of them are what the whole training keeps: 12
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from sparsegpt.capture import ModelInputs
 from sparsegpt.head import logits_behind
-from sparsegpt.progress import Progress
-from sparsegpt.reports import EpochReport, PruneReport
 from sparsegpt.residence import Residence
 from sparsegpt.streams import ActivationStore
 from sparsegpt.training import (
@@ -95,6 +93,11 @@ class Distiller:
             for name, state in states.items()
             for part, tensor in state._asdict().items()
         }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the values that `tensors` had after an epoch; without any, begin anew."""
+        for name, tensor in self.tensors().items() if tensors else ():
+            tensor.copy_(tensors[name])
 
     def step(self, batch: Batch, number: int, rate: float) -> None:
         """Step `number` (from 1) of Adam on all trained parameters."""
@@ -197,37 +200,28 @@ class Distiller:
 
 
 def distill(
-    distiller: Distiller,
-    batches: list[Batch],
-    epochs: int,
-    rate: float,
-    report: PruneReport,
-    progress: Progress,
-    on_epoch: Callable[[EpochReport], None],
-) -> bool:
-    """Train for some epochs, going on behind those that `report` and `progress` know; whether it has helped.
+    distiller: Distiller, batches: list[Batch], epochs: int, rate: float, known: Sequence[float]
+) -> Iterator[tuple[int, float]]:
+    """Train for some epochs; yields each epoch with its held-out loss in nats a token, epoch 0 before the first step.
 
-    A tenth of the batches is held out and judges: a training that does not lower their loss has not helped.
+    known: the losses of the epochs that are finished already, after which the training goes on; `distiller` holds their
+    weights. A tenth of the batches is held out and judges.
     """
     held_out = batches[-held_out_count(len(batches)) :]
     training = batches[: -len(held_out)] or held_out
-    if known := progress.load_training():
-        for name, tensor in distiller.tensors().items():
-            tensor.copy_(known[name])
-    elif not report.epochs:
-        report.epochs.append(EpochReport(0, epochs, distiller.loss(held_out)))
-        on_epoch(report.epochs[0])
-    for epoch in range(len(report.epochs), epochs + 1):
-        if not math.isfinite(report.epochs[-1].loss):
-            break
+    losses = list(known)
+    if not losses:
+        losses.append(distiller.loss(held_out))
+        yield 0, losses[0]
+    for epoch in range(len(losses), epochs + 1):
+        if not math.isfinite(losses[-1]):
+            return
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(epoch))
-        for place, chosen in enumerate(order.tolist()):
-            number = (epoch - 1) * len(training) + place + 1
+        for index, chosen in enumerate(order.tolist()):
+            number = (epoch - 1) * len(training) + index + 1
             distiller.step(training[chosen], number, rate * _schedule(number, epochs * len(training)))
-        report.epochs.append(EpochReport(epoch, epochs, distiller.loss(held_out)))
-        progress.keep_training(epoch, distiller.tensors(), report)
-        on_epoch(report.epochs[-1])
-    return report.epochs[-1].loss < report.epochs[0].loss
+        losses.append(distiller.loss(held_out))
+        yield epoch, losses[-1]
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:

@@ -236,10 +236,15 @@ class _Driver:
             student = Distiller(model, blocks, self.streams.inputs, self.residence, self.streams.store, pruned)
             pairs = training_batches(batches, self.streams.dense)
             epochs, rate = settings.distill, settings.distill_rate
+            student.restore(self.progress.load_training())
             with counting_windows("distillation", pairs):
-                helped = distill(student, pairs, epochs, rate, report, self.progress, on_epoch)
-            if not helped:
-                before, after = report.epochs[0].loss, report.epochs[-1].loss
+                for epoch, loss in distill(student, pairs, epochs, rate, [known.loss for known in report.epochs]):
+                    report.epochs.append(EpochReport(epoch, epochs, loss))
+                    if epoch:
+                        self.progress.keep_training(epoch, student.tensors(), report)
+                    on_epoch(report.epochs[-1])
+            before, after = report.epochs[0].loss, report.epochs[-1].loss
+            if not after < before:
                 report.warnings.append(
                     f"distillation raised the held-out divergence from {before:.4g} to {after:.4g} nats and was "
                     "rolled back; lower --distill-rate or give more --samples"

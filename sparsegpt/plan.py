@@ -20,6 +20,7 @@ from sparsegpt.blocks import decoder_blocks, family_of
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.models import without_weights
 from sparsegpt.pipeline import TOKENS_PER_STEP
+from sparsegpt.private_memory import available_memory, readable
 from sparsegpt.settings import CORRECTIONS, PruneSettings
 from sparsegpt.solvers.layer import parse_method
 from sparsegpt.solvers.products import PIECE, PIECE_ON_GPU
@@ -236,22 +237,6 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
                 f"the run needs {readable(needed)} of disk in {there} and {readable(left)} are free: "
                 f"give another {switch}{without}"
             )
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return None
-
-
-def readable(count: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"
 
 
 def _parameters(module: nn.Module) -> int:

@@ -1,14 +1,17 @@
-"""How much memory is this process's own, at its worst moment.
+"""Memory: how much is to be had, and how much is this process's own at its worst moment.
 
 Pages of mapped files do not count: the system takes them back whenever it needs the memory. Allocators keep what was
 freed, so a long run would slowly grow unless told otherwise.
 """
 
 import ctypes
+import resource
 import sys
 import threading
 from pathlib import Path
 from types import TracebackType
+
+import torch
 
 SECONDS_BETWEEN_LOOKS = 0.02
 LARGE = 1 << 20
@@ -58,3 +61,28 @@ class PeakWatch:
     def _look(self) -> None:
         while not self._done.wait(SECONDS_BETWEEN_LOOKS):
             self.peak = max(self.peak or 0, private_bytes() or 0)
+
+
+def peak_memory() -> dict[str, int]:
+    """What this process held at most: resident bytes (pages of files among them), and bytes on the first GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be had without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return None
+
+
+def readable(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"

@@ -1,11 +1,7 @@
 """What the driver tells about its work, as plain values."""
 
-import resource
-import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import torch
 
 from sparsegpt.settings import LinearSettings, PruneSettings
 
@@ -109,12 +105,3 @@ class PruneReport:
                 for choice, names in linears.items()
             ],
         }
-
-
-def peak_memory() -> dict[str, int]:
-    """What this process held at most: resident bytes (pages of files among them), and bytes on the first GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return peak

@@ -3,6 +3,7 @@
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparsegpt.errors import SparseGPTError
@@ -20,6 +21,14 @@ def compile_regex(text: str, what: str) -> re.Pattern[str]:
     except (re.error, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SparseGPTError(f"{what} {text!r} is not a regular expression: {reason}") from error
+
+
+def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:
+    """Which full module names to prune: those where the regex `only` is found, without those where `skip` is."""
+    wanted, unwanted = (
+        compile_regex(text, flag) if text else None for flag, text in (("--only", only), ("--skip", skip))
+    )
+    return lambda name: not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))
 
 
 @dataclass(frozen=True)

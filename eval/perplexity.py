@@ -193,7 +193,7 @@ def main() -> None:
     """Score one model on texts, a line each; `python -m sparsegpt eval` offers the same and more."""
     import transformers
 
-    from sparsegpt.models import load_model
+    from sparsegpt.model.loading import load_model
 
     transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=main.__doc__)

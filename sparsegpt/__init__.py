@@ -7,14 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.hessian import HessianAccumulator
-from sparsegpt.kernels.registration import register_with_transformers
+from sparsegpt.kernels.hf.registration import register_with_transformers
 from sparsegpt.solvers import Pruned, prune_weight
+from sparsegpt.solvers.hessian import HessianAccumulator
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 
 if TYPE_CHECKING:
+    from sparsegpt.driver.pipeline import prune_model
     from sparsegpt.eval.perplexity import perplexity
-    from sparsegpt.pipeline import prune_model
 
 __all__ = [
     "NM",
@@ -31,7 +31,7 @@ __all__ = [
 # From here on transformers' from_pretrained knows packed folders, whether it is imported already or later.
 register_with_transformers()
 
-_LAZY = {"perplexity": "sparsegpt.eval.perplexity", "prune_model": "sparsegpt.pipeline"}
+_LAZY = {"perplexity": "sparsegpt.eval.perplexity", "prune_model": "sparsegpt.driver.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

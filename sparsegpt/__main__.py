@@ -1,5 +1,5 @@
 """`python -m sparsegpt`."""
 
-from sparsegpt.cli import main
+from sparsegpt.cli.commands import main
 
 main()

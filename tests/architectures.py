@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.blocks import FAMILIES, Family
-from sparsegpt.masks import layer_mask
+from sparsegpt.model.families import FAMILIES, Family
+from sparsegpt.solvers.masks import layer_mask
 from sparsegpt.sparsity import NM
-
-from .support import VOCABULARY, tiny_model, unsettled
+from tests.support import VOCABULARY, tiny_model, unsettled
 
 # Sizes in other words than tiny_model's; None takes one of its sizes away.
 _OTHER_WORDS = {"intermediate_size": None, "num_key_value_heads": None}

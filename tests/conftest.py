@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from sparsegpt import cli
-from sparsegpt.kernels import measured
-
-from .support import Outcome, save_model, write_text
+from sparsegpt.cli import commands as cli
+from sparsegpt.kernels.dispatch import measured
+from tests.support import Outcome, save_model, write_text
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")

@@ -7,68 +7,48 @@ from pathlib import Path
 
 import pytest
 
-from .support import CHILD_ENVIRONMENT, write_text
+from tests.support import CHILD_ENVIRONMENT, write_text
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sparsegpt": "sparsegpt", "kernels": "sparsegpt.kernels", "eval": "sparsegpt.eval"}
 FOLDERS["calib_data"] = "sparsegpt.calib_data"
 
-FLOORS = {
-    "errors": 0,
-    "factor": 0,
-    "strips": 0,
-    "sparsity": 0,
-    "experts": 1,
-    "masks": 1,
-    "hessian": 1,
-    "solvers": 2,
-    "allocation": 3,
-    "block_job": 3,
-    "blocks": 3,
-    "capture": 3,
-    "choices": 3,
-    "recipe": 3,
-    "selection": 3,
-    "settings": 3,
-    "checkpoint": 3,
-    "folders": 0,
-    "groups": 3,
-    "model_folder": 3,
-    "mapped": 3,
-    "residence": 3,
-    "streams": 3,
-    "models": 3,
-    "head": 3,
-    "reconstruct": 3,
-    "distill": 3,
-    "progress": 3,
-    "training": 3,
-    "reports": 3,
-    "stages": 3,
-    "unfuse": 3,
-    "calib_data": 3,
-    "": 4,  # sparsegpt/__init__.py: tells transformers of packed folders; the rest above 2 waits for its first use
-    "pipeline": 4,
-    "plan": 4,
-    "private_memory": 0,
-    "kernels": 4,
-    "eval": 4,
-    "inspection": 5,
-    "export": 5,
-    "work": 5,
-    "run": 5,
-    "run_options": 5,
-    "console": 5,
-    "cli": 6,
-    "cli_bench": 6,
-    "cli_options": 6,
-    "__main__": 6,
-}
-# Files of one floor may use one another (head uses capture, console shows what run tells) as long as no circle arises.
+# From the ground up, one row a room: it may import from the rows above it in this table, and from itself.
+ROOMS = (
+    "errors",
+    "sparsity",
+    "files",
+    "solvers",
+    "calib_data",
+    "settings",
+    "model",
+    "recovery",
+    "driver",
+    "kernels.format",
+    "kernels",  # its __init__ alone: what is exported
+    "kernels.cpu",
+    "kernels.gpu",
+    "kernels.dispatch",
+    "kernels.layers",
+    "kernels.checkpoint",
+    "kernels.hf",
+    "eval",
+    "",  # sparsegpt/__init__.py: tells transformers of packed folders; what is heavy waits for its first use
+    "run",
+    "eval.bench",
+    "cli",
+    "__main__",
+)
+# Research code that imports these gets torch and einops, nothing else.
+LIGHT_ROOMS = ("errors", "sparsity", "solvers", "kernels.format", "kernels.layers", "")
 LIGHT = {"torch", "einops", "sparsegpt"} | set(sys.stdlib_module_names)
 # The fused kernel is loaded only for tensors on a GPU, as the test of loaded modules below shows.
 LIGHT_EXCEPTIONS = {"sparsegpt.solvers.fused": {"triton"}}
-KERNELS_MAY_USE = {"errors", "experts", "folders", "sparsity", "masks", "hessian"}
+# Of the engine, what a packed model is made of: how transformers keeps experts, and files.
+KERNELS_MAY_USE = {"errors", "sparsity", "files", "model"}
+# A reader finds a file in a folder at a glance.
+FILES_IN_A_FOLDER = 14
+LINES_OF_A_FUNCTION = 60
 
 
 def modules() -> dict[str, Path]:
@@ -112,45 +92,83 @@ def imports(name: str, *, everywhere: bool = True) -> set[str]:
 
 
 def room(name: str) -> str:
-    """ "sparsegpt.solvers.admm" -> "solvers"."""
-    return name.removeprefix("sparsegpt").strip(".").split(".")[0]
+    """ "sparsegpt.kernels.gpu.portable" -> "kernels.gpu"; "sparsegpt.errors", which has no folder -> "errors"."""
+    parts = name.split(".")[1:]
+    if MODULES[name].name != "__init__.py":
+        parts = parts[:-1] or parts
+    return ".".join(parts)
 
 
 def inner_imports(name: str, **options: bool) -> set[str]:
-    return {found for found in imports(name, **options) if found == "sparsegpt" or found.startswith("sparsegpt.")}
+    return {found for found in imports(name, **options) if found in MODULES} - {name}
+
+
+def rooms_entered(name: str) -> set[str]:
+    return {room(target) for target in inner_imports(name)} - {room(name)}
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_file_has_a_floor(name):
-    assert room(name) in FLOORS
+def test_every_file_has_a_room_and_imports_from_lower_rooms(name):
+    lower = ROOMS[: ROOMS.index(room(name))]
+    for entered in rooms_entered(name):
+        assert entered in lower, f"{name} imports from {entered}"
+
+
+def settled(graph: dict[str, set[str]]) -> set[str]:
+    """What can be taken in an order in which imports come first: all of it, unless there is a circle."""
+    done: set[str] = set()
+    while ready := {name for name in graph if name not in done and graph[name] <= done}:
+        done |= ready
+    return done
+
+
+def test_files_import_one_another_in_no_circle():
+    """Imports inside functions count."""
+    graph = {name: {target for target in inner_imports(name) if not is_package(target)} for name in MODULES}
+    graph = {name: targets for name, targets in graph.items() if not is_package(name)}
+    assert not graph.keys() - settled(graph)
+
+
+def is_package(name: str) -> bool:
+    return MODULES[name].name == "__init__.py"
+
+
+def test_rooms_form_no_circle():
+    """Imports inside functions count."""
+    graph: dict[str, set[str]] = {}
+    for name in MODULES:
+        graph.setdefault(room(name), set()).update(rooms_entered(name))
+    assert not graph.keys() - settled(graph)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES.values()}), ids=lambda path: path.name)
+def test_a_folder_is_read_at_a_glance(folder):
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= FILES_IN_A_FOLDER
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_imports_go_to_lower_floors(name):
-    for target in inner_imports(name) - {name}:
-        assert FLOORS[room(target)] <= FLOORS[room(name)], f"{name} imports {target}"
+def test_no_function_is_longer_than_a_screen(name):
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1}"
+        for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno >= LINES_OF_A_FUNCTION
+    ]
+    assert not long
 
 
-def test_imports_run_in_no_circle():
-    graph = {name: inner_imports(name, everywhere=False) & MODULES.keys() - {name} for name in MODULES}
-    settled: set[str] = set()
-    while ready := {name for name in graph if name not in settled and graph[name] <= settled}:
-        settled |= ready
-    assert not graph.keys() - settled
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if FLOORS.get(room(name), 9) <= 2 or name == "sparsegpt"])
-def test_the_lower_floors_import_torch_and_einops_alone(name):
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in LIGHT_ROOMS])
+def test_light_rooms_import_torch_and_einops_alone(name):
     tops = {found.split(".")[0] for found in imports(name)}
     assert tops <= LIGHT | LIGHT_EXCEPTIONS.get(name, set())
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if room(name) == "kernels"])
-def test_kernels_use_nothing_of_the_engine_above_the_first_floor(name):
-    assert {room(target) for target in inner_imports(name)} <= KERNELS_MAY_USE | {"kernels"}
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name).startswith("kernels")])
+def test_kernels_use_little_of_the_engine(name):
+    assert {entered for entered in rooms_entered(name) if not entered.startswith("kernels")} <= KERNELS_MAY_USE
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if FLOORS.get(room(name), 9) < 5])
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) not in ("cli", "__main__")])
 def test_only_the_top_prints_or_exits(name):
     """print in a script's main, behind `if __name__`, is that script's own top."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
@@ -204,7 +222,7 @@ def test_a_run_on_local_text_loads_no_datasets(tmp_path):
     options = f"['run', '--sparsity', '2:4', '--calib', '{text}', '--eval', 'none', '--samples', '2', '--seqlen', '16']"
     code = f"""
 import sys
-from sparsegpt.cli import app
+from sparsegpt.cli.commands import app
 app({options} + ['--out', '{tmp_path / "out"}', '--preset', 'paper', '--quiet'], standalone_mode=False)
 print([name for name in ("datasets", "pandas", "pyarrow") if name in sys.modules])
 """

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsegpt import cli
-
-from .architectures import architecture_table
-from .support import CHILD_ENVIRONMENT
+from sparsegpt.cli import commands as cli
+from tests.architectures import architecture_table
+from tests.support import CHILD_ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

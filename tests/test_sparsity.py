@@ -5,8 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsegpt import NM, SparseGPTError, Unstructured, parse_sparsity
-
-from .support import refused
+from tests.support import refused
 
 
 @pytest.mark.parametrize(

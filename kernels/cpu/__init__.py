@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
-
-from ..pack import Packed24, padded_columns, unpack
-from ..quantized import Quantized24
-from .build import load_library
+from sparsegpt.kernels.cpu.build import load_library
+from sparsegpt.kernels.format.pack import Packed24, padded_columns, unpack
+from sparsegpt.kernels.format.quantized import Quantized24
 
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
 INTEGER_LEVELS = ("avx512", "avx512_bf16")

@@ -34,14 +34,14 @@ Dimension key: R out_features, C in_features. Weights of the search lie as [C, R
 import torch
 from torch import Tensor
 
-from sparsegpt.factor import cholesky_in_place, invert_lower, square_lower
-from sparsegpt.hessian import DampedHessian, ScaledHessian
-from sparsegpt.masks import layer_mask, rough_projection
+from sparsegpt.solvers.factor import cholesky_in_place, invert_lower, square_lower
+from sparsegpt.solvers.hessian import DampedHessian, ScaledHessian
+from sparsegpt.solvers.masks import layer_mask, rough_projection
 from sparsegpt.solvers.products import Multiplier, multiplier, pieces, quick_dtype
 from sparsegpt.solvers.refit import descend, row_losses
 from sparsegpt.solvers.sparsegpt import sweep
+from sparsegpt.solvers.strips import transposed
 from sparsegpt.sparsity import NM, Sparsity
-from sparsegpt.strips import transposed
 
 # Of a column: Wanda's sqrt(H_jj) to this power, SparseGPT's 1 / sqrt((H^-1)_jj) to the rest of 1.
 SCALE = 0.4

@@ -16,7 +16,7 @@ Dimension key: T tokens, R out_features, C in_features.
 import torch
 from torch import Tensor
 
-from sparsegpt.hessian import DampedHessian, exact_product
+from sparsegpt.solvers.hessian import DampedHessian, exact_product
 from sparsegpt.solvers.products import pieces
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.hessian import DampedHessian
 from sparsegpt.solvers.admm import admm
+from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.magnitude import magnitude
 from sparsegpt.solvers.refit import refit, row_losses
 from sparsegpt.solvers.sparsegpt import sparsegpt

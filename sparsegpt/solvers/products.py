@@ -17,8 +17,8 @@ import functools
 import torch
 from torch import Tensor
 
-from sparsegpt.hessian import ScaledHessian
-from sparsegpt.strips import strips
+from sparsegpt.solvers.hessian import ScaledHessian
+from sparsegpt.solvers.strips import strips
 
 # A symmetric matrix whose rows are there, or are made when asked for.
 Symmetric = Tensor | ScaledHessian

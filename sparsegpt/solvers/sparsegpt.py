@@ -19,10 +19,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from sparsegpt.hessian import DampedHessian
-from sparsegpt.masks import group_mask, row_mask, unstructured_mask
+from sparsegpt.solvers.hessian import DampedHessian
+from sparsegpt.solvers.masks import group_mask, row_mask, unstructured_mask
+from sparsegpt.solvers.strips import transposed
 from sparsegpt.sparsity import NM, Sparsity
-from sparsegpt.strips import transposed
 
 # Columns handled one by one; wider ranges are split in halves.
 LEAF = 8

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sparsegpt.hessian import DampedHessian
-from sparsegpt.masks import layer_mask
+from sparsegpt.solvers.hessian import DampedHessian
+from sparsegpt.solvers.masks import layer_mask
 from sparsegpt.sparsity import NM, Sparsity
 
 

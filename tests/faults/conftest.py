@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from ..support import save_model, write_text
-from .jobs import Forker, Job
+from tests.faults.jobs import Forker, Job
+from tests.support import save_model, write_text
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ class Faults:
 
 def command(arguments: list[str]) -> int:
     """Run the command line; its exit code."""
-    from sparsegpt import cli
+    from sparsegpt.cli import commands as cli
 
     sys.argv = ["sparsegpt", *arguments]
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..support import CHILD_ENVIRONMENT
+from tests.support import CHILD_ENVIRONMENT
 
 TIMEOUT = 300.0
 NOBODY = 65534

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 from torch import Tensor
 
-from ..support import assert_pattern, save_model
+from tests.support import assert_pattern, save_model
 
 BLOCK = "model.layers.1"
 ATTENTION_NORM, MLP_NORM = f"{BLOCK}.input_layernorm.weight", f"{BLOCK}.post_attention_layernorm.weight"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from ..support import assert_pattern, save_tokenizer, tiny_model
-from .jobs import finished_blocks, work_folder
+from tests.faults.jobs import finished_blocks, work_folder
+from tests.support import assert_pattern, save_tokenizer, tiny_model
 
 
 def damage(path: Path, chance: random.Random) -> str:

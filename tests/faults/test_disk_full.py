@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .jobs import OLD, everything, finished_blocks, put_old_result
+from tests.faults.jobs import OLD, everything, finished_blocks, put_old_result
 
 PAGE = 4096
 
@@ -102,7 +102,7 @@ def large_model(folder: Path) -> Path:
     """A model with tensors large enough to be moved to files while it is converted."""
     import torch
 
-    from ..support import save_tokenizer, tiny_model
+    from tests.support import save_tokenizer, tiny_model
 
     tiny_model("llama", vocab_size=2**14).to(torch.float32).save_pretrained(folder)
     save_tokenizer(folder)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
-
-from .test_damage import check_pattern
+from tests.faults.test_damage import check_pattern
 
 LONG = pytest.mark.faults
 NEAR = st.text("0123456789:.,%/-+ eExrownaif_\n\t", max_size=12)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ..support import write_text
-from .jobs import Job, finished_blocks, leftovers, put_old_result, work_folder
+from tests.faults.jobs import Job, finished_blocks, leftovers, put_old_result, work_folder
+from tests.support import write_text
 
 ACTIVATIONS = ("memory", "disk")
 STAGES = ("loading", *(f"{blocks} blocks" for blocks in range(7)), "distilling", "saving")

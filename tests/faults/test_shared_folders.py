@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsegpt.work import WorkFolder
-
-from ..support import refused, save_model
-from .jobs import NOBODY, OLD, everything, finished_blocks, put_old_result, work_folder
+from sparsegpt.run.work_folder import WorkFolder
+from tests.faults.jobs import NOBODY, OLD, everything, finished_blocks, put_old_result, work_folder
+from tests.support import refused, save_model
 
 
 def test_two_processes_on_one_folder(tiny_job, forker, tmp_path):

@@ -1,0 +1,1 @@
+"""Every benchmark, each side by side in one run, and their tables."""

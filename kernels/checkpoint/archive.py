@@ -1,0 +1,328 @@
+"""A pruned Hugging Face folder to its packed form and back, one tensor in memory at a time.
+
+    <module>.weight [N, K]  <->  <module>.values [N, Kp / 2] + <module>.meta [N, Kp / 32]      (format: pack.py)
+
+or, with integer values (quantized.py), words, scales (float16 bits in int16) and meta. Rounding to integers is storage,
+to nearest; unpacking gives the rounded weights. Conv1D's transposed weights are packed as [N, K]; of experts that are
+all in one tensor <path>.<part> each becomes a linear <path>.<expert>.<part>.
+
+Packed are the weights of linear layers that keep 2:4 exactly; of experts a projection is packed when those of all of
+them do. `report.json`, when it lies in the folder, says which layers were pruned; without it every candidate that keeps
+the pattern is packed (a dense weight does not, by chance). `config.json` gets a `quantization_config` of our own
+(packed_config.py), which transformers' quantizer interface reads (hf.py). The target appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.folders import new_folder
+from sparsegpt.files.tensor_files import (
+    DEFAULT_SHARD_BYTES,
+    INDEX,
+    OpenTensors,
+    ShardedWriter,
+    header_room,
+    read_json,
+    verify_checksums,
+    weight_files,
+)
+from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices
+from sparsegpt.kernels.checkpoint.packed_config import (
+    PATTERN,
+    IntegerValues,
+    PackedConfig,
+    members,
+    read_packed_config,
+)
+from sparsegpt.kernels.format.pack import Packed24, keeps_pattern, pack
+from sparsegpt.kernels.format.quantized import Quantized24, quantize
+
+_WEIGHTS_OF_OTHERS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf)$|.*\.(bin|safetensors)\.index\.json$"
+)
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack_folder` did: linears packed, {tensor: why} left dense, bytes of the packed linears."""
+
+    packed: tuple[str, ...]
+    left_dense: Mapping[str, str]
+    dense_bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be tried: {tensor: its matrices}, why others are not, and which layers are promised to keep 2:4."""
+
+    matrices: Mapping[str, list[Matrix]]
+    left_dense: dict[str, str]
+    promised: frozenset[str]
+
+
+@dataclass
+class _Packer:
+    """Writes tensors of `plan` packed, others as they are, and counts what it has done."""
+
+    plan: _Plan
+    tensors: OpenTensors
+    writer: ShardedWriter
+    values: IntegerValues | None
+    packed: list[Matrix] = field(default_factory=list)
+    modules: dict[str, tuple[int, ...]] = field(default_factory=dict)  # as in config.json
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+
+    def write(self, tensor: str) -> None:
+        matrices = self.plan.matrices.get(tensor, ())
+        if not matrices or not all(self._pack(matrix) for matrix in matrices):
+            self.writer.add((tensor, self.tensors[tensor]))
+
+    def _pack(self, matrix: Matrix) -> bool:
+        """Whether the matrix keeps the pattern and is packed now; a promised one that breaks it is an error."""
+        weight = matrix.read(self.tensors)
+        try:
+            packed = pack(weight, f"{matrix.name}.weight")
+        except SparseGPTError:
+            if matrix.layer in self.plan.promised:
+                raise
+            self.plan.left_dense[matrix.tensor] = "does not keep 2:4"
+            return False
+        values = self.values
+        form = packed if values is None else quantize(packed, values.bits, values.group_size)
+        self.writer.add(*_named_parts(matrix.name, form))
+        self._count(matrix, weight, form)
+        return True
+
+    def _count(self, matrix: Matrix, dense: Tensor, packed: Packed24 | Quantized24) -> None:
+        self.packed.append(matrix)
+        experts = self.modules.get(matrix.group, (0,))[0] + 1
+        self.modules[matrix.group] = packed.shape if matrix.bank is None else (experts, *packed.shape)
+        self.dense_bytes += dense.nbytes
+        self.packed_bytes += packed.nbytes
+
+    def config(self) -> PackedConfig:
+        transposed = frozenset(matrix.group for matrix in self.packed if matrix.transposed)
+        stacked = frozenset(matrix.group for matrix in self.packed if matrix.expert is not None)
+        return PackedConfig(self.modules, transposed, stacked, self.values)
+
+
+def pack_folder(
+    source: Path,
+    target: Path,
+    *,
+    values: IntegerValues | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> PackReport:
+    """Write the packed form of the Hugging Face folder `source` to the new folder `target`.
+
+    values: round the kept values to integers (to nearest, so the model changes by that); None keeps every bit.
+
+    Raises:
+        SparseGPTError: no safetensors weights or config.json in `source`; already quantised or packed; a layer that
+            report.json calls 2:4 breaks the pattern (names tensor and first bad group); nothing to pack; experts of a
+            model that transformers does not know; `target` exists and is not empty.
+    """
+    source, target = Path(source), Path(target)
+    config = read_config(source)
+    if config.get("quantization_config"):
+        raise SparseGPTError(f"{source}: already packed or quantised (config.json has quantization_config)")
+    files = weight_files(source)
+    with OpenTensors(files) as tensors:
+        plan = _plan(source, tensors)
+        if values is not None:
+            values = replace(values, dtype=_stored_dtype(tensors))
+        with new_folder(target, overwrite=overwrite) as stage:
+            with ShardedWriter(stage, _room(tensors, plan), shard_bytes) as writer:
+                packer = _Packer(plan, tensors, writer, values)
+                for tensor in tensors:
+                    packer.write(tensor)
+            if not packer.packed:
+                raise SparseGPTError(f"{source}: no linear layer keeps 2:4; prune with --sparsity 2:4 first")
+            _copy_the_rest(source, stage)
+            _write_config(stage, {**config, "quantization_config": packer.config().to_dict()})
+    names = tuple(matrix.name for matrix in packer.packed)
+    return PackReport(names, plan.left_dense, packer.dense_bytes, packer.packed_bytes)
+
+
+def unpack_folder(
+    packed: Path, target: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
+) -> tuple[str, ...]:
+    """Write the ordinary dense-with-zeros form of a packed folder to `target`; returns the linears unpacked.
+
+    Integer values come back as what they stand for, q * scale in the dtype of the model, not as what they were rounded
+    from.
+
+    Every checksum is compared before the first tensor is used. Raises SparseGPTError for a folder that is not packed,
+    of a newer format, damaged or truncated, or when `target` exists and is not empty.
+    """
+    packed, target = Path(packed), Path(target)
+    config = read_config(packed)
+    packing = read_packed_config(config.pop("quantization_config", None), packed)
+    files = weight_files(packed)
+    verify_files(files)
+    check_parts(files, packing, packed)
+    linears = packing.linears()
+    parts = {f"{linear}.{part}" for linear in linears for part in packing.parts}
+    with new_folder(target, overwrite=overwrite) as stage:
+        with (
+            ShardedWriter(stage, header_room(files), shard_bytes, checksums=False) as writer,
+            OpenTensors(files) as tensors,
+        ):
+            for name in files:
+                if name not in parts:
+                    writer.add((name, tensors[name]))
+            for named in packing.ordinary_weights(tensors.__getitem__):
+                writer.add(named)
+        _copy_the_rest(packed, stage)
+        _write_config(stage, config)
+    return tuple(linears)
+
+
+def verify_files(files: Mapping[str, Path]) -> None:
+    """Checksums of every file of {tensor name: file}, and that each file holds the tensors promised of it."""
+    for path in dict.fromkeys(files.values()):
+        found = verify_checksums(path)
+        missing = sorted(name for name, place in files.items() if place == path and name not in found)
+        if missing:
+            raise SparseGPTError(f"{path}: the index promises {missing[0]}, which is not there; copy the folder again")
+
+
+def check_parts(names: Container[str], packing: PackedConfig, where: object) -> None:
+    """Refuse a packed folder that lacks one of the tensors of a packed linear."""
+    for group, shape in packing.modules.items():
+        for name in (f"{linear}.{part}" for linear in members(group, shape) for part in packing.parts):
+            if name not in names:
+                raise SparseGPTError(f"{where}: config.json promises {name}, which is not in the weights; pack again")
+
+
+def _plan(source: Path, tensors: OpenTensors) -> _Plan:
+    """Which matrices to pack: those that report.json lists, of experts a projection of all or of none."""
+    listed = _reported_layers(source)
+    shapes = tensors.shapes()  # a truncated file is refused here, before anything is written
+    found = checkpoint_matrices(source, shapes, listed or ())
+    promised = frozenset(layer for layer, sparsity in (listed or {}).items() if sparsity == PATTERN)
+    _check_promised(source, promised, found)
+    left_dense = {name: _why_no_matrix(name) for name, shape in shapes.items() if len(shape) in (2, 3)}
+    plan: dict[str, list[Matrix]] = defaultdict(list)
+    for group in _groups(found):
+        reason = _why_dense(group, listed, promised, tensors)
+        for matrix in group:
+            if reason is None:
+                plan[matrix.tensor].append(matrix)
+                left_dense.pop(matrix.tensor, None)
+            else:
+                left_dense[matrix.tensor] = reason
+    return _Plan(plan, left_dense, promised)
+
+
+def _groups(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
+    """What is packed together or not at all: one linear, or a projection of all experts."""
+    groups: dict[object, list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        groups[matrix.bank or matrix.name].append(matrix)
+    return groups.values()
+
+
+def _why_dense(
+    group: list[Matrix], listed: Mapping[str, str] | None, promised: Container[str], tensors: OpenTensors
+) -> str | None:
+    """Why the matrices of a group are not even tried, or None."""
+    if not group[0].linear:
+        return _why_no_matrix(group[0].tensor)
+    if listed is not None and not all(matrix.layer in listed for matrix in group):
+        return "not pruned" if group[0].bank is None else "not all experts of the layer were pruned"
+    if group[0].bank is None or all(matrix.layer in promised for matrix in group):
+        return None
+    return None if all(keeps_pattern(matrix.read(tensors)) for matrix in group) else "not every expert keeps 2:4"
+
+
+def _why_no_matrix(tensor: str) -> str:
+    if "experts." in tensor and not tensor.endswith("_bias"):
+        return "experts in a form that is not known: no linear of the loaded model has this weight"
+    return "not the weight of a linear layer"
+
+
+def _room(tensors: OpenTensors, plan: _Plan) -> int:
+    """Header space for every tensor that may come: a packed weight becomes two or three."""
+    matrices = [matrix for group in plan.matrices.values() for matrix in group]
+    return header_room([*tensors, *(matrix.name for matrix in matrices for _ in range(3))])
+
+
+def _named_parts(module: str, form: Packed24 | Quantized24) -> list[tuple[str, Tensor]]:
+    if isinstance(form, Packed24):
+        return [(f"{module}.values", form.values), (f"{module}.meta", form.meta)]
+    scales = form.scales.view(torch.int16)  # bit patterns: no cast of a loaded model may change them
+    return [(f"{module}.words", form.words), (f"{module}.scales", scales), (f"{module}.meta", form.meta)]
+
+
+def _stored_dtype(tensors: OpenTensors) -> torch.dtype:
+    """The dtype of the model's matrices; the first one decides."""
+    for name, shape in tensors.shapes().items():
+        if len(shape) == 2 and (dtype := tensors[name].dtype).is_floating_point:
+            return dtype
+    return torch.bfloat16
+
+
+def _reported_layers(source: Path) -> dict[str, str] | None:
+    """{module name: sparsity} of the folder's report.json, or None without one."""
+    path = source / "report.json"
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    try:
+        return {layer["name"]: str(layer["sparsity"]) for layer in report["layers"]}
+    except (KeyError, TypeError) as error:
+        raise SparseGPTError(
+            f'{path}: expected a "layers" list with "name" and "sparsity"; remove the file to pack whatever keeps 2:4'
+        ) from error
+
+
+def _check_promised(source: Path, promised: Iterable[str], found: list[Matrix]) -> None:
+    there = {matrix.layer for matrix in found}
+    for layer in promised:
+        if layer not in there:
+            form = f"no {layer}.weight, nor experts that can be packed as this; remove report.json to pack the rest"
+            raise SparseGPTError(f"{source}: report.json lists {layer}, but the weights hold {form}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder; raises SparseGPTError where there is none or it is no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SparseGPTError(f"{folder}: expected a Hugging Face folder with config.json; found none")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise SparseGPTError(f"{path}: expected a JSON object; found {type(config).__name__}")
+    return config
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy_the_rest(source: Path, stage: Path) -> None:
+    """Tokenizer, report, generation settings, remote code: every file that is no weight and not config.json.
+
+    A folder inside is copied whole: weights there may be of something else, such as an adapter.
+    """
+    for path in source.iterdir():
+        if path.name.startswith(".") or path.name in ("config.json", INDEX) or _WEIGHTS_OF_OTHERS.match(path.name):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, stage / path.name)
+        else:
+            shutil.copyfile(path, stage / path.name)

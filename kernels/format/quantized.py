@@ -1,0 +1,127 @@
+"""Packed 2:4 with int8 or int4 values and one scale for each group of dense columns (storage; symmetric rounding).
+
+    value = q * scale,  q an integer in [-(2^(bits-1) - 1), 2^(bits-1) - 1]
+    words  [N, Kp / 2 * bits / 32] int32   32 / bits kept values each, lowest bits first, in the order of the values
+    scales [N, ceil(Kp / group_size)]      float16, one for `group_size` dense columns (group_size / 2 kept values)
+    meta   [N, Kp / 32] int32              as in the packed format
+
+With int4 and groups of 128 a 16-bit weight takes 2 + 1 + 1/8 bits. Rounding to nearest is the
+storage's own; a solver that chooses q to fit the activations writes the same fields.
+Dimension key: N out_features, Kp padded in_features, S scale groups, V kept values of a scale group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels.format.pack import WORD_COLUMNS, Packed24, packed_shapes
+
+# What a layer of integers multiplies in.
+INTEGER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized24:
+    """A 2:4 weight with integer values: fields as in the module's key; `shape` is the dense (N, K)."""
+
+    words: Tensor
+    scales: Tensor
+    meta: Tensor
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        (rows, kept), meta_shape = packed_shapes(self.shape)
+        check_settings(self.bits, self.group_size)
+        expected = ((rows, kept * self.bits // 32), (rows, -(-2 * kept // self.group_size)), meta_shape)
+        found = (tuple(self.words.shape), tuple(self.scales.shape), tuple(self.meta.shape))
+        dtypes = (self.words.dtype, self.scales.dtype, self.meta.dtype)
+        if found != expected or dtypes != (torch.int32, torch.float16, torch.int32):
+            raise SparseGPTError(
+                f"int{self.bits} 2:4 weight of shape {self.shape} needs words, scales, meta {expected} in int32, "
+                f"float16, int32; found {found} in {', '.join(map(str, dtypes))}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of words, scales and metadata together."""
+        return self.words.nbytes + self.scales.nbytes + self.meta.nbytes
+
+    def contiguous(self) -> Quantized24:
+        """The same weight with its tensors contiguous (themselves where they are)."""
+        words, scales, meta = self.words.contiguous(), self.scales.contiguous(), self.meta.contiguous()
+        return replace(self, words=words, scales=scales, meta=meta)
+
+
+@dataclass(frozen=True, eq=False)
+class Typed24:
+    """An integer weight and the dtype that it is multiplied in."""
+
+    weight: Quantized24
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the dense weight."""
+        return self.weight.shape
+
+
+def quantize(packed: Packed24, bits: int, group_size: int = 128) -> Quantized24:
+    """Round the kept values to `bits` (8 or 4) bits with one float16 scale for `group_size` dense columns.
+
+    Raises SparseGPTError for other bits, a group_size that is not a multiple of 32, or weights whose scale is not a
+    finite float16.
+    """
+    check_settings(bits, group_size)
+    values_NSV = _scale_groups(packed.values.float(), group_size)
+    largest = 2 ** (bits - 1) - 1
+    # 2^-24 is the smallest float16: an all-zero group divides by it and gives zeros
+    scales_NS = (values_NSV.abs().amax(-1) / largest).clamp_min(2.0**-24).half()
+    if not bool(scales_NS.isfinite().all()):
+        raise SparseGPTError(
+            f"int{bits}: a group's scale is not a finite float16; the weight holds inf, NaN or > 65504"
+        )
+    q_NSV = (values_NSV / scales_NS.float()[..., None]).round().clamp(-largest, largest).to(torch.int32)
+    words = _pack_integers(q_NSV.flatten(1)[:, : packed.values.shape[1]], bits)
+    return Quantized24(words, scales_NS, packed.meta, packed.shape, bits, group_size)
+
+
+def dequantize(weight: Quantized24, dtype: torch.dtype) -> Packed24:
+    """The packed weight q * scale in `dtype` (the product is rounded once, from float32)."""
+    q_NSV = _scale_groups(unpack_integers(weight.words, weight.bits).float(), weight.group_size)
+    values = (q_NSV * weight.scales.float()[..., None]).flatten(1)[:, : WORD_COLUMNS // 2 * weight.meta.shape[1]]
+    return Packed24(values.to(dtype).contiguous(), weight.meta, weight.shape)
+
+
+def unpack_integers(words: Tensor, bits: int) -> Tensor:
+    """Signed integers [N, words * 32 / bits] int32 of packed words [N, words] int32."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    fields: Tensor = (words[..., None] << (32 - bits - shifts)) >> (32 - bits)  # >> of int32 keeps the sign
+    return fields.flatten(1)
+
+
+def _pack_integers(q: Tensor, bits: int) -> Tensor:
+    fields = rearrange(q & (2**bits - 1), "n (w f) -> n w f", f=32 // bits)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=q.device)
+    placed: Tensor = fields << shifts
+    return placed.sum(-1, dtype=torch.int32)  # disjoint bits: the sum is their union
+
+
+def _scale_groups(values: Tensor, group_size: int) -> Tensor:
+    kept = max(1, min(group_size // 2, values.shape[1]))  # a group wider than the row is the row
+    missing = -values.shape[1] % kept
+    return rearrange(functional.pad(values, (0, missing)), "n (s v) -> n s v", v=kept)
+
+
+def check_settings(bits: int, group_size: int) -> None:
+    """Refuse bits other than 8 and 4, and a group_size that is no multiple of 32 (SparseGPTError)."""
+    if bits not in (4, 8):
+        raise SparseGPTError(f"quantised 2:4 values have 4 or 8 bits; found {bits}")
+    if group_size < WORD_COLUMNS or group_size % WORD_COLUMNS:
+        raise SparseGPTError(f"a scale group covers a multiple of {WORD_COLUMNS} columns; found {group_size}")

@@ -1,0 +1,189 @@
+"""Packed folders through transformers: `AutoModelForCausalLM.from_pretrained(packed)` gives `Sparse24Linear` layers.
+
+Importing this module registers a quantizer and its config under the name "sparsegpt" with
+`transformers.quantizers.auto` (tested with 5.17 and 5.23). That imports transformers, which takes seconds;
+`registration.py` waits until someone else does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.tensor_files import CHECKSUMS, read_header, tensor_checksum
+from sparsegpt.kernels.checkpoint.archive import check_parts, read_config, verify_files
+from sparsegpt.kernels.checkpoint.packed_config import (
+    FORMAT_VERSION,
+    PATTERN,
+    QUANT_METHOD,
+    IntegerValues,
+    PackedConfig,
+    read_packed_config,
+)
+from sparsegpt.kernels.hf.replace import install_packed, remove_packed
+from sparsegpt.kernels.layers.dense_layers import quicken_dense
+from sparsegpt.kernels.layers.experts import PackedExperts
+from sparsegpt.kernels.layers.gated import fuse_gated
+from sparsegpt.kernels.layers.linear import explain, packed_layers, set_kernels
+
+logger = logging.getLogger("sparsegpt.kernels")
+
+
+class Sparse24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+    """The `quantization_config` of a packed folder: see packed_config.py."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, list[int]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        pattern: str = PATTERN,
+        **others: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.pattern = pattern
+        self.modules = {name: list(shape) for name, shape in (modules or {}).items()}
+        for name in ("transposed", "stacked", "values"):
+            if name in others:
+                setattr(self, name, others[name])
+
+    def take(self, packing: PackedConfig) -> None:
+        """Become the config of another packing."""
+        self.__init__(**packing.to_dict())  # type: ignore[misc]
+
+
+class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped here
+    """Builds the packed layers before loading, checks every checksum first, writes checksums when saving."""
+
+    requires_calibration = True  # it loads packed models; it does not prune one on the way
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse another format version before anything is built."""
+        self._packing()
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        packing = self._packing()
+        _check_files(kwargs.get("checkpoint_files") or [], packing)
+        install_packed(model, packing)
+        self._dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+
+    def _packing(self) -> PackedConfig:
+        return read_packed_config(self.quantization_config.to_dict(), "packed model")
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, tensor in _tensors(model):  # transformers 5.17 leaves what it renames in the dtype of the file
+            wanted = self._dtypes.get(name, tensor.dtype)
+            if tensor.dtype != wanted and not any(re.search(kept, name) for kept in model._get_dtype_plan(wanted)):
+                tensor.data = tensor.data.to(wanted)
+        fuse_gated(model)
+        quicken_dense(model)
+        logger.info(explain(model))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Checksums of what transformers is about to save, for the files' headers."""
+        state = model.state_dict()
+        saved = _as_saved(model, state)
+        self.quantization_config.take(_packing_of(model, state, saved, self._packing().values))
+        return None, {CHECKSUMS: json.dumps({name: tensor_checksum(tensor) for name, tensor in saved.items()})}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Back to dense layers (`model.dequantize()`)."""
+        if isinstance(dtype, str):  # the config holds a name once the model has been saved
+            dtype = getattr(torch, dtype)
+        assert not isinstance(dtype, str)
+        remove_packed(model, dtype or model.dtype)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` writes the packed form."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights do not train."""
+        return False
+
+
+def register() -> None:
+    """Make transformers know packed folders; safe to call twice."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(Sparse24Config)
+        register_quantizer(QUANT_METHOD)(Sparse24Quantizer)
+
+
+def load_packed(folder: str | Path, *, kernels: str = "auto", **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained(folder, **kwargs)` with the kernels set; the model is in eval mode.
+
+    Raises SparseGPTError for a folder that is not packed, of a newer format, or damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register()
+    read_packed_config(read_config(Path(folder)).get("quantization_config"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    set_kernels(model, kernels)
+    return model
+
+
+def _check_files(paths: list[str], packing: PackedConfig) -> None:
+    """Every checksum, and that each packed linear has all its tensors, before transformers reads one."""
+    files = {name: Path(path) for path in paths for name in read_header(Path(path)).entries}
+    verify_files(files)
+    if paths:
+        check_parts(files, packing, Path(paths[0]).parent)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names `save_pretrained` writes (some architectures rename or split parameters)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if any(tensor.device.type == "meta" for tensor in state.values()):
+        raise SparseGPTError("a packed model with offloaded layers cannot be saved; load it on one device first")
+    saved: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return saved
+
+
+def _packing_of(
+    model: nn.Module, state: Mapping[str, Tensor], saved: Mapping[str, Tensor], values: IntegerValues | None
+) -> PackedConfig:
+    """What config.json says of a packed model once it is saved."""
+    saved_names = {id(tensor): name.removesuffix(".meta") for name, tensor in saved.items()}
+    experts = {path: module for path, module in model.named_modules() if isinstance(module, PackedExperts)}
+    modules: dict[str, tuple[int, ...]] = {}
+    transposed, stacked = set(), set()
+    for path, layer in packed_layers(model).items():
+        name, size = saved_names[id(state[f"{path}.meta"])], (layer.out_features, layer.in_features)
+        owner = experts.get(path.rsplit(".", 2)[0])
+        if owner is None:
+            modules[name] = size
+        else:
+            start, _, part = name.rsplit(".", 2)
+            name = f"{start}.*.{part}"
+            modules[name] = (owner.form.count, *size)
+            stacked |= {name} if owner.is_stacked(path.rpartition(".")[2]) else set()
+        if layer.transposed:
+            transposed.add(name)
+    return PackedConfig(modules, frozenset(transposed), frozenset(stacked), values)
+
+
+register()

@@ -1,0 +1,253 @@
+"""`python -m sparsegpt bench ...` and `tune`: measurements, each side by side in one run."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparsegpt.cli.options import KERNEL_NAMES, Device, EvalWindows, Model, open_console, silence_libraries
+from sparsegpt.errors import SparseGPTError
+
+bench = typer.Typer(help="Measurements, each side by side in one run.", no_args_is_help=True)
+
+
+@bench.command(name="solver")
+def bench_solver_command(
+    device: Device = "auto",
+    sizes: Annotated[
+        str, typer.Option(help="Layers as ROWSxCOLUMNS, comma-separated.")
+    ] = "768x768,2048x2048,4096x4096,8192x2048",
+    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,0.5",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of which the fastest counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """The textbook column loop against this engine's solvers: time, ratio, loss."""
+    from sparsegpt.eval.bench.solver import bench_solver
+    from sparsegpt.eval.bench.tables import solver_table
+    from sparsegpt.model.loading import pick_device
+
+    rows = list(bench_solver(pick_device(device), _shapes(sizes), tuple(patterns.split(",")), repeats))
+    _print_rows(rows, solver_table(rows), as_json=as_json)
+
+
+@bench.command(name="pipeline")
+def bench_pipeline_command(
+    model: Model = "demo",
+    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """One Hessian and one pass per shared input against one of each per linear: seconds and peak memory."""
+    from sparsegpt.eval.bench.pipeline import bench_pipeline
+    from sparsegpt.eval.bench.tables import pipeline_table
+    from sparsegpt.run.options import default_data
+
+    rows = bench_pipeline(model, calib or default_data(model, "calibration"), samples, seqlen, device)
+    _print_rows(rows, pipeline_table(rows), as_json=as_json)
+
+
+@bench.command(name="quality")
+def bench_quality_command(
+    model: Model = "demo",
+    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
+    evaluate: Annotated[str | None, typer.Option("--eval", help="Evaluation text.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration windows.")] = 0,
+    eval_windows: EvalWindows = None,
+    methods: Annotated[str | None, typer.Option(help="Rows of the ladder, comma-separated; default all.")] = None,
+    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,4:8,0.5,0.6,0.7",
+    device: Device = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Figure to write, as .png and .svg; rows are kept beside it as .json.")
+    ] = Path("quality.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Perplexity of every method at every sparsity, as a table and a figure; what was measured before is kept."""
+    from sparsegpt.eval.bench.quality import LADDER, QualityBench, draw
+    from sparsegpt.eval.bench.tables import quality_table
+    from sparsegpt.run.options import default_data
+
+    silence_libraries()
+    chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
+    if unknown := [name for name in chosen if name not in LADDER]:
+        raise SparseGPTError(f"--methods {unknown[0]!r} is not known: choose from {', '.join(LADDER)}")
+    job = QualityBench(
+        model,
+        calib or default_data(model, "calibration"),
+        evaluate or default_data(model, "evaluation"),
+        samples,
+        seqlen,
+        seed,
+        device,
+        eval_windows,
+    )
+    kept = out.with_suffix(".json")
+    rows = job.read(kept)
+    for row in job.run(chosen, tuple(patterns.split(",")), rows):
+        rows.append(row)
+        job.write(kept, rows)
+        print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
+    _print_rows(rows, quality_table(rows), as_json=as_json)
+    drawn = draw(rows, f"{Path(model).name}: {Path(job.evaluation).name}", out)
+    print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr)
+
+
+@bench.command(name="kernels")
+def bench_kernels_command(
+    device: Device = "auto",
+    shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = "14336x4096,4096x14336",
+    tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,16,64",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 31,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Every 2:4 kernel against the library's dense product: time, bandwidth, speed-up and its ceiling."""
+    from sparsegpt.eval.bench.kernels import bench_kernels
+    from sparsegpt.eval.bench.tables import kernels_table
+    from sparsegpt.model.loading import pick_device
+
+    found = bench_kernels(
+        device=str(pick_device(device)),
+        shapes=_shapes(shapes),
+        tokens=_counts(tokens, "--tokens"),
+        rounds=rounds,
+    )
+    _print_rows(found.rows, kernels_table(found), as_json=as_json)
+    _print_failed([asdict(failed) for failed in found.failed])
+
+
+def tune(
+    device: Device = "auto",
+    shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = (
+        "1024x1024,2048x2048,4096x4096,14336x4096,4096x14336"
+    ),
+    tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,8,16,32,64,256,1024",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Measure the 2:4 kernels on this machine and keep what won: `--kernels auto` goes by it from then on."""
+    import torch
+
+    from sparsegpt.eval.bench.kernels import bench_kernels
+    from sparsegpt.eval.bench.tables import measured_table
+    from sparsegpt.kernels.dispatch.measured import judge, machine_name, remember, to_plain
+    from sparsegpt.model.loading import DTYPES, pick_device
+
+    target = pick_device(device)
+    found = bench_kernels(
+        device=str(target),
+        shapes=_shapes(shapes),
+        tokens=_counts(tokens, "--tokens"),
+        dtypes=(torch.bfloat16, torch.float32) if target.type == "cpu" else tuple(DTYPES.values()),
+        rounds=rounds,
+        tell=lambda layer: print(f"measuring {layer}", file=sys.stderr),
+    )
+    rows = judge(machine_name(target), found.rows)
+    if as_json:
+        for row in rows:
+            print(json.dumps({"machine": row.path, **to_plain(row)}))
+    else:
+        open_console().print(measured_table(rows))
+    _print_failed([asdict(failed) for failed in found.failed])
+    print(f"kept in {remember(rows)}", file=sys.stderr)
+
+
+@bench.command(name="decode")
+def bench_decode_command(
+    dense: Annotated[Path, typer.Argument(help="The pruned model folder.")],
+    packed: Annotated[Path, typer.Argument(help="Its packed form.")],
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    kernels: Annotated[str, typer.Option(help=KERNEL_NAMES)] = "auto",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a round.")] = 48,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """A whole model generating, batch size 1, packed beside dense: tokens per second and memory."""
+    from sparsegpt.eval.bench.kernels import bench_decode
+    from sparsegpt.eval.bench.tables import decode_table
+    from sparsegpt.model.loading import DTYPES, pick_device
+
+    silence_libraries()
+    if dtype not in DTYPES:
+        raise SparseGPTError(f"dtype {dtype!r} is not known: expected {', '.join(DTYPES)}")
+    place = str(pick_device(device))
+    rows = bench_decode(dense, packed, device=place, dtype=DTYPES[dtype], kernels=kernels, new_tokens=new_tokens)
+    _print_rows(rows, decode_table(rows), as_json=as_json)
+
+
+@bench.command(name="memory")
+def bench_memory_command(
+    blocks: Annotated[str, typer.Option(help="Numbers of blocks, comma-separated.")] = "12,24",
+    presets: Annotated[str, typer.Option(help="Presets, comma-separated.")] = "paper,default",
+    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Private memory of whole runs on synthetic models of equal blocks, 122 MiB each, beside the plan's prediction."""
+    from sparsegpt.eval.bench.memory import bench_memory
+    from sparsegpt.eval.bench.tables import memory_table
+
+    rows = list(bench_memory(_counts(blocks, "--blocks"), tuple(presets.split(",")), tuple(patterns.split(","))))
+    _print_rows(rows, memory_table(rows), as_json=as_json)
+
+
+@bench.command(name="gpu")
+def bench_gpu_command(
+    device: Device = "cuda",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON, the tables and the logs.")] = Path("bench-gpu"),
+    small: Annotated[bool, typer.Option("--small", help="Tiny shapes: a rehearsal.")] = False,
+) -> None:
+    """Everything about a GPU in one go: correctness, kernels, solver, a whole prune; under nine minutes."""
+    from sparsegpt.eval.bench.gpu import DEADLINES, GpuBench
+    from sparsegpt.eval.bench.tables import gpu_tables, markdown
+    from sparsegpt.model.loading import pick_device
+
+    job = GpuBench(pick_device(device), out, small)
+    results = job.run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
+    _print_failed(results["kernels"].get("failures", []))
+    tables = markdown(gpu_tables(results))
+    (out / "bench-gpu.md").write_text(tables, encoding="utf-8")
+    print(tables, end="")
+    failed = {name: results[name]["failed"] for name in DEADLINES if "failed" in results[name]}
+    if failed:
+        raise SparseGPTError("; ".join(f"{name} failed: {why}, see {out / name}.log" for name, why in failed.items()))
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    shapes = [shape.split("x") for shape in text.split(",")]
+    if not all(len(shape) == 2 and all(_is_count(size) for size in shape) for shape in shapes):
+        raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096")
+    return tuple((int(rows), int(columns)) for rows, columns in shapes)
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    counts = text.split(",")
+    if not all(map(_is_count, counts)):
+        raise SparseGPTError(f"{option} {text!r}: expected whole numbers from 1, comma-separated, as 1,16,64")
+    return tuple(map(int, counts))
+
+
+def _is_count(text: str) -> bool:
+    return text.strip().isdecimal() and int(text) > 0
+
+
+def _print_failed(products: Sequence[dict[str, Any]]) -> None:
+    """Products that were wrong or did not run, one a line."""
+    for failed in products:
+        case = "{rows} x {columns}, {tokens} tokens, {dtype}".format_map(failed)
+        print(f"sparsegpt: {failed['kernel']} failed at {case}: {failed['reason']}", file=sys.stderr)
+
+
+def _print_rows(rows: Sequence[Any], table: Table, *, as_json: bool) -> None:
+    """Measurements for a program, one JSON object a line, or for a person."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(asdict(row)))
+    else:
+        open_console().print(table)

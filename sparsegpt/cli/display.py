@@ -1,0 +1,133 @@
+"""What a person sees: progress, tables and warnings, by rich; plain lines when the output is not a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport
+from sparsegpt.eval.perplexity import TextScore
+from sparsegpt.run.inspection import TensorFinding
+from sparsegpt.run.job import Listener
+from sparsegpt.run.memory import readable
+from sparsegpt.run.memory_plan import Plan
+
+WORST_LAYERS = 5
+
+
+class RunDisplay(Listener):
+    """Shows a run while it happens: a bar over blocks with the running error and the time left."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self.console, self.quiet = console, quiet
+        self.live = console.is_terminal and not quiet
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("error {task.fields[error]:.4f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> "RunDisplay":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def stage(self, text: str) -> None:
+        """Name the part of the work that begins."""
+        if not self.quiet:
+            self.console.print(text)
+
+    def scored(self, which: str, score: TextScore) -> None:
+        """Show one score."""
+        if not self.quiet:
+            self.console.print(f"  {which} perplexity on {score.data}: {score.perplexity:.4g}")
+
+    def block(self, report: BlockReport) -> None:
+        """Move the bar, or print a line where there is none."""
+        if self.live:
+            if self.task is None:
+                self.task = self.progress.add_task("blocks", total=report.blocks, error=0.0)
+            self.progress.update(self.task, advance=1, error=report.relative_error)
+        elif not self.quiet:
+            self.console.print(
+                f"  block {report.index + 1}/{report.blocks}: relative error {report.relative_error:.4f}, "
+                f"{report.seconds:.1f} s"
+            )
+
+    def epoch(self, report: EpochReport) -> None:
+        """Print what the held-out windows say."""
+        if not self.quiet:
+            self.console.print(f"  epoch {report.epoch}/{report.epochs}: divergence {report.loss:.4f} nats a token")
+
+    def layer(self, report: LayerReport) -> None:
+        """Single layers are left to the report."""
+
+    def warn(self, text: str) -> None:
+        """Loud, even with --quiet."""
+        self.console.print(f"WARNING: {text}", style="bold red")
+
+
+def print_plan(console: Console, model: str, planned: Plan) -> None:
+    """The table of `run --plan`."""
+    table = Table("", "part", "at its peak", title=f"{model}: {planned.micro_batch} windows in one forward pass")
+    for kind, name in (("memory", "memory"), ("gpu", "GPU memory"), ("disk", "disk")):
+        parts: dict[str, int] = getattr(planned, kind)
+        for part, count in parts.items():
+            table.add_row("", part, readable(count))
+        if parts:
+            table.add_row(name, "in all", readable(planned.total(kind)), end_section=True)
+    console.print(table)
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """The closing tables of a run."""
+    if report["perplexity"]:
+        table = Table(
+            "data",
+            "model",
+            "perplexity",
+            "bits per byte",
+            "tokens/s",
+            title=f"{report['model']} at {report['sparsity']}",
+        )
+        for data, by_model in report["perplexity"].items():
+            for which, perplexity in by_model.items():
+                bits, speed = report["bits_per_byte"][data][which], report["tokens_per_second"][data][which]
+                table.add_row(data, which, f"{perplexity:.4f}", f"{bits:.4f}", f"{speed:.0f}")
+        console.print(table)
+    worst = sorted(report["layers"], key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS]
+    table = Table(
+        "layer", "shape", "zeros", "relative error", title=f"{len(report['layers'])} layers pruned, the worst:"
+    )
+    for layer in worst:
+        shape = " x ".join(map(str, layer["shape"]))
+        table.add_row(layer["name"], shape, f"{layer['zeros']:.1%}", f"{layer['relative_error']:.4f}")
+    console.print(table)
+    seconds = ", ".join(f"{part} {value:.1f}" for part, value in report["seconds"].items())
+    memory = f"{report['peak_memory_bytes'] / 2**20:.0f} MiB"
+    if "peak_gpu_memory_bytes" in report:
+        memory += f", GPU {report['peak_gpu_memory_bytes'] / 2**20:.0f} MiB"
+    console.print(
+        f"zeros in pruned linears {1 - report['density_of_pruned_linears']:.2%}; "
+        f"seconds: {seconds}; peak memory {memory}"
+    )
+
+
+def print_findings(console: Console, findings: list[TensorFinding]) -> None:
+    """The table of `inspect`."""
+    table = Table("weight", "shape", "stored", "zeros", "pattern", "holds")
+    for finding in findings:
+        shape = " x ".join(map(str, finding.shape))
+        holds = finding.problem or "yes"
+        table.add_row(finding.name, shape, finding.stored, f"{finding.zeros:.2%}", finding.pattern, holds)
+    console.print(table)

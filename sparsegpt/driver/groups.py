@@ -1,0 +1,154 @@
+"""Linears that share one input: one Hessian, one factor, and the solution of each of them."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt.driver.reports import LayerReport, PruneReport
+from sparsegpt.driver.stages import enough_tokens, expert_of
+from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
+from sparsegpt.solvers import METHODS, prune_layer
+from sparsegpt.solvers.correction import DriftAccumulator, corrected_target, drift_pull
+from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
+
+
+@dataclass
+class GroupSolver:
+    """Prunes groups of linears in place and writes what it did into the report.
+
+    as_stored: a weight in the dtype of the saved file, to which it is rounded at once: all that follows, inside the
+    block and behind it, then sees the weights that are saved.
+    """
+
+    settings: PruneSettings
+    report: PruneReport
+    on_layer: Callable[[LayerReport], None]
+    as_stored: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    # Experts that few tokens reached: what is said of them -> (expert, tokens), until `tell_of_experts`.
+    _starved: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def prune(
+        self,
+        linears: dict[str, tuple[nn.Linear, LinearSettings]],
+        gram: HessianAccumulator,
+        drift: DriftAccumulator,
+        *,
+        routed: bool = False,
+    ) -> list[LayerReport]:
+        """Prune all linears of one shared input: those of one damping share its Hessian and everything derived.
+
+        routed: they belong to an expert. One that too few tokens reached is pruned by magnitude, without any data.
+        """
+        reports = []
+        dampings = list(dict.fromkeys(choice.damping for _, choice in linears.values()))
+        for damping in dampings:
+            alike = {name: pair for name, pair in linears.items() if pair[1].damping == damping}
+            reports += self._prune_alike(alike, gram, drift, routed=routed, last=damping == dampings[-1])
+        return reports
+
+    def _prune_alike(
+        self,
+        linears: dict[str, tuple[nn.Linear, LinearSettings]],
+        gram: HessianAccumulator,
+        drift: DriftAccumulator,
+        *,
+        routed: bool,
+        last: bool,
+    ) -> list[LayerReport]:
+        name, (_, choice) = next(iter(linears.items()))
+        starved = routed and gram.tokens < enough_tokens(gram.width)
+        if starved:
+            self._note(name, gram, "pruned by magnitude alone, without data")
+            hessian = DampedHessian(torch.eye(gram.width, device=gram.device), name=name)
+        else:
+            hessian = DampedHessian(gram.take(), self._damping(name, choice, gram, routed=routed), name=name)
+        targets = _targets({} if routed else linears, hessian, drift, last=last)
+        reports: list[LayerReport] = []
+        for name, (linear, choice) in linears.items():
+            started = time.perf_counter()
+            target = targets.pop(name, None)
+            hessian.keep_factor = len(reports) + 1 < len(linears)
+            method = "magnitude" if starved else choice.method
+            weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
+            pruned = prune_layer(weight, hessian, choice.sparsity, METHODS[method], choice.block_size, target=target)
+            linear.weight.copy_(self.as_stored(pruned.weight))
+            report = LayerReport(
+                name=name,
+                shape=(linear.out_features, linear.in_features),
+                sparsity=str(choice.sparsity),
+                method=method,
+                zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
+                relative_error=pruned.relative_error,
+                damping=pruned.damping,
+                tokens=gram.tokens,
+                seconds=time.perf_counter() - started,
+            )
+            reports.append(report)
+            self.on_layer(report)
+        self.report.layers += reports
+        return reports
+
+    def _damping(self, name: str, choice: LinearSettings, gram: HessianAccumulator, *, routed: bool) -> float:
+        """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""
+        width = gram.width
+        damping = choice.damping_for(width, gram.tokens)
+        if gram.tokens >= width:
+            return damping
+        raised = damping * width / gram.tokens
+        if routed:
+            self._note(name, gram, "solved with more damping")
+            return raised
+        text = (
+            f"only {gram.tokens} calibration tokens for {width} input features; damping raised from {damping:g} to "
+            f"{raised:g}, here and wherever this is so; give more --samples or a longer --seqlen"
+        )
+        if not any(warning.endswith(text) for warning in self.report.warnings):
+            self.report.warnings.append(f"{name}: {text}")
+        return raised
+
+    def _note(self, name: str, gram: HessianAccumulator, how: str) -> None:
+        expert = expert_of(name)
+        assert expert is not None
+        path, place, linear = expert
+        width = gram.width
+        limit = width if "damping" in how else enough_tokens(width)
+        text = f"{path}.*.{linear}: experts reached by fewer than {limit} calibration tokens ({width} input features)"
+        self._starved[f"{text} were {how}"].append((place, gram.tokens))
+
+    def tell_of_experts(self) -> None:
+        """Add one warning for all experts of a block that share a shortage."""
+        for text, found in self._starved.items():
+            named = ", ".join(f"{place}: {tokens}" for place, tokens in sorted(found)[:8])
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            self.report.warnings.append(f"{text}: {named}{more} tokens; give more --samples or a longer --seqlen")
+        self._starved.clear()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the wall seconds of a part of the work; a GPU is waited for."""
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.report.seconds[part] += time.perf_counter() - started
+
+
+def _targets(
+    linears: dict[str, tuple[nn.Linear, LinearSettings]], hessian: DampedHessian, drift: DriftAccumulator, *, last: bool
+) -> dict[str, Tensor]:
+    """What the kept weights of the linears that are corrected should imitate. last: nobody else needs the drift."""
+    corrected = {name: pair for name, pair in linears.items() if pair[1].corrects}
+    pulls = {
+        name: drift_pull(
+            linear.weight.to(hessian.raw.dtype), drift, choice.error_correction, choice.residual_correction
+        )
+        for name, (linear, choice) in corrected.items()
+    }
+    if last:
+        drift.release()  # before the factor takes as much
+    return {name: corrected_target(linear.weight, hessian, pulls[name]) for name, (linear, _) in corrected.items()}

@@ -1,0 +1,107 @@
+"""What the driver tells about its work, as plain values."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
+
+# Of a prune, each with its seconds.
+PARTS = ("capture", "solve", "reconstruct", "distill")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned linear.
+
+    sparsity: the pattern asked for; method: how it was solved; zeros: the share of zeros reached; relative_error:
+    ||(W - W')X||^2 / ||WX||^2 on the inputs of the pruned model; damping: what the Hessian needed; tokens: calibration
+    tokens that reached it.
+    Of an expert that too few reached, relative_error is ||W - W\'||^2 / ||W||^2.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: str
+    method: str
+    zeros: float
+    relative_error: float
+    damping: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One finished block: its place, how many linears were pruned, their mean relative error, wall seconds.
+
+    reconstruction: held-out loss after block-wise training as a share of the loss before; None without training.
+    """
+
+    index: int
+    blocks: int
+    linears: int
+    relative_error: float
+    seconds: float
+    reconstruction: float | None = None
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch of distillation, of so many: the held-out divergence from the dense model, in nats a token.
+
+    Epoch 0 is before the first.
+    """
+
+    epoch: int
+    epochs: int
+    loss: float
+
+
+@dataclass
+class PruneReport:
+    """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went.
+
+    epochs: of distillation, epoch 0 among them; empty without it. choices: what the settings and the recipe say of each
+    selected linear; None: left dense.
+    """
+
+    settings: PruneSettings
+    layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    epochs: list[EpochReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    warnings: list[str] = field(default_factory=list)
+    choices: dict[str, LinearSettings | None] = field(default_factory=dict)
+
+    @property
+    def density(self) -> float:
+        """Share of non-zero weights in the pruned linears."""
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        kept = sum((1 - layer.zeros) * size for layer, size in zip(self.layers, sizes, strict=True))
+        return kept / sum(sizes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for report.json."""
+        return {
+            "sparsity": str(self.settings.sparsity),
+            "method": self.settings.method,
+            "settings": self.settings.as_dict(),
+            "recipe": self._recipe() if self.settings.recipe else None,
+            "density_of_pruned_linears": self.density,
+            "layers": [asdict(layer) for layer in self.layers],
+            "blocks": [asdict(block) for block in self.blocks],
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+        }
+
+    def _recipe(self) -> dict[str, Any]:
+        """The rules as read, and what they come to: each choice of settings once, with the linears it applies to."""
+        linears: dict[LinearSettings | None, list[str]] = {}
+        for name, choice in self.choices.items():
+            linears.setdefault(choice, []).append(name)
+        return {
+            "rules": [rule.as_dict() for rule in self.settings.recipe],
+            "resolved": [
+                {**(choice.as_dict() if choice else {"skip": True}), "linears": names}
+                for choice, names in linears.items()
+            ],
+        }

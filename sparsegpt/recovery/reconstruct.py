@@ -1,0 +1,133 @@
+"""Block reconstruction: train a pruned block's kept weights so that, on pruned inputs, it gives the dense outputs.
+
+After the closed-form solves each layer is optimal for itself; a few epochs of Adam let the layers of a block help one
+another. The outputs may be compared some dense blocks further on, where those of its errors that the model amplifies
+weigh more. The masks stay fixed; norms and biases move too. A tenth of the calibration windows is held out: the weights
+with the lowest held-out loss win, the untrained ones included, so no block gets worse.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt.recovery.training import (
+    BETAS,
+    Batch,
+    autocast,
+    counting_windows,
+    held_out_count,
+    in_float32,
+    remembering_gradient_switches,
+    training_batches,
+)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Held-out loss before and after, and after how many epochs the best weights were met (0: never)."""
+
+    before: float
+    after: float
+    best_epoch: int
+    diverged: bool
+
+
+@torch.enable_grad()
+def reconstruct_block(
+    block: nn.Module,
+    pruned_linears: list[str],
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    forward: Callable[[Tensor], Tensor],
+    *,
+    ahead: Sequence[nn.Module] = (),
+    epochs: int,
+    learning_rate: float,
+) -> Reconstruction:
+    """Train `block` in place.
+
+    pruned_linears: names inside the block, whose zeros stay zeros. inputs: micro-batches [batch, sequence, features] of
+    the pruned stream before the block. forward(hidden): what the block and the modules `ahead`, which are not trained,
+    make of them; targets: what it should be. Adam with the learning rate falling to 0 along a cosine; weights in
+    float32, products in bfloat16 where the hardware has them. If the loss stops being finite the block is rolled back.
+    """
+    device = next(block.parameters()).device
+    with in_float32([block, *ahead]), remembering_gradient_switches([block, *ahead]):
+        masks = {f"{name}.weight": block.get_parameter(f"{name}.weight") != 0 for name in pruned_linears}
+        trained = {name: p for name, p in block.named_parameters() if name in masks or p.ndim == 1}
+        for module in (block, *ahead):
+            module.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+
+        def loss_of(batch: Batch) -> Tensor:
+            hidden, target = (tensor.to(device, torch.float32) for tensor in batch)
+            with autocast(device):
+                output = forward(hidden)
+            return relative_loss(output.float(), target)
+
+        batches = training_batches(inputs, targets)
+        with counting_windows("reconstruction", batches):
+            return _train(trained, masks, batches, loss_of, epochs, learning_rate)
+
+
+def _train(
+    trained: dict[str, nn.Parameter],
+    masks: dict[str, Tensor],
+    batches: list[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    epochs: int,
+    learning_rate: float,
+) -> Reconstruction:
+    """Leave those values in the trained parameters whose held-out loss was the lowest."""
+    held_out = batches[-held_out_count(len(batches)) :]
+    training = batches[: -len(held_out)] or held_out
+    steps = epochs * len(training)
+    optimizer = torch.optim.Adam(trained.values(), lr=learning_rate, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    generator = torch.Generator().manual_seed(0)
+    before = best = _mean_loss(loss_of, held_out)
+    best_state, best_epoch, diverged = _copy(trained), 0, False
+    for epoch in range(1, epochs + 1):
+        for place in torch.randperm(len(training), generator=generator).tolist():
+            loss = loss_of(training[place])
+            optimizer.zero_grad()
+            loss.backward()
+            for name, mask in masks.items():
+                gradient = trained[name].grad
+                if gradient is not None:  # an expert may get no token in a batch
+                    gradient.masked_fill_(~mask, 0)  # Adam then never moves a zero
+            optimizer.step()
+            schedule.step()
+        after = _mean_loss(loss_of, held_out)
+        if not math.isfinite(after):
+            diverged = True
+            break
+        if after < best:
+            best, best_state, best_epoch = after, _copy(trained), epoch
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(best_state[name])
+    return Reconstruction(before, best, best_epoch, diverged)
+
+
+def relative_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of ||output - target||^2 / ||target||^2, for [batch, sequence, features].
+
+    Relative, because a few tokens of most models carry activations hundreds of times larger than all others: their
+    plain squared error would be all that the training sees.
+    """
+    error = (output - target).square().sum(-1)
+    return (error / target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)).mean()
+
+
+@torch.no_grad()
+def _mean_loss(loss_of: Callable[[Batch], Tensor], batches: list[Batch]) -> float:
+    return sum(float(loss_of(batch)) for batch in batches) / len(batches)
+
+
+def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}

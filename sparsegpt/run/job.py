@@ -1,0 +1,348 @@
+"""The whole job behind `python -m sparsegpt run`: load, score, prune, score again, save.
+
+Prints nothing. What happens meanwhile is told to a `Listener`; everything measured is in the report.
+"""
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsegpt.calib_data import Calibration, draw_windows, load_text
+from sparsegpt.driver.choices import choose_linears
+from sparsegpt.driver.pipeline import prune_blocks
+from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.eval.perplexity import TextScore, score_text
+from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
+from sparsegpt.kernels.dispatch.packed24 import KERNELS
+from sparsegpt.kernels.hf.in_place import pack_linears
+from sparsegpt.kernels.layers.linear import explain, set_kernels
+from sparsegpt.model.export import write_model
+from sparsegpt.model.loading import LoadedModel, load_model
+from sparsegpt.recovery.training import TrainingOutOfMemory
+from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
+from sparsegpt.run.memory_plan import check_fits
+from sparsegpt.run.options import RunOptions, free_gpu_memory, memory_is_scarce, plan_run
+from sparsegpt.run.work_folder import WorkFolder, fingerprint
+from sparsegpt.settings.prune_settings import PruneSettings
+from sparsegpt.settings.recipe import idle_rules
+from sparsegpt.settings.selection import name_filter, parse_blocks
+from sparsegpt.sparsity import NM
+
+ACTIVATIONS = ("memory", "disk")
+PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
+# Those of them that compute: another version may end with other bits.
+COMPUTING = ("sparsegpt", "torch", "transformers")
+
+
+class Listener:
+    """Told what happens during a run; this one listens in silence."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the work begins."""
+
+    def scored(self, which: str, score: TextScore) -> None:
+        """The "dense", "pruned" or "kernels" (pruned, through the packed kernels) model was scored on one text."""
+
+    def layer(self, report: LayerReport) -> None:
+        """One linear is pruned."""
+
+    def block(self, report: BlockReport) -> None:
+        """One decoder block is finished."""
+
+    def epoch(self, report: EpochReport) -> None:
+        """One epoch of distillation is finished."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user must not overlook."""
+
+
+def run(options: RunOptions, settings: PruneSettings, listener: Listener | None = None) -> dict[str, Any]:
+    """Prune a model as told, write the folder `options.out`, return the report that was written with it.
+
+    Raises SparseGPTError for anything refused. An old result stays as it was until the new one is whole; finished
+    blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
+    """
+    if options.kernels is not None and NM(2, 4) not in settings.values_of("sparsity"):
+        raise SparseGPTError(f"--kernels runs 2:4 weights only, not {settings.sparsity}: leave it out")
+    if options.kernels not in (None, *KERNELS):
+        raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
+    if options.include_head and not name_filter(skip=options.skip)("lm_head"):
+        raise SparseGPTError("lm_head is asked for by --include and left out by --skip: give one of them")
+    if options.activations not in ACTIVATIONS:
+        raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
+    with (
+        WorkFolder(options.out, resume=options.resume, overwrite=options.overwrite) as work,
+        PeakWatch() as memory,
+    ):
+        planned = plan_run(options, settings)
+        if memory_is_scarce(options, planned):
+            give_back_freed_memory()
+        check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
+        job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
+        needs = ", ".join(f"{readable(count)} of {kind}" for kind, count in planned.totals().items() if count)
+        job.listener.stage(f"can do with about {needs}")
+        job.load()
+        if not job.begin():
+            report = read_checked(options.out / REPORT_NAME)
+            job.warn_of_unscored(report["perplexity"])
+            return report
+        job.score("dense")
+        job.prune()
+        job.score("pruned")
+        job.listener.stage(f"saving {options.out}")
+        with work.new_result() as draft:
+            write_model(job.loaded, draft)
+            if options.kernels is not None:
+                job.score_through_kernels(options.kernels, draft)
+            report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
+            write_checked(draft / REPORT_NAME, report)
+    return report
+
+
+class _Job:
+    """The state of one run: the model, what it scored, where the time went."""
+
+    loaded: LoadedModel
+    calibration: Calibration
+
+    def __init__(
+        self, options: RunOptions, settings: PruneSettings, work: WorkFolder, micro_batch: int, listener: Listener
+    ) -> None:
+        self.options, self.settings, self.work, self.listener = options, settings, work, listener
+        self.micro_batch = micro_batch
+        self.select = name_filter(options.only, options.skip)
+        self.blocks = parse_blocks(options.blocks)
+        self.scratch = options.scratch or work.folder
+        self.started = time.perf_counter()
+        self.pruned = PruneReport(settings)
+        self.seconds: dict[str, float] = {}
+        self.scores: dict[str, dict[str, TextScore]] = {data: {} for data in options.evaluate}
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count the wall seconds of a part of the work."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    def warn(self, text: str) -> None:
+        """Tell the user, and the report."""
+        self.warnings.append(text)
+        self.listener.warn(text)
+
+    def load(self) -> None:
+        """Model, tokenizer and calibration windows."""
+        options = self.options
+        self.listener.stage(f"loading {options.model}")
+        with self.measure("load"):
+            self.loaded = load_model(
+                options.model,
+                dtype=options.dtype,
+                device=options.device,
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+                stream_through=self.scratch,
+            )
+            self.length = self.loaded.sequence_length(options.sequence_length)
+            text = load_text(options.calibration, "calibration")
+            self.calibration = draw_windows(text, self.loaded.tokenizer, options.samples, self.length, options.seed)
+        model, settings = self.loaded.model, self.settings
+        choices = choose_linears(model, settings, self.select, self.blocks, include_head=options.include_head)
+        for warning in idle_rules(settings, choices):
+            self.warn(warning)
+
+    def begin(self) -> bool:
+        """Take up what an unfinished run has done; False when there is nothing left to do."""
+        if self.work.begin(self.identity(), self.pruned):
+            self.listener.stage(f"{self.options.out} is finished already")
+            return False
+        if self.options.resume:
+            blocks = self.work.finished
+            self.listener.stage(f"going on behind block {blocks}" if blocks else "nothing to resume: starting anew")
+        self._compare_versions()
+        # What a GPU's free memory allowed then: other steps would end with other bits.
+        self.micro_batch = self.work.state.get("micro_batch", self.micro_batch)
+        self.work.save_state(micro_batch=self.micro_batch)
+        self.seconds = self.work.state.get("run_seconds", self.seconds)
+        if self.work.state.get("evaluation") == self._evaluation():
+            for data, by_model in self.work.state.get("scores", {}).items():
+                self.scores[data] = {which: TextScore(**row) for which, row in by_model.items()}
+        return True
+
+    def warn_of_unscored(self, scores: dict[str, dict[str, float]]) -> None:
+        """Say which scores that were asked for are not among those {text: {model: score}} of a finished result."""
+        options = self.options
+        missing = [data for data in options.evaluate if data not in scores]
+        if options.kernels is not None:
+            missing += [f"{data} through kernels" for data, known in scores.items() if "kernels" not in known]
+        if missing:
+            self.warn(
+                f"not scored on {', '.join(missing)}: `sparsegpt eval --model {options.out} --data ...` does that"
+            )
+
+    def _compare_versions(self) -> None:
+        """Warn when finished blocks come from other versions than those to come, and keep the warning with them."""
+        versions = {name: version(name) for name in COMPUTING}
+        then = self.work.state.get("versions", versions) if self.work.finished else versions
+        self.work.save_state(versions=then)
+        if changed := [name for name in COMPUTING if then[name] != versions[name]]:
+            text = ", ".join(f"{name} {then[name]} then, {versions[name]} now" for name in changed)
+            self.warn(
+                f"the unfinished run began with other versions ({text}): its result may differ in the last bits from "
+                "that of an uninterrupted run; give --overwrite instead of --resume to start again"
+            )
+            self.pruned.warnings.append(self.warnings[-1])
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the pruned weights; a run goes on only with the same."""
+        options, residence = self.options, self.loaded.residence
+        assert residence is not None
+        return {
+            "model": fingerprint(self.loaded.model),
+            "calibration windows": hashlib.sha256(self.calibration.windows.numpy().tobytes()).hexdigest(),
+            "settings": {name: value for name, value in self.settings.as_dict().items() if "distill" not in name},
+            "distillation": {"epochs": self.settings.distill, "rate": self.settings.distill_rate},
+            "--recipe": {f"rule {place}": str(rule) for place, rule in enumerate(self.settings.recipe, start=1)},
+            "--only": options.only,
+            "--skip": options.skip,
+            "--blocks": options.blocks,
+            "--include": options.include_head,
+            "--micro-batch": options.micro_batch,
+            "device": str(residence.device).split(":")[0],
+            "dtype": [str(residence.dtype), str(residence.stored)],
+        }
+
+    def _evaluation(self) -> dict[str, Any]:
+        """What a score depends on besides the model."""
+        options = self.options
+        return {
+            "texts": list(options.evaluate),
+            "length": self.length,
+            "windows": options.eval_windows,
+            "bos": options.bos,
+        }
+
+    def score(self, which: str) -> None:
+        """Score the model as it now is on every evaluation text; an absurd dense score is an alarm."""
+        for data in self.options.evaluate:
+            found = self.scores[data].get(which)
+            if found is None:
+                self.listener.stage(f"scoring the {which} model on {data}")
+                found = self.scores[data][which] = self._score(data)
+            self.listener.scored(which, found)
+            if which == "dense" and found.alarm:
+                self.warn(found.alarm)
+        if which == "dense":
+            scores = {data: {key: asdict(row) for key, row in rows.items()} for data, rows in self.scores.items()}
+            self.work.save_state(evaluation=self._evaluation(), scores=scores, run_seconds=self.seconds)
+
+    def _score(self, data: str) -> TextScore:
+        with self.measure("eval"):
+            return score_text(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                data,
+                self.length,
+                batch_size=self.options.batch_size,
+                bos=self.options.bos,
+                max_windows=self.options.eval_windows,
+            )
+
+    def prune(self) -> None:
+        """Prune block by block; finished blocks go to the work folder."""
+        rules = " and a recipe" if self.settings.recipe else ""
+        self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method}{rules}")
+        while True:
+            try:
+                self._prune_blocks()
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve_micro_batch(error)
+        for warning in self.pruned.warnings:
+            if warning not in self.warnings:
+                self.warn(warning)
+
+    def _halve_micro_batch(self, error: torch.OutOfMemoryError) -> None:
+        """Go on behind the last finished block with smaller steps, and with a distillation that begins anew."""
+        residence = self.loaded.residence
+        assert residence is not None
+        training, windows = "", self.micro_batch
+        if isinstance(error, TrainingOutOfMemory):
+            training, windows = error.training, error.windows
+        if windows == 1:
+            raise SparseGPTError(
+                "the GPU ran out of memory with one window at a time: give --resume "
+                f"{'--distill 0' if training == 'distillation' else 'once it has more'}, or --overwrite with a shorter "
+                "--seqlen, --preset paper or --device cpu"
+            ) from error
+        self.micro_batch = windows // 2
+        self.pruned.epochs.clear()
+        self.work.save_state(micro_batch=self.micro_batch, epochs=[])
+        del self.pruned.layers[sum(block.linears for block in self.pruned.blocks) :]  # of the block that failed
+        self.warn(f"the GPU ran out of memory: going on with --micro-batch {self.micro_batch}")
+        residence.unsettle()
+        torch.cuda.empty_cache()
+
+    def _prune_blocks(self) -> None:
+        prune_blocks(
+            self.loaded.model,
+            self.calibration.windows,
+            self.settings,
+            micro_batch=self.micro_batch,
+            select=self.select,
+            only_blocks=self.blocks,
+            include_head=self.options.include_head,
+            scratch=self.scratch if self.options.activations == "disk" else None,
+            residence=self.loaded.residence,
+            progress=self.work,
+            report=self.pruned,
+            on_layer=self.listener.layer,
+            on_block=self.listener.block,
+            on_epoch=self.listener.epoch,
+        )
+
+    def score_through_kernels(self, kernels: str, folder: Path) -> None:
+        """Load the saved model whole, pack its pruned linears in memory and score once more."""
+        options = self.options
+        try:
+            self.loaded = load_model(str(folder), dtype=options.dtype, device=options.device)
+            pack_linears(self.loaded.model, kernels=kernels)
+            set_kernels(self.loaded.model, kernels)
+            self.listener.stage(explain(self.loaded.model))
+            self.score("kernels")
+        except SparseGPTError as error:
+            self.warn(f"not scored through kernels: {error}")
+
+    def report(self) -> dict[str, Any]:
+        """The contents of report.json."""
+        return {
+            "model": self.options.model,
+            **self.pruned.as_dict(),
+            "seed": self.options.seed,
+            "calibration": self.calibration.describe(),
+            "perplexity": self._by_text("perplexity"),
+            "bits_per_byte": self._by_text("bits_per_byte"),
+            "tokens_per_second": self._by_text("tokens_per_second"),
+            "seconds": {**self.seconds, **self.pruned.seconds, "total": time.perf_counter() - self.started},
+            "identity": self.work.state["identity"],
+            **peak_memory(),
+            "stored_dtype": str(self.loaded.stored_dtype).removeprefix("torch."),
+            "warnings": self.warnings,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        }
+
+    def _by_text(self, attribute: str) -> dict[str, dict[str, float]]:
+        return {
+            data: {which: getattr(score, attribute) for which, score in by_model.items()}
+            for data, by_model in self.scores.items()
+        }

@@ -1,0 +1,339 @@
+"""What a run will need, from shapes alone: memory, GPU memory and disk, before a single weight is read.
+
+Every figure is a sum of named parts. Coefficients that no shape gives (copies that a solver makes) are measured;
+BENCHMARKS.md compares the predictions with measured peaks. Letters: h hidden size, C the inputs and R the outputs of a
+linear, N calibration tokens, T tokens of one forward pass.
+"""
+
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sparsegpt.driver.pipeline import TOKENS_PER_STEP
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.model.families import decoder_blocks, family_of
+from sparsegpt.model.loading import without_weights
+from sparsegpt.recovery.training import TOKENS_PER_BATCH
+from sparsegpt.run.memory import available_memory, readable
+from sparsegpt.settings.prune_settings import CORRECTIONS, PruneSettings
+from sparsegpt.solvers.layer import parse_method
+from sparsegpt.solvers.products import PIECE, PIECE_ON_GPU
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Python, torch and transformers, the tokenizer and its text, and what the allocator keeps.
+LIBRARIES = 400 << 20
+CUDA_CONTEXT = 600 << 20
+# Copies of [C, C] and [R, C] float32, and of pieces of the latter, that a method holds at its worst moments, the
+# Hessian and its factor included. admm's are the resolvent and the refit.
+SOLVER_COPIES = {
+    "magnitude": ((1.0, 3.0, 0),),
+    "wanda": ((1.0, 3.0, 0),),
+    "sparsegpt": ((2.3, 4.0, 0),),
+    "admm": ((2.5, 2.0, 2), (2.0, 5.0, 5)),
+}
+REFIT_COPIES = (3.0, 6.0, 5)
+# A GPU's library copies what it inverts, and weights in halves become float32; not measured yet.
+MORE_ON_GPU = (1.0, 1.0)
+# While targets are corrected: Hessian and drift, then the factor in its place; each linear's target waits for its turn.
+# While a pass gathers: the Hessian, and with corrections the drift.
+CORRECTION_COPIES, GATHERED, GATHERED_FOR_CORRECTION = (2.3, 1.0, 3), 1, 2
+# Copies of a token's hidden state, and of its widest input, while a block computes and while it is trained.
+FORWARD_COPIES, TRAINING_COPIES = (8, 4), (24, 8)
+# Parameters in float32, gradients, two moments, the best state so far.
+TRAINED_COPIES = 5
+# Distillation: of the block at work its weights, those of the training and its gradients; of a weight, its value and
+# two moments in float32; epochs on disk while a new one is written; logits of both models and the gradient.
+DISTILLED_COPIES, DISTILLED_BYTES, KEPT_EPOCHS, LOGIT_COPIES = 3, 12, 2, 3
+# A GPU takes larger micro-batches, as many tokens as fit in this share of its free memory, at most so many.
+MICRO_BATCH_SHARE, MICRO_BATCH_TOKENS = 0.25, 16384
+# What `--activations disk` puts into files of the scratch folder.
+SCRATCH_PARTS = ("activations", "weights in training")
+# Large models whose plans the README shows; no weights are needed for a plan.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt-175b": (
+        "opt",
+        {
+            "hidden_size": 12288,
+            "word_embed_proj_dim": 12288,
+            "ffn_dim": 49152,
+            "num_hidden_layers": 96,
+            "num_attention_heads": 96,
+            "dtype": torch.float16,
+        },
+    ),
+    "llama-3-405b": (
+        "llama",
+        {
+            "hidden_size": 16384,
+            "intermediate_size": 53248,
+            "num_hidden_layers": 126,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 131072,
+            "dtype": torch.bfloat16,
+        },
+    ),
+}
+
+
+class SharedInput(NamedTuple):
+    """Inputs C, outputs R of the widest linear, and how many linears read them."""
+
+    inputs: int
+    outputs: int
+    linears: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan must know of a model. groups: one for each input that linears share."""
+
+    blocks: int
+    block_parameters: int
+    outside_parameters: int
+    hidden: int
+    vocabulary: int
+    groups: tuple[SharedInput, ...]
+    residual_projections: int
+    stored: torch.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return self.blocks * self.block_parameters + self.outside_parameters
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much is calibrated and where; gpu_memory: bytes of the GPU that computes, None for the CPU."""
+
+    samples: int
+    sequence_length: int
+    computing: torch.dtype
+    gpu_memory: int | None = None
+    activations: str = "memory"
+    micro_batch: int | None = None
+    scored: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes at the peak, each with its parts by name. micro_batch: windows of one forward pass."""
+
+    memory: dict[str, int]
+    gpu: dict[str, int]
+    disk: dict[str, int]
+    micro_batch: int
+
+    def total(self, kind: str) -> int:
+        """Sum of the parts of "memory", "gpu" or "disk"."""
+        parts: dict[str, int] = getattr(self, kind)
+        return sum(parts.values())
+
+    def totals(self) -> dict[str, int]:
+        """All three sums."""
+        return {kind: self.total(kind) for kind in ("memory", "gpu", "disk")}
+
+
+def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
+    """The shape of a model from its configuration, without its weights, which are stored as `stored`."""
+    model = without_weights(config)
+    family = family_of(model)
+    blocks = decoder_blocks(model, family)
+    largest = max(blocks, key=_parameters)
+    groups = [tuple(_groups(block, frozenset(family.residuals))) for block in blocks]
+    return ModelShape(
+        blocks=len(blocks),
+        block_parameters=_parameters(largest),
+        outside_parameters=_parameters(model) - sum(_parameters(block) for block in blocks),
+        hidden=config.get_text_config().hidden_size,
+        vocabulary=config.get_text_config().vocab_size,
+        groups=max(groups, key=lambda found: sum(group.inputs**2 for group in found)),
+        residual_projections=len(family.residuals),
+        stored=stored,
+    )
+
+
+def published_config(name: str) -> "PretrainedConfig":
+    """The configuration of a model in PUBLISHED."""
+    from transformers import AutoConfig
+
+    model_type, sizes = PUBLISHED[name]
+    config: PretrainedConfig = AutoConfig.for_model(model_type, **sizes)
+    return config
+
+
+def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
+    """What pruning a model of this shape needs."""
+    width = work.computing.itemsize
+    on_gpu = work.gpu_memory is not None
+    block = shape.block_parameters * width
+    solve, gathered = _solve_bytes(shape, settings, on_gpu=on_gpu), _gathered_bytes(shape, settings)
+    batch = min(work.samples, work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered)))
+    tokens = batch * work.sequence_length
+    widest = max(group.inputs for group in shape.groups)
+    forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
+    training = _training_bytes(shape, settings, work, widest)
+    compute = {"one block": block, "work on it": max(solve, gathered + forward, training)}
+    streams = _activation_bytes(shape, settings, work)
+    memory = {"libraries": LIBRARIES}
+    disk = {
+        "finished blocks": shape.blocks * shape.block_parameters * shape.stored.itemsize,
+        "result": shape.parameters * shape.stored.itemsize,
+    }
+    gpu: dict[str, int] = {}
+    if on_gpu:
+        gpu = {"CUDA": CUDA_CONTEXT, **compute}
+    else:
+        memory |= compute
+        if work.scored:
+            scoring = TOKENS_PER_STEP * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest) * width
+            head = shape.vocabulary * shape.hidden * width
+            logits = max(TOKENS_PER_STEP, work.sequence_length) * shape.vocabulary * width
+            memory["work on it"] = max(memory["work on it"], scoring + head + logits)
+    (disk if work.activations == "disk" else memory)["activations"] = streams
+    if settings.distill:
+        trained = shape.blocks * shape.block_parameters
+        (disk if work.activations == "disk" else memory)["weights in training"] = DISTILLED_BYTES * trained
+        disk["epochs of distillation"] = KEPT_EPOCHS * DISTILLED_BYTES * trained
+        disk["distilled blocks"] = trained * shape.stored.itemsize
+    return Plan(memory, gpu, disk, batch)
+
+
+def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) -> None:
+    """Refuse a run that this machine cannot hold, naming the switch that would make it fit."""
+    if gpu_memory is not None and planned.total("gpu") > gpu_memory:
+        raise SparseGPTError(
+            f"the run needs {readable(planned.total('gpu'))} of GPU memory and {readable(gpu_memory)} are free: "
+            "give a smaller --micro-batch, --preset paper, or --device cpu"
+        )
+    without = " or --distill 0" if "epochs of distillation" in planned.disk else ""
+    free = available_memory()
+    if free is not None and planned.total("memory") > free:
+        saved = sum(planned.memory.get(part, 0) for part in SCRATCH_PARTS)
+        way_out = "--activations disk" if planned.total("memory") - saved < free else "fewer --samples"
+        raise SparseGPTError(
+            f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: "
+            f"give {way_out}{without}"
+        )
+    kept = ("finished blocks", "epochs of distillation", "distilled blocks", "result")
+    for folder, parts in ((out, kept), (scratch, SCRATCH_PARTS)):
+        needed = sum(planned.disk.get(part, 0) for part in parts)
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        left = shutil.disk_usage(there).free
+        if needed > left:
+            switch = "--scratch" if parts == SCRATCH_PARTS else "--out"
+            raise SparseGPTError(
+                f"the run needs {readable(needed)} of disk in {there} and {readable(left)} are free: "
+                f"give another {switch}{without}"
+            )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[SharedInput]:
+    """Each shared input: a projection into the residual stream has its own, siblings of one width share."""
+    shared: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for name, parameter in block.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        outputs, inputs = sorted(parameter.shape[-2:]) if parameter.ndim == 3 else parameter.shape
+        linear, _, _ = name.rpartition(".")
+        place = linear if linear in own_input else linear.rpartition(".")[0]
+        shared[place, inputs].append(outputs)
+    for (_, inputs), found in shared.items():
+        yield SharedInput(inputs, max(found), len(found))
+
+
+def _solve_bytes(shape: ModelShape, settings: PruneSettings, *, on_gpu: bool) -> int:
+    """Of the hungriest group; in the published order the Hessians of the others wait meanwhile."""
+    worst = max(_group_elements(group, settings, on_gpu=on_gpu) for group in shape.groups)
+    widths = [group.inputs**2 for group in shape.groups]
+    return math.ceil(4 * (worst + (sum(widths) - max(widths) if settings.order == "block" else 0)))
+
+
+def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool) -> float:
+    """What the solver holds at its worst moment; the factor stays for those that share it."""
+    square, layer = group.inputs**2, group.inputs * group.outputs
+    piece = min(layer, PIECE_ON_GPU if on_gpu else PIECE)
+    moments = [copies for method in settings.values_of("method") for copies in _copies(method)]
+    targets = 0
+    if _corrects(settings):
+        moments.append(CORRECTION_COPIES)
+        targets = group.linears
+    worst = max(squares * square + layers * layer + pieces * piece for squares, layers, pieces in moments)
+    more_squares, more_layers = MORE_ON_GPU if on_gpu else (0.0, 0.0)
+    kept_factor = 1 if group.linears > 1 else 0
+    return worst + (more_squares + kept_factor) * square + (more_layers + targets) * layer
+
+
+def _training_bytes(shape: ModelShape, settings: PruneSettings, work: Workload, widest: int) -> int:
+    """What a step of either training holds besides the block's weights, whichever is more."""
+    tokens = max(TOKENS_PER_BATCH, work.sequence_length)
+    a_token = TRAINING_COPIES[0] * shape.hidden + TRAINING_COPIES[1] * widest
+    needed = [0]
+    if settings.reconstruct:
+        parameters = (TRAINED_COPIES + settings.look_ahead) * shape.block_parameters
+        needed.append(4 * (parameters + tokens * (1 + settings.look_ahead) * a_token))
+    if settings.distill:
+        between = tokens * (shape.blocks + 1) * shape.hidden
+        in_block = DISTILLED_COPIES * shape.block_parameters + tokens * a_token
+        head = shape.vocabulary * shape.hidden + LOGIT_COPIES * tokens * shape.vocabulary
+        needed.append(4 * (between + max(in_block, head)))
+    return max(needed)
+
+
+def _gathered_bytes(shape: ModelShape, settings: PruneSettings) -> int:
+    """What a pass sums up for the widest group, or for all of them in the published order."""
+    copies = GATHERED_FOR_CORRECTION if _corrects(settings) else GATHERED
+    widths = [group.inputs**2 for group in shape.groups]
+    return 4 * copies * (sum(widths) if settings.order == "block" else max(widths))
+
+
+def _corrects(settings: PruneSettings) -> bool:
+    return any(max(settings.values_of(share)) > 0 for share in CORRECTIONS)
+
+
+def _copies(method: str) -> Iterator[tuple[float, float, int]]:
+    base, _, _ = method.partition("+")
+    yield from SOLVER_COPIES[base]
+    if parse_method(method).refit:
+        yield REFIT_COPIES
+
+
+def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload) -> int:
+    """Both streams and the one ahead, dense inputs that corrections compare, outputs that are not computed twice."""
+    features = shape.hidden
+    if settings.needs_dense_stream:
+        features += shape.hidden
+    if settings.reconstruct and settings.look_ahead:
+        features += shape.hidden
+    if _corrects(settings):
+        features += sum(group.inputs for group in shape.groups)
+    if max(settings.values_of("residual_correction")) > 0:
+        features += shape.residual_projections * shape.hidden
+    if settings.order != "block" and work.activations == "memory":
+        features += shape.hidden
+    return work.samples * work.sequence_length * features * work.computing.itemsize
+
+
+def _micro_batch(shape: ModelShape, work: Workload, taken: int) -> int:
+    """Windows of one forward pass: about TOKENS_PER_STEP tokens, on a GPU as many as its memory takes."""
+    tokens = TOKENS_PER_STEP
+    if work.gpu_memory is not None:
+        widest = max(group.inputs for group in shape.groups)
+        a_token = work.computing.itemsize * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
+        tokens = min(MICRO_BATCH_TOKENS, int(MICRO_BATCH_SHARE * max(0, work.gpu_memory - taken)) // a_token)
+    return max(1, tokens // work.sequence_length)

@@ -1,0 +1,321 @@
+"""The unfinished run: finished blocks and what was learnt so far, in a folder beside the output.
+
+    .<output name>.unfinished/
+        lock                          held by the process that works here
+        state.json                    what decides the result, reports of the finished blocks, scores
+        block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
+        training-00001.safetensors    what distillation knows behind its last finished epoch
+        distilled-00000.safetensors ...  blocks that it has changed, written anew by every run that gets so far
+
+A block counts once state.json says so. Every file appears whole or not at all, so a run killed at any moment goes on
+behind its last finished block. When the output folder is in its place, this one goes.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import Tensor
+
+from sparsegpt.driver.progress import Progress
+from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
+from sparsegpt.files.folders import check_target, flush, is_full_disk, new_folder, recover
+from sparsegpt.files.tensor_files import WEIGHTS, ShardedWriter, header_room, verify_checksums, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERSION = 1
+STATE = "state.json"
+LOCK = "lock"
+ATTEMPTS = 3  # to get the lock while others remove its folder
+# Of each tensor, this many bytes at its beginning, middle and end go into the model's fingerprint.
+SAMPLE_BYTES = 4096
+
+
+class WorkFolder(Progress):
+    """Keeps finished blocks for `target`. Use as a context manager: it holds the lock.
+
+    What an earlier run has finished stays until a run that may replace it has begun.
+    """
+
+    def __init__(self, target: Path, *, resume: bool, overwrite: bool) -> None:
+        self.target, self.resume, self.overwrite = target.absolute(), resume, overwrite
+        self.folder = _folder_for(target)
+        self.lock = FileLock(self.folder / LOCK)
+        self.state: dict[str, Any] = {}
+        self.replaces = False  # an old result, which `begin` decides
+        self._done = False
+
+    def __enter__(self) -> "WorkFolder":
+        check_target(self.target, overwrite=self.overwrite or self.resume)
+        with _writing(self.folder):
+            self._acquire()
+        try:
+            with _writing(self.folder):
+                recover(self.target)
+            self._open_state()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # As the disk has it: a state can arrive whose writing was refused.
+        kept = 0 if self._done else unfinished_blocks(self.target)
+        if not kept:
+            self._remove()
+        self.lock.release()
+        if isinstance(error, SparseGPTError) and kept and self.state and "--resume" not in str(error):
+            raise SparseGPTError(f"{error}; {kept} finished blocks are kept, go on with --resume") from error
+
+    @property
+    def finished(self) -> int:  # type: ignore[override]
+        """Number of finished blocks."""
+        return len(self.state.get("blocks", []))
+
+    def begin(self, identity: dict[str, Any], report: PruneReport) -> bool:
+        """Compare what decides the result with the run that is to go on, and fill the report with what it did.
+
+        Finished blocks do not depend on identity["distillation"]: where it alone is another, its epochs begin anew.
+        Returns whether the target is the finished result of this very run already.
+        """
+        identity = json.loads(json.dumps(identity))
+        known = self.state.get("identity")
+        if known != identity:
+            same_blocks = known is not None and {**known, "distillation": None} == {**identity, "distillation": None}
+            if self.finished and not same_blocks:
+                raise SparseGPTError(
+                    f"the unfinished run of {self.target} was another one ({_differences(known, identity)}): give the "
+                    "same settings, or --overwrite instead of --resume to start again"
+                )
+            if self.resume and self._is_result(identity):
+                return True
+            self.state = {**self.state, "epochs": []} if same_blocks else {}
+        self.replaces = self.overwrite or bool(self.state.get("replaces")) or self._is_result(identity)
+        if not self.replaces:
+            check_target(self.target, overwrite=False)
+        self._drop_damaged()
+        with _writing(self.folder):
+            if not self.state:
+                self._clear()
+        self.save_state(identity=identity, replaces=self.replaces)
+        report.layers += [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in self.state.get("layers", [])]
+        report.blocks += [BlockReport(**row) for row in self.state.get("blocks", [])]
+        report.epochs += [EpochReport(**row) for row in self.state.get("epochs", [])]
+        report.seconds.update(self.state.get("seconds", {}))
+        report.warnings += self.state.get("warnings", [])
+        return False
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a finished block, mapped from its file."""
+        return _mapped(self._block(index))
+
+    def keep(self, index: int, tensors: dict[str, Tensor], report: PruneReport) -> dict[str, Tensor]:
+        """Write a finished block, then say that it is finished; returns its tensors mapped from the file."""
+        self._write(self._block(index), tensors)
+        self._save_report(report)
+        return self.load(index)
+
+    def load_training(self) -> dict[str, Tensor]:
+        """The state behind the last finished epoch, mapped from its file."""
+        epoch = self._epoch()
+        return _mapped(self._training(epoch)) if epoch else {}
+
+    def keep_training(self, epoch: int, tensors: dict[str, Tensor], report: PruneReport) -> None:
+        """Write the state behind an epoch, then say that the epoch is finished; the one before has served."""
+        self._write(self._training(epoch), tensors)
+        self._save_report(report)
+        with _writing(self.folder):
+            self._training(epoch - 1).unlink(missing_ok=True)
+
+    def keep_distilled(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write a block as distillation left it; returns its tensors mapped from the file."""
+        path = self.folder / f"distilled-{index:05d}.safetensors"
+        self._write(path, tensors)
+        return _mapped(path)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Write tensors with their checksums into a file that appears whole."""
+        draft = self.folder / "tensors.writing"
+        with _writing(self.folder):
+            _remove_path(draft)
+            draft.mkdir()
+            with ShardedWriter(draft, header_room(tensors)) as writer:
+                writer.add(*tensors.items())
+            flush(draft / WEIGHTS)
+            (draft / WEIGHTS).replace(path)
+            draft.rmdir()
+
+    def _save_report(self, report: PruneReport) -> None:
+        self.save_state(
+            layers=[asdict(layer) for layer in report.layers],
+            blocks=[asdict(block) for block in report.blocks],
+            epochs=[asdict(epoch) for epoch in report.epochs],
+            seconds=report.seconds,
+            warnings=report.warnings,
+        )
+
+    def save_state(self, **changes: Any) -> None:
+        """Write the state with these entries changed."""
+        state = {**self.state, "version": VERSION, **changes}
+        with _writing(self.folder):
+            write_checked(self.folder / STATE, state)
+        self.state = state
+
+    @contextmanager
+    def new_result(self) -> Iterator[Path]:
+        """A folder to fill that becomes the target; then everything here goes when the lock is given back."""
+        with new_folder(self.target, overwrite=self.replaces) as draft:
+            yield draft
+        self._done = True
+
+    def _acquire(self) -> None:
+        for attempt in range(ATTEMPTS):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0)
+                return
+            except Timeout as error:
+                raise SparseGPTError(
+                    f"another process is writing {self.target}: wait for it, or choose another --out"
+                ) from error
+            except FileNotFoundError:  # its former user has just removed the folder
+                if attempt + 1 == ATTEMPTS:
+                    raise
+
+    def _open_state(self) -> None:
+        path = self.folder / STATE
+        if not path.exists() or (self.overwrite and not self.resume):
+            return
+        try:
+            state = read_checked(path)
+        except SparseGPTError as error:
+            raise SparseGPTError(f"{error}: give --overwrite instead of --resume to start again") from error
+        if state.get("version") != VERSION:
+            raise SparseGPTError(f"{path} is not of this version: give --overwrite instead of --resume to start again")
+        if self.resume:
+            self.state = state
+        elif state.get("blocks"):
+            raise SparseGPTError(
+                f"an unfinished run of {self.target} has {len(state['blocks'])} finished blocks: give --resume to go "
+                "on, or --overwrite to start again"
+            )
+
+    def _clear(self) -> None:
+        """Remove all but the lock; the state first, without which nothing else counts."""
+        paths = [path for path in self.folder.iterdir() if path.name != LOCK]
+        for path in sorted(paths, key=lambda path: path.name != STATE):
+            _remove_path(path)
+
+    def _remove(self) -> None:
+        """Remove everything; the lock last, because whoever finds none may begin here."""
+        with suppress(OSError):
+            self._clear()
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _drop_damaged(self) -> None:
+        """Forget blocks from the first damaged file on, and all epochs of a training that began behind them."""
+        for index in range(self.finished):
+            try:
+                verify_checksums(self._block(index))
+            except (SparseGPTError, OSError):
+                kept = sum(row["linears"] for row in self.state["blocks"][:index])
+                self.state["layers"] = self.state["layers"][:kept]
+                self.state["blocks"] = self.state["blocks"][:index]
+                self.state["epochs"] = []
+                return
+        try:
+            if epoch := self._epoch():
+                verify_checksums(self._training(epoch))
+        except (SparseGPTError, OSError):
+            self.state["epochs"] = []
+
+    def _is_result(self, identity: dict[str, Any]) -> bool:
+        """Whether the target holds what such a run ends with, to the last byte of its weights."""
+        try:
+            if read_checked(self.target / REPORT_NAME).get("identity") != identity:
+                return False
+            for path in set(weight_files(self.target).values()):
+                verify_checksums(path)
+        except (SparseGPTError, OSError):
+            return False
+        return True
+
+    def _block(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def _training(self, epoch: int) -> Path:
+        return self.folder / f"training-{epoch:05d}.safetensors"
+
+    def _epoch(self) -> int:
+        """The last finished epoch of distillation; 0 before the first."""
+        return max(0, len(self.state.get("epochs", [])) - 1)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, whose pages they are."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def unfinished_blocks(target: Path) -> int:
+    """How many blocks an unfinished run of this output folder has finished."""
+    with suppress(SparseGPTError):
+        return len(read_checked(_folder_for(target) / STATE).get("blocks", []))
+    return 0
+
+
+def _folder_for(target: Path) -> Path:
+    return target.absolute().parent / f".{target.absolute().name}.unfinished"
+
+
+def _remove_path(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn the system's refusals into one line."""
+    try:
+        yield
+    except Exception as error:
+        if is_full_disk(error):
+            raise SparseGPTError(f"no space left while writing {folder}: free space") from error
+        if isinstance(error, OSError):
+            raise SparseGPTError(f"{folder} cannot be written ({error}): choose another --out") from error
+        raise
+
+
+def fingerprint(model: "PreTrainedModel") -> str:
+    """sha256 over every tensor's name, shape, dtype and samples of its bytes, and over the configuration."""
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.reshape(-1).view(torch.uint8)
+        for start in {0, max(0, len(flat) // 2 - SAMPLE_BYTES), max(0, len(flat) - SAMPLE_BYTES)}:
+            digest.update(memoryview(flat[start : start + SAMPLE_BYTES].cpu().numpy()))
+    return digest.hexdigest()
+
+
+def _differences(then: Any, now: Any, name: str = "") -> str:
+    """Which entries of two nested dictionaries differ, and how."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return f"{name}: {then} then, {now} now"
+    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    return "; ".join(_differences(then.get(key), now.get(key), key) for key in keys)

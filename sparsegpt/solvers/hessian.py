@@ -1,0 +1,186 @@
+"""The layer Hessian H = sum over tokens of x x^T: accumulation, damping, and its inverse's Cholesky factor.
+
+Dimension key: T tokens, C in_features.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.solvers.factor import inverse_factor
+from sparsegpt.solvers.strips import strips
+
+# Tried in this order, first in the requested precision and then in float64, before giving up.
+DAMPING_STEPS = (1, 10, 100)
+# Column blocks of the Gram product: only the upper block triangle is multiplied. Narrower layers take one product.
+GRAM_BLOCK = 512
+
+
+class HessianAccumulator:
+    """Running H = sum x x^T over the inputs of one layer.
+
+    add(inputs [..., C]) as often as needed; .hessian is the float32 [C, C] sum, .tokens the number of rows seen.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.width, self.device, self.tokens = in_features, self._gram.device, 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add the Gram matrix of inputs [..., C]; any float dtype, moved to the accumulator's device."""
+        x_TC = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._gram.device)
+        if not x_TC.is_cuda:
+            x_TC = x_TC.float()  # once, not for every block of columns
+        self.tokens += x_TC.shape[0]
+        for block in strips(x_TC.shape[1], GRAM_BLOCK):
+            self._gram[: block.stop, block] += exact_product(x_TC[:, : block.stop].T, x_TC[:, block])
+
+    @property
+    def hessian(self) -> Tensor:
+        """The sum so far, [C, C] float32, symmetric to the bit; a copy, so that more may be added."""
+        return self.take().clone()
+
+    def take(self) -> Tensor:
+        """The sum as `hessian` gives it, in the accumulator's own memory: for whoever adds nothing any more."""
+        for block in strips(len(self._gram), GRAM_BLOCK):
+            self._gram[block, : block.start] = self._gram[: block.start, block].T
+            corner = self._gram[block, block].triu()
+            self._gram[block, block] = corner + corner.triu(1).T
+        return self._gram
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, for any input dtype: half-precision products are exact, TF32 is never used."""
+    with full_precision_matmul():
+        product: Tensor
+        if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+            # The tensor cores multiply halves exactly and add in float32; an upcast would cost memory and time.
+            product = torch.mm(left, right, out_dtype=torch.float32)
+        else:
+            product = left.float() @ right.float()
+        return product
+
+
+@contextmanager
+def full_precision_matmul() -> Iterator[None]:
+    """float32 matrix products without TF32 on CUDA, whatever the process has set."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+class DampedHessian:
+    """One shared input's Hessian, with everything the solvers derive from it computed at most once.
+
+    hessian: [C, C], symmetric, any positive scale. damping: fraction of mean(diag H) added to the diagonal.
+    Inputs that never fired (H_jj = 0, `dead`) get the mean diagonal, so that they neither break nor bend the rest.
+    Raises SparseGPTError, naming the layer, when H has NaN or inf, or when no step of damping makes it positive
+    definite (steps: 1x, 10x, 100x of `damping`, in `dtype` and then in float64).
+
+    keep_factor: further layers will ask for the inverse factor; otherwise a solver lets it go after its last use.
+    """
+
+    def __init__(
+        self, hessian: Tensor, damping: float = 0.01, *, dtype: torch.dtype = torch.float32, name: str = "layer"
+    ) -> None:
+        self.name = name
+        self.raw = hessian.to(dtype)
+        diagonal = self.raw.diagonal()
+        if not torch.isfinite(diagonal).all():
+            raise SparseGPTError(
+                f"{name}: its inputs contain NaN or infinite activations; try --dtype float32 or bfloat16"
+            )
+        self.dead = diagonal == 0
+        self.mean_diagonal = float(diagonal[~self.dead].mean()) if not self.dead.all() else 1.0
+        self.requested_damping = damping
+        self.keep_factor = False
+
+    def matrix(self, damping: float) -> Tensor:
+        """H with dead diagonals filled and `damping` times the mean diagonal added, [C, C]."""
+        return self.raw.diagonal_scatter(self._diagonal(damping))
+
+    def _diagonal(self, damping: float) -> Tensor:
+        return self.raw.diagonal().masked_fill(self.dead, self.mean_diagonal) + damping * self.mean_diagonal
+
+    @functools.cached_property
+    def damping(self) -> float:
+        """The damping that was used: the requested one unless H + damping was not positive definite."""
+        return self._factorised[1]
+
+    @property
+    def inverse_factor(self) -> Tensor:
+        """Upper U [C, C] with U^T U = (H + damping)^-1."""
+        return self._factorised[0]
+
+    @functools.cached_property
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of (H + damping)^-1, [C]."""
+        squares_C = torch.zeros_like(self.raw.diagonal())
+        for rows in self.inverse_factor.split(GRAM_BLOCK):
+            squares_C += rows.square().sum(0)
+        return squares_C
+
+    def release_factor(self) -> None:
+        """Let the inverse factor go, unless it is to be kept; what was derived from it stays known.
+
+        Whoever asks for it again waits for a second factorisation.
+        """
+        if not self.keep_factor:
+            _ = self.damping, self.inverse_diagonal
+            self.__dict__.pop("_factorised", None)
+
+    @functools.cached_property
+    def damped(self) -> Tensor:
+        """H + damping, positive definite, [C, C]."""
+        return self.matrix(self.damping)
+
+    @property
+    def damped_diagonal(self) -> Tensor:
+        """Diagonal of `damped`, [C], without the matrix."""
+        return self._diagonal(self.damping)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """right @ (H + damping)^-1 for right [R, C]."""
+        return right @ self.inverse_factor.T @ self.inverse_factor
+
+    @functools.cached_property
+    def _factorised(self) -> tuple[Tensor, float]:
+        for dtype in dict.fromkeys((self.raw.dtype, torch.float64)):
+            for step in DAMPING_STEPS:
+                damping = self.requested_damping * step
+                factor = inverse_factor(self.matrix(damping).to(dtype))
+                if factor is not None:
+                    return factor.to(self.raw.dtype), damping
+        raise SparseGPTError(
+            f"{self.name}: Hessian is not positive definite at damping={self.requested_damping * DAMPING_STEPS[-1]:g}, "
+            "in float64 either; raise --damping or give more calibration samples"
+        )
+
+
+class ScaledHessian:
+    """S^-1 (H + damping) S^-1 for a diagonal S = `scale` [C]: rows of it are made when asked for, none are kept.
+
+    Like a tensor [C, C] it has shape, dtype, device, diagonal() and rows by slices.
+    """
+
+    def __init__(self, hessian: DampedHessian, scale: Tensor) -> None:
+        self._raw, self._scale_C = hessian.raw, scale
+        self._diagonal_C = hessian.damped_diagonal / scale.square()
+        self.shape, self.dtype, self.device = hessian.raw.shape, hessian.raw.dtype, hessian.raw.device
+
+    def diagonal(self) -> Tensor:
+        """Its diagonal, [C]."""
+        return self._diagonal_C
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """New memory with these rows, [K, C]."""
+        part_KC = (self._raw[rows] / self._scale_C).div_(self._scale_C[rows, None])
+        part_KC.diagonal(rows.start or 0).copy_(self._diagonal_C[rows])
+        return part_KC

@@ -1,0 +1,346 @@
+"""The C++ kernel against float64 on every path of this machine, its build, and life without a compiler."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels import Packed24, cpu, dequantize, quantize, unpack
+from sparsegpt.kernels.cpu import (
+    INTEGER_LEVELS,
+    LEVELS,
+    build,
+    machine_level,
+    matmul,
+    matmul_dense,
+    matmul_integer,
+    prepare,
+    refusal,
+    refuse_integer,
+    rms_norm,
+    swiglu,
+    unpack_fast,
+)
+from sparsegpt.kernels.dispatch.measured import ANY, MEASURED
+from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
+from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.layers.linear import Sparse24Linear
+from tests.kernels.helpers import relative_error, weight24
+
+# float32 sums of products of up to 1074 terms; one rounding to 8 bits for bfloat16
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+HERE = LEVELS[: LEVELS.index(machine_level() or "plain") + 1]
+needs_compiler = pytest.mark.skipif(machine_level() is None, reason="no C++ compiler here")
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 64, 65])
+def test_matmul_against_float64(tokens: int, dtype: torch.dtype, level: str, poisoned: None) -> None:
+    for seed, (rows, columns) in enumerate([(1, 4), (5, 36), (64, 288), (130, 352), (33, 700), (11, 2148)]):
+        weight = weight24(rows, columns, dtype, seed)
+        inputs = torch.randn(tokens, columns).to(dtype)
+        bias = torch.randn(rows).to(dtype) if seed % 2 else None
+        expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
+        assert relative_error(matmul(pack(weight), inputs, bias, level=level), expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 17])
+def test_matmul_dense_against_float64(tokens: int, level: str, poisoned: None) -> None:
+    for seed, (rows, columns) in enumerate([(1, 1), (5, 7), (64, 288), (130, 353), (1030, 70)]):
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        inputs = torch.randn(tokens, columns).bfloat16()
+        bias = torch.randn(rows).bfloat16() if seed % 2 else None
+        expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
+        found = matmul_dense(weight, inputs, bias, level=level)
+        assert found.dtype == torch.bfloat16 and relative_error(found, expected) < TOLERANCE[torch.bfloat16]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("weight", "inputs", "message"),
+    [
+        (torch.zeros(8, 64), torch.zeros(2, 64).bfloat16(), "the weight is torch.float32"),
+        (torch.zeros(64, 8).bfloat16().T, torch.zeros(2, 64).bfloat16(), r"contiguous weight; found strides \(1, 8\)"),
+        (torch.zeros(8, 64).bfloat16(), torch.zeros(2, 64), "float32"),
+        (torch.zeros(8, 64).bfloat16(), torch.zeros(2, 32).bfloat16(), r"\(2, 32\)"),
+        (torch.zeros(8, 64).bfloat16(), torch.zeros(64, 2).bfloat16().T, r"strides \(1, 2\)"),
+    ],
+)
+def test_dense_operands_that_do_not_fit_are_refused(weight: Tensor, inputs: Tensor, message: str) -> None:
+    with pytest.raises(SparseGPTError, match=message):
+        matmul_dense(weight, inputs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (1, 700)])
+def test_rms_norm_against_float64(lead: tuple[int, ...], dtype: torch.dtype, level: str, poisoned: None) -> None:
+    for columns, size, epsilon in ((1, 1.0, 1e-6), (7, 1e-4, 1e-5), (96, 300.0, 1e-6), (577, 1.0, 0.5)):
+        inputs, weight = (size * torch.randn(*lead, columns)).to(dtype), torch.randn(columns).to(dtype)
+        mean = inputs.double().square().mean(-1, keepdim=True)
+        expected = inputs.double() / (mean + epsilon).sqrt() * weight.double()
+        found = rms_norm(inputs, weight, epsilon, level=level)
+        assert found.shape == inputs.shape and found.dtype == dtype
+        assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+def test_rms_norm_rounds_before_the_weight() -> None:
+    """As the models do: 1.00390625 is halfway between two bfloat16 and becomes 1, which 3 times is 3."""
+    inputs = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
+    scale = 1.00390625
+    found = rms_norm(inputs, torch.full((2,), 3.0, dtype=torch.bfloat16), scale**-2 - 1)
+    assert torch.equal(found, torch.full((2,), 3.0, dtype=torch.bfloat16))
+    assert torch.tensor(3 * scale).bfloat16() > 3
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("inputs", "weight", "message"),
+    [
+        (torch.zeros(2, 64), torch.ones(32), r"contiguous inputs \[\.\.\., 32\]"),
+        (torch.zeros(2, 64).bfloat16(), torch.ones(64), "float32"),
+        (torch.zeros(64, 2).T, torch.ones(64), r"strides \(1, 2\)"),
+        (torch.zeros(2, 64), torch.ones(128)[::2], r"strides \(2,\)"),
+        (torch.zeros(2, 64), torch.ones(1, 64), r"expects a weight \[K\].*found \(1, 64\)"),
+        (torch.zeros(2, 64).half(), torch.ones(64).half(), "float16"),
+        (torch.zeros(2, 64), torch.ones(64, device="meta"), "meta"),
+    ],
+)
+def test_norm_operands_that_do_not_fit_are_refused(inputs: Tensor, weight: Tensor, message: str) -> None:
+    with pytest.raises(SparseGPTError, match=message):
+        rms_norm(inputs, weight, 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 5, 9, 20])
+def test_swiglu_against_float64(tokens: int, dtype: torch.dtype, level: str, poisoned: None) -> None:
+    for rows, columns in ((1, 32), (70, 100), (37, 1200)):
+        gate, up = (weight24(rows, columns, dtype, seed) for seed in (1, 2))
+        inputs = torch.randn(tokens, columns).to(dtype)
+        gated = inputs.double() @ gate.double().T
+        expected = gated / (1 + (-gated).exp()) * (inputs.double() @ up.double().T)
+        assert relative_error(swiglu(pack(gate), pack(up), inputs, level=level), expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+def test_swiglu_far_out() -> None:
+    """silu of large negative and positive sums: 0 and the sum itself."""
+    gate = torch.zeros(3, 32)
+    gate[:, 0] = torch.tensor([-2e4, 2e4, float("nan")])
+    up = torch.zeros(3, 32)
+    up[:, 1] = 2.0
+    found = swiglu(pack(gate), pack(up), torch.ones(1, 32))[0]
+    assert found[0] == 0 and found[1] == 4e4 and found[2].isnan()
+
+
+@pytest.mark.parametrize("level", [level for level in HERE if level in INTEGER_LEVELS])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group_size", [32, 96, 128, 512])
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_integer_values_against_float64(tokens: int, group_size: int, bits: int, level: str, poisoned: None) -> None:
+    for seed, (rows, columns) in enumerate([(1, 4), (5, 36), (65, 288), (33, 700)]):
+        small = quantize(pack(weight24(rows, columns, torch.bfloat16, seed)), bits, group_size)
+        inputs, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16() if seed % 2 else None
+        dense = unpack(dequantize(small, torch.float64))  # q * scale is exact in float32
+        expected = inputs.double() @ dense.T + (0 if bias is None else bias.double())
+        found = matmul_integer(small, inputs, bias, level=level)
+        assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
+
+
+def test_integer_refusals() -> None:
+    small = quantize(pack(weight24(4, 32)), 4)
+    assert "bfloat16" in str(refuse_integer(small, torch.float32))
+    with pytest.raises(SparseGPTError, match="computes in bfloat16"):
+        matmul_integer(small, torch.randn(1, 32))
+    with pytest.raises(SparseGPTError, match="expected one of avx512, avx512_bf16; found avx2"):
+        matmul_integer(small, torch.randn(1, 32).bfloat16(), level="avx2")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": torch.zeros(8).bfloat16()}, "bfloat16"),
+        ({"bias": torch.zeros(4)}, r"\(4,\)"),
+        ({"bias": torch.zeros(16)[::2]}, r"strides \(2,\)"),
+        ({"inputs": torch.zeros(2, 64).bfloat16()}, "bfloat16"),
+        ({"inputs": torch.zeros(2, 32)}, r"\(2, 32\)"),
+        ({"inputs": torch.zeros(64, 2).T}, r"strides \(1, 2\)"),
+        ({"inputs": torch.zeros(2, 64, device="meta")}, "meta"),
+        ({"weight": (slice(None, None, 2), slice(None, None, 2))}, r"contiguous weight; found strides \(64, 1\)"),
+    ],
+)
+def test_what_the_library_would_misread_is_refused(changes: dict[str, object], message: str) -> None:
+    whole, rows = pack(weight24(16, 64)), changes.pop("weight", (slice(8), slice(8)))
+    weight = Packed24(whole.values[rows[0]], whole.meta[rows[1]], (8, 64))  # type: ignore[index]
+    operands = {"inputs": torch.zeros(2, 64), **changes}
+    with pytest.raises(SparseGPTError, match=message):
+        matmul(weight, **operands)  # type: ignore[arg-type]
+    if "bias" not in changes:
+        with pytest.raises(SparseGPTError, match=message):
+            swiglu(weight, weight, **operands)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(machine_level() not in INTEGER_LEVELS, reason="needs AVX-512")
+def test_integer_operands_that_do_not_fit_are_refused() -> None:
+    small, inputs = quantize(pack(weight24(8, 64)), 8), torch.zeros(2, 64).bfloat16()
+    for bias in (torch.zeros(8), torch.zeros(4).bfloat16(), torch.zeros(16).bfloat16()[::2]):
+        with pytest.raises(SparseGPTError, match=r"expects contiguous inputs \[\.\.\., 64\] and bias \[8\]"):
+            matmul_integer(small, inputs, bias)
+
+
+@needs_compiler
+def test_huge_pages_keep_the_bits() -> None:
+    packed = pack(weight24(2048, 4096, torch.bfloat16))
+    before = packed.values.clone(), packed.meta.clone()
+    assert prepare(packed) is packed
+    assert torch.equal(packed.values, before[0]) and torch.equal(packed.meta, before[1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 4), (65, 100), (300, 512)])
+def test_unpack_fast_is_unpack(shape: tuple[int, int], dtype: torch.dtype, level: str, poisoned: None) -> None:
+    packed = pack(weight24(*shape, dtype))
+    assert torch.equal(unpack_fast(packed, level=level), unpack(packed))
+
+
+@needs_compiler
+def test_unpack_fast_keeps_every_bit() -> None:
+    weight = torch.zeros(4, 32)
+    weight[0, :2] = torch.tensor([float("nan"), float("-inf")])
+    weight[1, 6:8] = torch.tensor([1e-42, -1e-45])
+    weight[2, 31] = torch.tensor(0x7FA12345, dtype=torch.int32).view(torch.float32)  # a signalling NaN
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = pack(weight.to(dtype))
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(unpack_fast(packed).view(bits), unpack(packed).view(bits))
+
+
+@needs_compiler
+def test_rounding_of_bfloat16_results() -> None:
+    """The kernel rounds to nearest even like torch, and keeps infinities and NaN."""
+    weight = torch.zeros(6, 32, dtype=torch.bfloat16)
+    weight[:, 0], weight[:, 1] = 1.0, torch.tensor([2**-9, 2**-8 + 2**-9, 3e38, float("inf"), float("nan"), -1.0])
+    found = matmul(pack(weight), torch.ones(1, 32, dtype=torch.bfloat16))
+    expected = weight.float().sum(1).bfloat16()
+    assert torch.equal(found[0].nan_to_num(7), expected.nan_to_num(7))
+
+
+@needs_compiler
+def test_threads_do_not_change_the_bits() -> None:
+    packed, inputs = pack(weight24(1024, 256, torch.bfloat16)), torch.randn(3, 256).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = matmul(packed, inputs)
+        torch.set_num_threads(3)
+        assert torch.equal(matmul(packed, inputs), one)
+        norms = torch.randn(500, 256), torch.randn(256), 1e-5
+        many = rms_norm(*norms)
+        torch.set_num_threads(1)
+        assert torch.equal(rms_norm(*norms), many)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_refusals() -> None:
+    assert "bfloat16 and float32" in str(refusal(pack(weight24(4, 32, torch.float16))))
+    with pytest.raises(SparseGPTError, match="bfloat16 and float32"):
+        matmul(pack(weight24(4, 32, torch.float16)), torch.randn(1, 32).half())
+    with pytest.raises(SparseGPTError, match="expected one of plain"):
+        matmul(pack(weight24(4, 32)), torch.randn(1, 32), level="sse9")
+
+
+@needs_compiler
+def test_few_tokens_use_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Sparse24Linear.from_packed(pack(weight24(64, 96)), None)
+    if layer.choice.route(1) != "cpu":
+        pytest.skip("no measured row for this machine's path")
+    seen: list[int] = []
+
+    def spy(weight: Packed24, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(len(inputs))
+        return matmul(weight, inputs, bias)
+
+    monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], run=spy))
+    limit = layer.choice.steps[0][0]
+    for tokens in (1, limit, limit + 1):
+        inputs = torch.randn(tokens, 96)
+        assert relative_error(layer(inputs), inputs @ layer.weight.T) < 2e-6
+    assert seen == [1, limit]
+    layer.kernels = "cpu"
+    layer(torch.randn(100, 96))
+    assert seen[-1] == 100
+
+
+@pytest.mark.parametrize(("rows", "larger"), [(64, False), (131072, True)])
+def test_the_table_knows_the_size(rows: int, larger: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "machine_level", lambda: "avx512_bf16")
+    monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: None))
+    choice = choose(pack(torch.zeros(rows, 96, dtype=torch.float32)))
+    first, second = (row.steps for row in MEASURED if (row.path, row.dtype) == ("avx512_bf16", torch.float32))
+    assert choice.steps == (*(second if larger else first), (ANY, "dense")) and first > second
+    monkeypatch.setattr(cpu, "machine_level", lambda: "plain")
+    assert choose(pack(torch.zeros(rows, 96, dtype=torch.float32))).route(1) == "dense"
+
+
+def clear_caches() -> None:
+    for cached in (build.load_library, cpu.machine_level, cpu._function, cpu._level_number):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    clear_caches()
+    yield tmp_path / "sparsegpt" / "kernels"
+    clear_caches()
+
+
+@needs_compiler
+def test_builds_once_into_the_cache(fresh_build: Path) -> None:
+    assert machine_level() in LEVELS
+    (library,) = fresh_build.iterdir()  # nothing else is left behind
+    stamp = library.stat().st_mtime_ns
+    clear_caches()
+    assert machine_level() in LEVELS and library.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("case", ["none", "broken"])
+def test_without_a_working_compiler(
+    case: str, fresh_build: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = fresh_build.parent.parent / "cxx"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such header" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fresh_build) if case == "none" else os.environ["PATH"])
+    monkeypatch.setenv("CXX", "nowhere" if case == "none" else str(compiler))
+    weight = weight24(64, 96)
+    with caplog.at_level(logging.WARNING, logger="sparsegpt.kernels"):
+        assert machine_level() is None and machine_level() is None
+    assert len(caplog.records) == 1
+    assert ("no C++ compiler" if case == "none" else "no such header") in caplog.text
+    packed = pack(weight)
+    assert choose(packed).route(1) == "dense" and "no sparse kernel serves it" in choose(packed).why
+    assert torch.equal(unpack_fast(packed), weight)
+    layer, inputs = Sparse24Linear.from_packed(packed, None), torch.randn(5, 96)
+    assert relative_error(layer(inputs), inputs.double() @ weight.double().T) < 2e-6
+    with pytest.raises(SparseGPTError, match=r"kernels=cpu: .*compiler"):
+        choose(packed, "cpu")

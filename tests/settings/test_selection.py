@@ -1,0 +1,63 @@
+"""Ranges of blocks, as `--blocks` takes them."""
+
+import copy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsegpt import prune_model
+from sparsegpt.settings.selection import name_filter, parse_blocks
+from tests.support import one_line_or_none, random_windows, refused, tiny_model
+
+
+@given(
+    st.lists(
+        st.tuples(st.none() | st.integers(0, 11), st.none() | st.integers(0, 12), st.booleans()), min_size=1, max_size=3
+    )
+)
+def test_ranges_mean_what_slices_mean(ranges):
+    parts, expected, empty = [], set(), False
+    for start, end, single in ranges:
+        if single:
+            parts.append(str(start or 0))
+            expected.add(start or 0)
+        else:
+            parts.append(f"{'' if start is None else start}:{'' if end is None else end}")
+            expected |= set(range(12)[start:end])
+            empty |= not range(12)[start:end]
+    if empty:
+        with refused("holds no block"):
+            parse_blocks(",".join(parts))
+    else:
+        assert parse_blocks(",".join(parts)).places(12) == expected
+
+
+@pytest.mark.parametrize("text", ["12", "0:13", "13:", "5,12:", "99999999:"])
+def test_blocks_that_a_model_does_not_have_are_refused_with_their_number(text):
+    with refused(f"--blocks {text}", "the model has 12 blocks, 0 to 11"):
+        parse_blocks(text).places(12)
+
+
+@pytest.mark.parametrize("text", ["", ",", "a", "1-3", "-1", "0:-1", "1:2:3", "0 :2", "1,,2", "٣", "1\n2", "1e3"])
+def test_blocks_in_another_form_are_refused(text):
+    with refused("--blocks", "0:12"):
+        parse_blocks(text)
+
+
+@given(st.text(max_size=12) | st.text("0123456789:,- ", max_size=12))
+def test_blocks_of_any_kind_are_ranges_or_one_line(text):
+    found = one_line_or_none(lambda: parse_blocks(text))
+    places = found and one_line_or_none(lambda: found.places(24))
+    assert places is None or (places and places <= set(range(24)))
+
+
+@pytest.mark.parametrize(("text", "places"), [("0:1", {0}), ("1", {1}), (":2", {0, 1}), (":1,2:", {0, 2})])
+def test_only_the_linears_of_these_blocks_are_pruned(text, places):
+    model = tiny_model("llama", num_hidden_layers=3)
+    select = name_filter("mlp", "up")
+    report = prune_model(copy.deepcopy(model), random_windows(), "2:4", only_blocks=text, select=select)
+    expected = {f"model.layers.{place}.mlp.{part}_proj" for place in places for part in ("gate", "down")}
+    assert {layer.name for layer in report.layers} == expected
+    with refused("--blocks"):
+        prune_model(model, random_windows(), "2:4", only_blocks=text, select=name_filter(r"layers\.7\."))

@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 
-from sparsegpt.driver.pipeline import prune_blocks
+from sparsegpt.driver.pipeline import prune_model
 from sparsegpt.eval.bench.kernels import SHAPES, KernelFailure, bench_kernels
 from sparsegpt.eval.bench.solver import SIZES, bench_solver
 from sparsegpt.files.folders import write_atomically
 from sparsegpt.kernels.dispatch.measured import KernelRow, judge, machine_name, to_plain
 from sparsegpt.kernels.dispatch.trial import last_error, trials
-from sparsegpt.settings.prune_settings import resolve_settings
 
 # Seconds after the start by which a part must be done, in the order of the parts: under nine minutes in all.
 DEADLINES = {"correctness": 180.0, "kernels": 360.0, "solver": 420.0, "prune": 525.0}
@@ -149,7 +148,7 @@ def measure_prune(device: torch.device, small: bool) -> Iterator[dict[str, Any]]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
-        report = prune_blocks(model, windows, resolve_settings("2:4", preset))
+        report = prune_model(model, windows, "2:4", preset=preset)
         seconds = {"total": time.perf_counter() - started, **report.seconds}
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         found[preset] = {"seconds": seconds, "peak_gpu_memory_bytes": peak}

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsegpt.calib_data import draw_windows, load_text
-from sparsegpt.driver.pipeline import prune_blocks
+from sparsegpt.driver.pipeline import prune_model
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import score_text
 from sparsegpt.files.checked_json import read_checked, write_checked
 from sparsegpt.model.loading import LoadedModel, load_model
-from sparsegpt.settings.prune_settings import resolve_settings
 from sparsegpt.sparsity import parse_sparsity
 
 PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7")
@@ -87,7 +86,7 @@ class QualityBench:
         loaded = load_model(self.model, device=self.device)
         text = load_text(self.calibration, "calibration")
         windows = draw_windows(text, loaded.tokenizer, self.samples, self.sequence_length, self.seed).windows
-        report = prune_blocks(loaded.model, windows, resolve_settings(pattern, **LADDER[method]))
+        report = prune_model(loaded.model, windows, pattern, **LADDER[method])
         return QualityRow(method, pattern, self._score(loaded), sum(report.seconds.values()))
 
     def _score(self, loaded: LoadedModel) -> float:

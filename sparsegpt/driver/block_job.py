@@ -10,7 +10,8 @@ from sparsegpt.driver.groups import GroupSolver
 from sparsegpt.driver.reports import LayerReport
 from sparsegpt.driver.stages import Group, expert_of, plan_stages, waves
 from sparsegpt.model.capture import remember_outputs, run_watched, shared_inputs
-from sparsegpt.model.families import Family, Residual, prunable_linears
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.families import Residual, prunable_linears
 from sparsegpt.model.streams import Streams
 from sparsegpt.recovery.reconstruct import reconstruct_block
 from sparsegpt.settings.prune_settings import LinearSettings
@@ -28,16 +29,15 @@ class BlockJob:
         self,
         solver: GroupSolver,
         streams: Streams,
-        family: Family,
-        block: nn.Module,
+        decoder: DecoderModel,
         index: int,
         choices: dict[str, LinearSettings],
     ) -> None:
-        self.solver, self.streams, self.family = solver, streams, family
-        self.block, self.index, self.choices = block, index, choices
+        self.solver, self.streams, self.family = solver, streams, decoder.family
+        self.block, self.index, self.choices = decoder.blocks[index], index, choices
         self.settings = solver.settings
-        self.prefix = f"{family.blocks}.{index}."
-        self.linears = {name: linear for name, linear in prunable_linears(block).items() if name in choices}
+        self.prefix = decoder.prefix(index)
+        self.linears = {name: linear for name, linear in prunable_linears(self.block).items() if name in choices}
         self.pruned_names: set[str] = set()
         # For each micro-batch of the pruned stream, the outputs of submodules that will not change any more.
         self.memos: list[dict[str, Any]] = [{} for _ in streams.pruned]

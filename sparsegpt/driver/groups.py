@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.reports import LayerReport, PruneReport
 from sparsegpt.driver.stages import enough_tokens, expert_of
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
-from sparsegpt.solvers import METHODS, prune_layer
+from sparsegpt.solvers import METHODS, parse_method, prune_layer
 from sparsegpt.solvers.correction import DriftAccumulator, corrected_target, drift_pull
 from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
 
@@ -27,7 +28,7 @@ class GroupSolver:
 
     settings: PruneSettings
     report: PruneReport
-    on_layer: Callable[[LayerReport], None]
+    listener: Listener
     as_stored: Callable[[Tensor], Tensor] = lambda tensor: tensor
     # Experts that few tokens reached: what is said of them -> (expert, tokens), until `tell_of_experts`.
     _starved: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -73,15 +74,15 @@ class GroupSolver:
             started = time.perf_counter()
             target = targets.pop(name, None)
             hessian.keep_factor = len(reports) + 1 < len(linears)
-            method = "magnitude" if starved else choice.method
+            method = METHODS["magnitude"] if starved else parse_method(choice.method)
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
-            pruned = prune_layer(weight, hessian, choice.sparsity, METHODS[method], choice.block_size, target=target)
+            pruned = prune_layer(weight, hessian, choice.sparsity, method, choice.block_size, target=target)
             linear.weight.copy_(self.as_stored(pruned.weight))
             report = LayerReport(
                 name=name,
                 shape=(linear.out_features, linear.in_features),
                 sparsity=str(choice.sparsity),
-                method=method,
+                method=method.name,
                 zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
                 relative_error=pruned.relative_error,
                 damping=pruned.damping,
@@ -89,7 +90,7 @@ class GroupSolver:
                 seconds=time.perf_counter() - started,
             )
             reports.append(report)
-            self.on_layer(report)
+            self.listener.layer(report)
         self.report.layers += reports
         return reports
 

@@ -73,6 +73,11 @@ class PruneReport:
     warnings: list[str] = field(default_factory=list)
     choices: dict[str, LinearSettings | None] = field(default_factory=dict)
 
+    def begin(self, settings: PruneSettings, choices: dict[str, LinearSettings | None], notes: tuple[str, ...]) -> None:
+        """Take up what is to be done; a report may know finished blocks already."""
+        self.settings, self.choices = settings, choices
+        self.warnings += [note for note in notes if note not in self.warnings]
+
     @property
     def density(self) -> float:
         """Share of non-zero weights in the pruned linears."""
@@ -84,7 +89,7 @@ class PruneReport:
         """Plain data for report.json."""
         return {
             "sparsity": str(self.settings.sparsity),
-            "method": self.settings.method,
+            "method": self.settings.method_name,
             "settings": self.settings.as_dict(),
             "recipe": self._recipe() if self.settings.recipe else None,
             "density_of_pruned_linears": self.density,

@@ -7,16 +7,14 @@ in a context manager that takes it away again.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsegpt.errors import SparseGPTError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from sparsegpt.model.decoder import DecoderModel
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,12 @@ class ModelInputs:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
-        blocks: nn.ModuleList,
+        decoder: DecoderModel,
         windows: Tensor,
         micro_batch: int,
         keep: Callable[[str, int, Tensor], Tensor] = lambda role, step, tensor: tensor,
     ) -> None:
-        self._model, self._blocks, self._windows = model, blocks, windows
+        self._decoder, self._windows = decoder, windows
         self._calls: dict[int, list[BlockCall]] = {}
         batches = enumerate(windows.split(micro_batch))
         self.hidden = [keep("pruned", step, self.enter(batch)) for step, batch in batches]
@@ -70,10 +67,10 @@ class ModelInputs:
     @torch.no_grad()
     def enter(self, batch: Tensor) -> Tensor:
         """What enters the first block for windows [batch, sequence] of tokens."""
-        device = self._model.get_input_embeddings().weight.device
-        with stand_ins(self._blocks) as recorders:
-            body_of(self._model, self._blocks)(input_ids=batch.to(device), use_cache=False)
-        hidden = _unchanged(recorders, type(self._model).__name__)
+        device, blocks = self._decoder.device, self._decoder.blocks
+        with stand_ins(blocks) as recorders:
+            body_of(self._decoder.model, blocks)(input_ids=batch.to(device), use_cache=False)
+        hidden = _unchanged(recorders, self._decoder.name)
         self._calls.setdefault(len(batch), [recorder.call for recorder in recorders])
         return hidden.to(device)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sparsegpt.files.tensor_files import ShardedWriter, header_room
-from sparsegpt.model.families import decoder_blocks, family_of
+from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.loading import LoadedModel
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ def write_model(loaded: LoadedModel, folder: Path) -> None:
     """
     model = loaded.model
     computing = model.dtype
-    names = [name for part in _parts(model) for name in _checkpoint_names(model, part)]
+    names = [name for part in _parts(loaded.decoder) for name in _checkpoint_names(model, part)]
     with ShardedWriter(folder, header_room(names)) as writer:
-        for part in _parts(model):
+        for part in _parts(loaded.decoder):
             for name, tensor in _checkpoint_names(model, part).items():
                 writer.add((name, tensor.to(loaded.stored_dtype) if tensor.dtype == computing else tensor))
     model.config.architectures = [type(model).__name__]
@@ -34,26 +34,24 @@ def write_model(loaded: LoadedModel, folder: Path) -> None:
     loaded.tokenizer.save_pretrained(folder)
 
 
-def _parts(model: "PreTrainedModel") -> Iterator[dict[str, Tensor]]:
+def _parts(decoder: DecoderModel) -> Iterator[dict[str, Tensor]]:
     """The model's tensors without repetition, first those outside of the blocks, then block by block."""
-    family = family_of(model)
-    blocks = decoder_blocks(model, family)
     seen: set[tuple[int, int]] = set()
 
     def new(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without those that another name, such as that of a tied embedding, has brought already."""
         fresh = {}
         for name, tensor in tensors.items():
-            place = (tensor.data_ptr(), tensor.numel())
-            if place not in seen:
-                seen.add(place)
+            memory = (tensor.data_ptr(), tensor.numel())
+            if memory not in seen:
+                seen.add(memory)
                 fresh[name] = tensor
         return fresh
 
-    inside = f"{family.blocks}."
-    yield new({name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)})
-    for index, block in enumerate(blocks):
-        yield new(block.state_dict(prefix=f"{inside}{index}."))
+    inside = f"{decoder.family.blocks}."
+    yield new({name: tensor for name, tensor in decoder.model.state_dict().items() if not name.startswith(inside)})
+    for prefix, block in decoder.by_prefix():
+        yield new(block.state_dict(prefix=prefix))
 
 
 def _checkpoint_names(model: "PreTrainedModel", tensors: dict[str, Tensor]) -> dict[str, Tensor]:

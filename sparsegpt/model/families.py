@@ -3,7 +3,7 @@
 Which linears share an input is not written here: `capture.shared_inputs` sees it when a block runs. A row says only
 what running cannot tell: the path of the block list, and which projection is added to which residual stream. To
 support another model_type, add a row to FAMILIES and its tiny configuration to tests/architectures.py:
-tests/test_families.py runs over this same table, and README's table is printed from both.
+tests/model/test_families.py runs over this same table, and the table of docs/architectures.md is printed from both.
 
 Residual correction aims a projection at what the stream should be behind the addition that it writes into (see
 solvers/correction.py), so what it undoes is the drift of everything added before it. Attention is added to the stream
@@ -171,19 +171,6 @@ def family_of(model: "PreTrainedModel") -> Family:
     return family if text is config else replace(family, blocks=_inside_tower(model, family.blocks))
 
 
-def decoder_blocks(model: "PreTrainedModel", family: Family) -> nn.ModuleList:
-    """The model's list of decoder blocks."""
-    try:
-        blocks = model.get_submodule(family.blocks)
-    except AttributeError as error:
-        raise SparseGPTError(
-            f"expected decoder blocks at {family.blocks!r} in {type(model).__name__}, found no such module; "
-            "load the model with its language-model head (AutoModelForCausalLM)"
-        ) from error
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
-
-
 def _inside_tower(model: "PreTrainedModel", path: str) -> str:
     """The path of the block list of a language tower that stands inside a larger model."""
     tower = _name_of(model, model.get_decoder())
@@ -199,7 +186,7 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 def _by_structure(model: "PreTrainedModel", model_type: str) -> Family:
     """A row for a model that has exactly one list of equal blocks with weight matrices in its language tower."""
     refusal = f"model type {model_type!r} is not known"
-    advice = f"known are {', '.join(FAMILIES)}; to support it, add a row to FAMILIES in sparsegpt/blocks.py"
+    advice = f"known are {', '.join(FAMILIES)}; to support it, add a row to FAMILIES in sparsegpt/model/families.py"
     if getattr(model.config, "is_encoder_decoder", False):
         raise SparseGPTError(f"{refusal} and has an encoder: expected a decoder alone; {advice}")
     tower = model.get_decoder() if hasattr(model, "get_decoder") else model

@@ -5,6 +5,7 @@ model goes back to the dtype of the file that it came from.
 """
 
 import copy
+import functools
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from sparsegpt.calib_data import demo_folder
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.mapped import chunks, mapped_parameters
-from sparsegpt.model.families import decoder_blocks, family_of
+from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.model_folder import check_folder, first_line
 from sparsegpt.model.residence import Residence
 
@@ -56,10 +57,10 @@ class LoadedModel:
     stored_dtype: torch.dtype
     residence: Residence | None = None
 
-    @property
-    def default_sequence_length(self) -> int:
-        """min(2048, the model's own limit)."""
-        return self.sequence_length(None)
+    @functools.cached_property
+    def decoder(self) -> DecoderModel:
+        """The model as those who work on its blocks see it; SparseGPTError for one that is not known."""
+        return DecoderModel.of(self.model)
 
     def sequence_length(self, asked: int | None) -> int:
         """The length asked for, or the default; SparseGPTError when the model has no positions for it."""
@@ -105,8 +106,9 @@ def load_model(
     if computing != stored:
         _compute_tables(model, stored, computing)
     residence = Residence(place, computing, stored, reversible=True)
-    residence.attach(model, decoder_blocks(model, family_of(model)), keep=_has_room(model, place))
-    return LoadedModel(name, model, tokenizer, stored, residence)
+    loaded = LoadedModel(name, model, tokenizer, stored, residence)
+    residence.attach(loaded.decoder, keep=_has_room(model, place))
+    return loaded
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":

@@ -8,13 +8,12 @@ any size runs with the memory of its largest block.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from sparsegpt.model.decoder import DecoderModel
 
 
 @dataclass
@@ -88,20 +87,21 @@ class Residence:
         tensors = module.state_dict(keep_vars=True)
         return {name: tensor.detach().to(self._home.get(tensor, tensor).dtype) for name, tensor in tensors.items()}
 
-    def attach(self, model: "PreTrainedModel", blocks: nn.ModuleList, *, keep: bool = False) -> None:
+    def attach(self, decoder: DecoderModel, *, keep: bool = False) -> None:
         """From now on every block, and every module outside of them, is at work while its forward runs.
 
         The input embedding brings the rows of the tokens that it is asked for, not its table. keep: what came to work
         once stays there, for a device with room for the whole model.
         """
-        inside = {id(module) for block in blocks for module in block.modules()}
+        model = decoder.model
+        inside = {id(module) for block in decoder.blocks for module in block.modules()}
         outside = [
             module
             for module in model.modules()
             if id(module) not in inside and any(parameter is not None for parameter in module._parameters.values())
         ]
-        embedding = model.get_input_embeddings()
-        for module in [*blocks, *outside]:
+        embedding = decoder.embedding
+        for module in [*decoder.blocks, *outside]:
             by_rows = module is embedding and not keep
             if by_rows:
                 module.register_forward_pre_hook(self._arrive_by_rows, with_kwargs=True)

@@ -13,13 +13,14 @@ Weights in float32 and two moments of them are what the whole training keeps: 12
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsegpt.model.capture import ModelInputs
-from sparsegpt.model.head import logits_behind
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.head import logits_after
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.streams import ActivationStore
 from sparsegpt.model.unfuse import unfused
@@ -31,9 +32,6 @@ from sparsegpt.recovery.training import (
     in_float32,
     remembering_gradient_switches,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 EPSILON = 1e-8
 # The rate climbs over the first sixteenth of the steps, while Adam's second moments are still guesses.
@@ -60,18 +58,18 @@ class Distiller:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
-        blocks: nn.ModuleList,
+        decoder: DecoderModel,
         inputs: ModelInputs,
         residence: Residence,
         store: ActivationStore,
         pruned: Mapping[int, Sequence[str]],
     ) -> None:
-        self.model, self.blocks, self.inputs, self.residence = model, blocks, inputs, residence
+        self.decoder, self.blocks = decoder, decoder.blocks
+        self.inputs, self.residence = inputs, residence
         self.masked = {index: {f"{name}.weight" for name in names} for index, names in pruned.items()}
         self.states: dict[int, dict[str, Trained]] = {}
         for index in pruned:
-            block = blocks[index]
+            block = self.blocks[index]
             home = next(block.parameters()).device
             with residence.visit(block), unfused(block):
                 self.states[index] = {
@@ -117,7 +115,7 @@ class Distiller:
         return total / sum(tokens.numel() for tokens, _ in batches)
 
     @torch.no_grad()
-    def hidden_behind(self, tokens: Tensor) -> Tensor:
+    def hidden_after(self, tokens: Tensor) -> Tensor:
         """The student's hidden states behind its last block."""
         *_, hidden = self._forward(tokens)
         return hidden
@@ -151,9 +149,9 @@ class Distiller:
         leaf = hidden.to(self.residence.dtype).requires_grad_(with_gradient)
         with self.residence.staying():
             with autocast(leaf.device):
-                logits = logits_behind(self.model, self.blocks, tokens, leaf)
+                logits = logits_after(self.decoder, tokens, leaf)
                 with torch.no_grad():
-                    wanted = logits_behind(self.model, self.blocks, tokens, dense)
+                    wanted = logits_after(self.decoder, tokens, dense)
             loss, gradient = divergence(logits.detach(), wanted)
             if not with_gradient:
                 return loss, gradient

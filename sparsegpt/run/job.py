@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from sparsegpt.calib_data import Calibration, draw_windows, load_text
-from sparsegpt.driver.choices import choose_linears
+from sparsegpt.driver import listener as driver
+from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
-from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
+from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
@@ -33,7 +34,6 @@ from sparsegpt.run.memory_plan import check_fits
 from sparsegpt.run.options import RunOptions, free_gpu_memory, memory_is_scarce, plan_run
 from sparsegpt.run.work_folder import WorkFolder, fingerprint
 from sparsegpt.settings.prune_settings import PruneSettings
-from sparsegpt.settings.recipe import idle_rules
 from sparsegpt.settings.selection import name_filter, parse_blocks
 from sparsegpt.sparsity import NM
 
@@ -43,23 +43,14 @@ PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 COMPUTING = ("sparsegpt", "torch", "transformers")
 
 
-class Listener:
-    """Told what happens during a run; this one listens in silence."""
+class Listener(driver.Listener):
+    """Told what happens during a run, the prune included; this one listens in silence."""
 
     def stage(self, text: str) -> None:
         """A new part of the work begins."""
 
     def scored(self, which: str, score: TextScore) -> None:
         """The "dense", "pruned" or "kernels" (pruned, through the packed kernels) model was scored on one text."""
-
-    def layer(self, report: LayerReport) -> None:
-        """One linear is pruned."""
-
-    def block(self, report: BlockReport) -> None:
-        """One decoder block is finished."""
-
-    def epoch(self, report: EpochReport) -> None:
-        """One epoch of distillation is finished."""
 
     def warn(self, text: str) -> None:
         """Something that the user must not overlook."""
@@ -113,14 +104,14 @@ class _Job:
 
     loaded: LoadedModel
     calibration: Calibration
+    choices: Choices
 
     def __init__(
         self, options: RunOptions, settings: PruneSettings, work: WorkFolder, micro_batch: int, listener: Listener
     ) -> None:
         self.options, self.settings, self.work, self.listener = options, settings, work, listener
         self.micro_batch = micro_batch
-        self.select = name_filter(options.only, options.skip)
-        self.blocks = parse_blocks(options.blocks)
+        parse_blocks(options.blocks)  # refused before anything is loaded
         self.scratch = options.scratch or work.folder
         self.started = time.perf_counter()
         self.pruned = PruneReport(settings)
@@ -156,10 +147,15 @@ class _Job:
             self.length = self.loaded.sequence_length(options.sequence_length)
             text = load_text(options.calibration, "calibration")
             self.calibration = draw_windows(text, self.loaded.tokenizer, options.samples, self.length, options.seed)
-        model, settings = self.loaded.model, self.settings
-        choices = choose_linears(model, settings, self.select, self.blocks, include_head=options.include_head)
-        for warning in idle_rules(settings, choices):
-            self.warn(warning)
+        self.choices = choose_linears(
+            self.loaded.decoder,
+            self.settings,
+            name_filter(options.only, options.skip),
+            options.blocks,
+            include_head=options.include_head,
+        )
+        for note in self.choices.notes:
+            self.warn(note)
 
     def begin(self) -> bool:
         """Take up what an unfinished run has done; False when there is nothing left to do."""
@@ -261,7 +257,7 @@ class _Job:
     def prune(self) -> None:
         """Prune block by block; finished blocks go to the work folder."""
         rules = " and a recipe" if self.settings.recipe else ""
-        self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method}{rules}")
+        self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method_name}{rules}")
         while True:
             try:
                 self._prune_blocks()
@@ -295,20 +291,15 @@ class _Job:
 
     def _prune_blocks(self) -> None:
         prune_blocks(
-            self.loaded.model,
+            self.loaded.decoder,
             self.calibration.windows,
-            self.settings,
+            self.choices,
             micro_batch=self.micro_batch,
-            select=self.select,
-            only_blocks=self.blocks,
-            include_head=self.options.include_head,
             scratch=self.scratch if self.options.activations == "disk" else None,
             residence=self.loaded.residence,
             progress=self.work,
             report=self.pruned,
-            on_layer=self.listener.layer,
-            on_block=self.listener.block,
-            on_epoch=self.listener.epoch,
+            listener=self.listener,
         )
 
     def score_through_kernels(self, kernels: str, folder: Path) -> None:

@@ -18,12 +18,12 @@ from torch import nn
 
 from sparsegpt.driver.pipeline import TOKENS_PER_STEP
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.model.families import decoder_blocks, family_of
+from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.loading import without_weights
 from sparsegpt.recovery.training import TOKENS_PER_BATCH
 from sparsegpt.run.memory import available_memory, readable
 from sparsegpt.settings.prune_settings import CORRECTIONS, PruneSettings
-from sparsegpt.solvers.layer import parse_method
+from sparsegpt.solvers.methods import Copies, parse_method
 from sparsegpt.solvers.products import PIECE, PIECE_ON_GPU
 
 if TYPE_CHECKING:
@@ -32,20 +32,11 @@ if TYPE_CHECKING:
 # Python, torch and transformers, the tokenizer and its text, and what the allocator keeps.
 LIBRARIES = 400 << 20
 CUDA_CONTEXT = 600 << 20
-# Copies of [C, C] and [R, C] float32, and of pieces of the latter, that a method holds at its worst moments, the
-# Hessian and its factor included. admm's are the resolvent and the refit.
-SOLVER_COPIES = {
-    "magnitude": ((1.0, 3.0, 0),),
-    "wanda": ((1.0, 3.0, 0),),
-    "sparsegpt": ((2.3, 4.0, 0),),
-    "admm": ((2.5, 2.0, 2), (2.0, 5.0, 5)),
-}
-REFIT_COPIES = (3.0, 6.0, 5)
 # A GPU's library copies what it inverts, and weights in halves become float32; not measured yet.
 MORE_ON_GPU = (1.0, 1.0)
 # While targets are corrected: Hessian and drift, then the factor in its place; each linear's target waits for its turn.
 # While a pass gathers: the Hessian, and with corrections the drift.
-CORRECTION_COPIES, GATHERED, GATHERED_FOR_CORRECTION = (2.3, 1.0, 3), 1, 2
+CORRECTION_COPIES, GATHERED, GATHERED_FOR_CORRECTION = Copies(2.3, 1.0, 3), 1, 2
 # Copies of a token's hidden state, and of its widest input, while a block computes and while it is trained.
 FORWARD_COPIES, TRAINING_COPIES = (8, 4), (24, 8)
 # Parameters in float32, gradients, two moments, the best state so far.
@@ -147,11 +138,10 @@ class Plan:
 
 def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
     """The shape of a model from its configuration, without its weights, which are stored as `stored`."""
-    model = without_weights(config)
-    family = family_of(model)
-    blocks = decoder_blocks(model, family)
+    decoder = DecoderModel.of(without_weights(config))
+    model, blocks, residuals = decoder.model, decoder.blocks, decoder.family.residuals
     largest = max(blocks, key=_parameters)
-    groups = [tuple(_groups(block, frozenset(family.residuals))) for block in blocks]
+    groups = [tuple(_groups(block, frozenset(residuals))) for block in blocks]
     return ModelShape(
         blocks=len(blocks),
         block_parameters=_parameters(largest),
@@ -159,7 +149,7 @@ def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
         hidden=config.get_text_config().hidden_size,
         vocabulary=config.get_text_config().vocab_size,
         groups=max(groups, key=lambda found: sum(group.inputs**2 for group in found)),
-        residual_projections=len(family.residuals),
+        residual_projections=len(residuals),
         stored=stored,
     )
 
@@ -268,7 +258,7 @@ def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool
     """What the solver holds at its worst moment; the factor stays for those that share it."""
     square, layer = group.inputs**2, group.inputs * group.outputs
     piece = min(layer, PIECE_ON_GPU if on_gpu else PIECE)
-    moments = [copies for method in settings.values_of("method") for copies in _copies(method)]
+    moments = [copies for method in settings.values_of("method") for copies in parse_method(method).copies]
     targets = 0
     if _corrects(settings):
         moments.append(CORRECTION_COPIES)
@@ -304,13 +294,6 @@ def _gathered_bytes(shape: ModelShape, settings: PruneSettings) -> int:
 
 def _corrects(settings: PruneSettings) -> bool:
     return any(max(settings.values_of(share)) > 0 for share in CORRECTIONS)
-
-
-def _copies(method: str) -> Iterator[tuple[float, float, int]]:
-    base, _, _ = method.partition("+")
-    yield from SOLVER_COPIES[base]
-    if parse_method(method).refit:
-        yield REFIT_COPIES
 
 
 def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload) -> int:

@@ -6,12 +6,13 @@ linears that they match.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.settings.selection import compile_regex
-from sparsegpt.solvers.layer import BLOCK_SIZE, check_block_size, parse_method
+from sparsegpt.solvers.layer import BLOCK_SIZE, check_block_size
+from sparsegpt.solvers.methods import Method, parse_method
 from sparsegpt.sparsity import NM, Sparsity, Unstructured, parse_sparsity
 
 Order = Literal["input", "block", "linear"]
@@ -20,6 +21,13 @@ CORRECTIONS = ("error_correction", "residual_correction")
 # Damping by sample size: this times width / tokens, within this range.
 DAMPING_PER_SHARE = 0.8
 DAMPING_RANGE = (0.001, 0.05)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it."""
+    if isinstance(value, Method):
+        return value.name
+    return str(value) if isinstance(value, NM | Unstructured) else value
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class LinearSettings:
     """
 
     sparsity: Sparsity
-    method: str = "admm"
+    method: str | Method = "admm"
     damping: float | None = None
     block_size: int = BLOCK_SIZE
     error_correction: float = 0.0
@@ -50,8 +58,8 @@ class LinearSettings:
                 raise SparseGPTError(f"{name.replace('_', ' ')} {getattr(self, name):g} must lie between 0 and 1")
         if self.corrects and not method.updates_weights:
             raise SparseGPTError(
-                f"method {self.method!r} never updates weights, so it cannot correct errors; "
-                f"use {self.method}+refit, sparsegpt or admm, or set both corrections to 0"
+                f"method {method.name!r} never updates weights, so it cannot correct errors; "
+                f"use {method.name}+refit, sparsegpt or admm, or set both corrections to 0"
             )
 
     def damping_for(self, width: int, tokens: int) -> float:
@@ -70,8 +78,13 @@ class LinearSettings:
         return self.error_correction > 0 or self.residual_correction > 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, the pattern as text."""
-        return asdict(self) | {"sparsity": str(self.sparsity)}
+        """Plain data, the pattern and a method of one's own as text."""
+        return {setting.name: _plain(getattr(self, setting.name)) for setting in fields(self)}
+
+    @property
+    def method_name(self) -> str:
+        """What reports call the method."""
+        return str(_plain(self.method))
 
 
 @dataclass(frozen=True)
@@ -101,8 +114,7 @@ class Rule:
     def as_dict(self) -> dict[str, Any]:
         """The rule as it was read, in plain data."""
         skip = {} if self.skip is None else {"skip": self.skip}
-        values = {key: str(value) if key == "sparsity" else value for key, value in self.changes.items()}
-        return {"modules": self.modules, **skip, **values}
+        return {"modules": self.modules, **skip, **{key: _plain(value) for key, value in self.changes.items()}}
 
 
 @dataclass(frozen=True)
@@ -170,9 +182,7 @@ class PruneSettings(LinearSettings):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data of all that decides the result, without the recipe, which a report tells apart."""
-        names = (setting.name for setting in fields(self) if setting.name not in ("recipe", "asked"))
-        plain = {name: getattr(self, name) for name in names}
-        return plain | {"sparsity": str(self.sparsity)}
+        return {name: value for name, value in super().as_dict().items() if name not in ("recipe", "asked")}
 
 
 # The corrections and the damping are tuned at 2:4 on a 15M- and a 135M-parameter Llama (BENCHMARKS.md).

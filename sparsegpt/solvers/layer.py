@@ -1,55 +1,23 @@
-"""One layer pruned by any method: `prune_weight` is the public function, METHODS the table behind `--method`.
+"""One layer pruned by any method: `prune_weight` is the public function, `prune_layer` the driver's.
 
 The layer problem: minimise tr((W - W') H (W - W')^T) over W' of the wanted pattern.
 Dimension key: R out_features, C in_features.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.solvers.admm import admm
 from sparsegpt.solvers.hessian import DampedHessian
-from sparsegpt.solvers.magnitude import magnitude
+from sparsegpt.solvers.methods import Method, parse_method
 from sparsegpt.solvers.refit import refit, row_losses
-from sparsegpt.solvers.sparsegpt import sparsegpt
-from sparsegpt.solvers.wanda import wanda
 from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
 
 # Columns that share one threshold when sparsegpt prunes a fraction: the published number.
 BLOCK_SIZE = 128
-
-Solver = Callable[..., tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to prune one layer. `solve(weight, hessian, pattern, block_size=...) -> (weight, mask)`."""
-
-    name: str
-    solve: Solver
-    updates_weights: bool
-    refit: bool = False
-
-
-_PLAIN = (
-    Method("magnitude", magnitude, updates_weights=False),
-    Method("wanda", wanda, updates_weights=False),
-    Method("sparsegpt", sparsegpt, updates_weights=True),
-)
-_REFITTED = tuple(Method(f"{m.name}+refit", m.solve, updates_weights=True, refit=True) for m in _PLAIN)
-METHODS = {m.name: m for m in (*_PLAIN, *_REFITTED, Method("admm", admm, updates_weights=True))}
-
-
-def parse_method(name: str) -> Method:
-    """The row of METHODS with this name; SparseGPTError lists the known ones."""
-    if name not in METHODS:
-        raise SparseGPTError(f"method {name!r} is not known: choose one of {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 @dataclass(frozen=True)
@@ -72,7 +40,7 @@ def prune_weight(
     hessian: Tensor,
     sparsity: str | float | Sparsity,
     *,
-    method: str = "admm",
+    method: str | Method = "admm",
     damping: float = 0.01,
     block_size: int = BLOCK_SIZE,
     dtype: torch.dtype = torch.float32,
@@ -81,7 +49,8 @@ def prune_weight(
     """Prune one linear layer.
 
     weight: [out_features, in_features], any float dtype, kept. hessian: [in, in] = sum over tokens of x x^T, any
-    positive scale, on the weight's device. sparsity: "2:4", "50%", 0.5 or a pattern object. method: a key of METHODS.
+    positive scale, on the weight's device. sparsity: "2:4", "50%", 0.5 or a pattern object. method: a key of METHODS, a
+    Method, or "module:name".
     damping: fraction of mean(diag H) added to the diagonal. block_size: columns that share one threshold when
     sparsegpt prunes a fraction. dtype: of the arithmetic. name: how error messages call the layer.
     Raises SparseGPTError on shapes that do not fit, values that are not finite, or a Hessian beyond repair.
@@ -110,7 +79,7 @@ def prune_layer(
     target_RC = original_RC if target is None else target.to(hessian.raw.dtype)
     if pattern.zeros == 0 and target is None:
         return Pruned(weight.clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0, hessian.requested_damping)
-    weight_RC, mask = method.solve(target_RC, hessian, pattern, block_size=block_size)
+    weight_RC, mask = method.prune(target_RC, hessian, pattern, block_size=block_size)
     if method.refit:
         weight_RC = refit(weight_RC, mask, target_RC, hessian.damped)
     result = weight_RC.to(weight.dtype)

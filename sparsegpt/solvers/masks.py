@@ -127,6 +127,20 @@ def layer_mask(saliency: Tensor, pattern: Sparsity) -> Tensor:
     return unstructured_mask(saliency, round(pattern.fraction * saliency.numel()))
 
 
+def keeps_counts(mask: Tensor, pattern: Sparsity) -> bool:
+    """bool [R, C] -> whether it keeps as many as the pattern says: in each group, in each row, or in the whole layer.
+
+    A fraction of the layer may also be kept row by row.
+    """
+    if isinstance(pattern, NM):
+        return bool((rearrange(mask, "r (g m) -> r g m", m=pattern.m).sum(-1) == pattern.n).all())
+    columns = mask.shape[1]
+    in_each_row = bool((mask.sum(1) == columns - round(pattern.fraction * columns)).all())
+    if pattern.per_row or in_each_row:
+        return in_each_row
+    return int(mask.sum()) == mask.numel() - round(pattern.fraction * mask.numel())
+
+
 def rough_projection(weights: Sequence[Tensor], pattern: Sparsity) -> Callable[[Tensor], Tensor]:
     """What zeroes all but the largest weights in a step of a search: a function from some of them, [C, R], to these.
 

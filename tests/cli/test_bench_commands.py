@@ -11,7 +11,7 @@ from sparsegpt.cli import options as cli_options
 from sparsegpt.kernels.dispatch import measured
 from sparsegpt.kernels.dispatch import packed24 as dispatch
 from sparsegpt.kernels.dispatch.measured import ANY, machine_name
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 
 HERE = torch.device("cpu")
 

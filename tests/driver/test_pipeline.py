@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt import NM, HessianAccumulator, SparseGPTError, prune_model
+from sparsegpt.driver.listener import Listener
 from sparsegpt.settings.prune_settings import DAMPING_PER_SHARE, DAMPING_RANGE, PruneSettings, resolve_settings
 from sparsegpt.settings.selection import name_filter
 from sparsegpt.solvers import admm, hessian
@@ -222,7 +223,9 @@ def test_every_pattern_is_exact_for_every_method(sparsity, method):
 
 def test_reports_come_one_a_layer_in_forward_order_and_one_a_block():
     layers, blocks = [], []
-    report = prune_model(tiny_model("llama"), random_windows(), "2:4", on_layer=layers.append, on_block=blocks.append)
+    listener = Listener()
+    listener.layer, listener.block = layers.append, blocks.append
+    report = prune_model(tiny_model("llama"), random_windows(), "2:4", listener=listener)
     assert layers == report.layers
     assert blocks == report.blocks
     order = [name for stage in FORWARD_ORDER for name in stage]

@@ -14,7 +14,7 @@ from sparsegpt.kernels.dispatch import trial
 from sparsegpt.kernels.dispatch.measured import OWN_DENSE
 from sparsegpt.kernels.dispatch.packed24 import ROUTES
 from sparsegpt.kernels.dispatch.trial import random_packed
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.hf.quantizer import register
 from tests.kernels.hf.test_hf import pruned_model
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sparsegpt import prune_model
-from sparsegpt.model.families import FAMILIES, decoder_blocks, family_of, prunable_linears
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.families import FAMILIES, family_of, prunable_linears
 from sparsegpt.model.unfuse import unfused
 from tests.architectures import CONFIGS, VARIANTS, WRAPPERS, block_matrices, stored_keys, tiny_variant, tiny_wrapper
 from tests.support import assert_pattern, logits_of, random_windows, refused, weights_of
@@ -35,12 +36,12 @@ def test_every_row_of_the_table_has_a_tiny_model():
 
 
 def test_every_weight_matrix_of_the_blocks_is_found(model):
-    family = family_of(model)
+    decoder = DecoderModel.of(model)
     found = {}
-    for index, block in enumerate(decoder_blocks(model, family)):
+    for prefix, block in decoder.by_prefix():
         with unfused(block):
             for name, linear in prunable_linears(block).items():
-                found[f"{family.blocks}.{index}.{name}"] = linear.weight.detach().clone()
+                found[prefix + name] = linear.weight.detach().clone()
     matrices = block_matrices(model)
     assert found.keys() == matrices.keys()
     for name, matrix in matrices.items():

@@ -14,6 +14,8 @@ from sparsegpt.model.capture import (
     to_device,
     watch_inputs,
 )
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.families import Family
 from tests.support import logits_of, random_windows, refused, tiny_model
 
 PLAIN = BlockCall((), {})
@@ -262,7 +264,7 @@ def test_every_block_is_called_with_its_own_arguments():
     torch.manual_seed(0)
     model = ToyModel()
     windows = torch.arange(35).remainder(10).view(7, 5)
-    inputs = ModelInputs(model, model.blocks, windows, 3)
+    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), windows, 3)
     assert [len(hidden) for hidden in inputs.hidden] == [3, 3, 1]
     for batch, hidden in zip(windows.split(3), inputs.hidden, strict=True):
         for index, block in enumerate(model.blocks):
@@ -273,7 +275,7 @@ def test_every_block_is_called_with_its_own_arguments():
 @torch.no_grad()
 def test_arguments_for_a_batch_size_not_seen_before_are_recorded_then():
     model = ToyModel()
-    inputs = ModelInputs(model, model.blocks, torch.zeros(4, 5, dtype=torch.long), 4)
+    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), torch.zeros(4, 5, dtype=torch.long), 4)
     assert inputs.call(2, 1).args == (1.0,)
     assert inputs.call(2, 1).kwargs["shift"].shape == (2, 1, 1)
 
@@ -281,7 +283,7 @@ def test_arguments_for_a_batch_size_not_seen_before_are_recorded_then():
 def test_a_model_that_never_calls_its_first_block_is_refused():
     model = ToyModel(skips_blocks=True)
     with refused("ToyModel", "never called"):
-        ModelInputs(model, model.blocks, torch.zeros(1, 5, dtype=torch.long), 1)
+        ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), torch.zeros(1, 5, dtype=torch.long), 1)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
@@ -290,7 +292,7 @@ def test_blocks_run_one_by_one_give_the_models_own_hidden_states(model_type):
     model, windows = tiny_model(model_type), random_windows(5)
     before = logits_of(model, windows)
     blocks = model.get_submodule("model.layers" if model_type == "llama" else "model.decoder.layers")
-    inputs = ModelInputs(model, blocks, windows, 2)
+    inputs = ModelInputs(DecoderModel.of(model), windows, 2)
     every = model(input_ids=windows, output_hidden_states=True).hidden_states
     hidden = inputs.hidden
     for index, block in enumerate(blocks):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sparsegpt import prune_model
-from sparsegpt.model.families import decoder_blocks, family_of, prunable_linears
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.families import prunable_linears
 from sparsegpt.settings.prune_settings import PRESETS
 from sparsegpt.settings.selection import name_filter
 from tests.support import (
@@ -45,12 +46,8 @@ def model(request):
 
 
 def test_the_table_finds_every_linear_of_the_blocks(model):
-    family = family_of(model)
-    found = {
-        f"{family.blocks}.{index}.{name}"
-        for index, block in enumerate(decoder_blocks(model, family))
-        for name in prunable_linears(block)
-    }
+    decoder = DecoderModel.of(model)
+    found = {prefix + name for prefix, block in decoder.by_prefix() for name in prunable_linears(block)}
     assert found == set(block_linears(model))
     assert len(found) == 2 * (6 if model.config.model_type == "opt" else 7)
 

@@ -86,13 +86,13 @@ def test_a_whole_folder_loads_in_float32_on_a_cpu(llama_folder):
     assert loaded.model.dtype == torch.float32
     assert loaded.stored_dtype == torch.float32
     assert not loaded.model.training
-    assert loaded.default_sequence_length == 64
+    assert loaded.sequence_length(None) == 64
     assert torch.equal(logits_of(loaded.model, random_windows()), logits_of(tiny_model("llama"), random_windows()))
 
 
 def test_a_limit_beyond_2048_is_not_the_default_sequence_length(tmp_path):
     folder = save_model(tmp_path / "long", max_position_embeddings=131072)
-    assert load_model(str(folder)).default_sequence_length == 2048
+    assert load_model(str(folder)).sequence_length(None) == 2048
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])

@@ -9,7 +9,8 @@ from torch import nn
 from sparsegpt import SparseGPTError, prune_model
 from sparsegpt.driver import stages
 from sparsegpt.driver.stages import enough_tokens, plan_stages, waves
-from sparsegpt.model.families import decoder_blocks, family_of, prunable_linears
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.families import prunable_linears
 from sparsegpt.model.unfuse import unfused
 from sparsegpt.sparsity import parse_sparsity
 from tests.architectures import MIXTURES, block_matrices, expected_inputs, tiny_variant
@@ -146,7 +147,7 @@ def test_what_stands_in_computes_what_the_experts_do(model):
     for implementation in ("eager",) if model.config.model_type == "llama4_text" else ("eager", "grouped_mm"):
         model.config._experts_implementation = implementation
         expected = logits_of(model, tokens)
-        blocks = decoder_blocks(model, family_of(model))
+        blocks = DecoderModel.of(model).blocks
         with unfused(blocks[0]), unfused(blocks[1]):
             assert all(type(module).__name__ == "_LoopedExperts" for module in experts_of(model).values())
             torch.testing.assert_close(logits_of(model, tokens), expected, rtol=1e-4, atol=1e-4)
@@ -158,7 +159,7 @@ def test_modules_and_parameters_come_back_the_same_also_after_an_exception(varia
     model = tiny_variant(variant)
     before, modules = weights_of(model), dict(model.named_modules())
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
-    block = decoder_blocks(model, family_of(model))[1]
+    block = DecoderModel.of(model).blocks[1]
     with pytest.raises(ZeroDivisionError), unfused(block):
         assert {type(linear) for linear in prunable_linears(block).values()} <= {nn.Linear, _twin_of_conv1d()}
         _ = 1 / 0
@@ -180,8 +181,8 @@ def _twin_of_conv1d():
 def test_what_is_written_into_a_linear_lands_in_its_slice_alone(variant, moved):
     model = tiny_variant(variant)
     before = {name: matrix.clone() for name, matrix in block_matrices(model).items()}
-    family = family_of(model)
-    block = decoder_blocks(model, family)[1]
+    decoder = DecoderModel.of(model)
+    block = decoder.blocks[1]
     with unfused(block):
         if moved:
             block.double()
@@ -190,8 +191,8 @@ def test_what_is_written_into_a_linear_lands_in_its_slice_alone(variant, moved):
         if moved:
             block.float()
     changed = {key for key, matrix in block_matrices(model).items() if not torch.equal(matrix, before[key])}
-    assert changed == {f"{family.blocks}.1.{name}"}
-    assert block_matrices(model)[f"{family.blocks}.1.{name}"][1, 2] == 7.0
+    assert changed == {decoder.prefix(1) + name}
+    assert block_matrices(model)[decoder.prefix(1) + name][1, 2] == 7.0
 
 
 class Packed(nn.Module):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sparsegpt.files.mapped import is_mapped
+from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import FAMILIES
 from sparsegpt.model.loading import load_model
 from sparsegpt.model.residence import Residence
@@ -196,7 +197,7 @@ def test_a_settled_weight_is_what_the_model_computes_with_from_then_on(tmp_path,
     """keep: as on a GPU with room for the whole model, where it has been at work already."""
     model, other = tiny_model("llama").half(), tiny_model("llama", seed=3).half()
     residence = Residence(torch.device("cpu"), torch.float32, torch.float16, reversible=True)
-    residence.attach(model, model.model.layers, keep=keep)
+    residence.attach(DecoderModel.of(model), keep=keep)
     dense = logits_of(model, random_windows(2))
     for name, parameter in model.model.layers[1].named_parameters():
         residence.settle(parameter, other.model.layers[1].get_parameter(name).data)

@@ -10,9 +10,11 @@ import torch
 from sparsegpt import prune_model
 from sparsegpt.driver.block_job import BlockJob
 from sparsegpt.driver.groups import GroupSolver
+from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.reports import PruneReport
 from sparsegpt.model.capture import ModelInputs, run_watched
-from sparsegpt.model.families import FAMILIES, decoder_blocks, family_of, prunable_linears
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.families import FAMILIES, family_of, prunable_linears
 from sparsegpt.model.streams import ActivationStore, Streams
 from sparsegpt.model.unfuse import unfused
 from sparsegpt.settings.prune_settings import resolve_settings
@@ -42,7 +44,7 @@ def model(request):
 @torch.no_grad()
 def hidden_states_of(model, windows):
     """What enters each block, and what leaves the last, seen by hooks while the whole model runs."""
-    blocks, seen = list(decoder_blocks(model, family_of(model))), []
+    blocks, seen = list(DecoderModel.of(model).blocks), []
 
     def enter(module, args, kwargs):
         seen.append(args[0] if args else kwargs["hidden_states"])
@@ -61,11 +63,11 @@ def hidden_states_of(model, windows):
 @torch.no_grad()
 def test_blocks_run_one_by_one_give_the_models_own_hidden_states(model):
     windows = random_windows(5)
-    blocks = decoder_blocks(model, family_of(model))
+    decoder = DecoderModel.of(model)
     every = hidden_states_of(model, windows)
-    inputs = ModelInputs(model, blocks, windows, 2)
+    inputs = ModelInputs(decoder, windows, 2)
     hidden = inputs.hidden
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(decoder.blocks):
         torch.testing.assert_close(torch.cat(hidden), every[index], rtol=1e-4, atol=1e-5)
         with unfused(block):
             hidden = [inputs.call(len(part), index).run(block, part) for part in hidden]
@@ -74,16 +76,15 @@ def test_blocks_run_one_by_one_give_the_models_own_hidden_states(model):
 
 @torch.no_grad()
 def test_every_linear_is_seen_to_receive_what_the_model_gives_it(model):
-    windows, family = random_windows(4), family_of(model)
+    windows, decoder = random_windows(4), DecoderModel.of(model)
     expected = expected_inputs(model, windows)
-    blocks = decoder_blocks(model, family)
-    inputs = ModelInputs(model, blocks, windows, 4)
+    inputs = ModelInputs(decoder, windows, 4)
     hidden, compared = inputs.hidden[0], 0
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(decoder.blocks):
         with unfused(block):
             seen, hidden = run_watched(block, inputs.call(4, index), hidden, prunable_linears(block))
         for name, found in seen.items():
-            wanted = expected[f"{family.blocks}.{index}.{name}"]
+            wanted = expected[decoder.prefix(index) + name]
             torch.testing.assert_close(found.double().flatten(0, -2), wanted, rtol=1e-4, atol=1e-5)
             compared += 1
     assert compared == sum(len(rows) > 0 for rows in expected.values()) == len(block_matrices(model))
@@ -127,9 +128,9 @@ class Drifted:
     def __init__(self, variant):
         self.behind = BEHIND[variant]
         model = tiny_variant(variant)
-        self.family = family_of(model)
-        self.block = decoder_blocks(model, self.family)[-1]
-        self.inputs = ModelInputs(model, decoder_blocks(model, self.family), random_windows(40), 40)
+        self.decoder = DecoderModel.of(model)
+        self.family, self.block = self.decoder.family, self.decoder.blocks[-1]
+        self.inputs = ModelInputs(self.decoder, random_windows(40), 40)
         self.dense = self.inputs.hidden[0]
         noise = torch.randn(self.dense.shape, generator=torch.Generator().manual_seed(5))
         self.pruned = self.dense + 0.3 * noise
@@ -137,10 +138,10 @@ class Drifted:
     def correct(self, name):
         """Let the projection's corrected target become its weight: a pattern without zeros keeps all of it."""
         settings = resolve_settings(0.0, error_correction=1.0, residual_correction=1.0, damping=1e-7)
-        solver = GroupSolver(settings, PruneReport(settings), lambda report: None)
+        solver = GroupSolver(settings, PruneReport(settings), Listener())
         streams = Streams(self.inputs, ActivationStore(), [self.pruned.clone()], [self.dense.clone()])
         with unfused(self.block):
-            BlockJob(solver, streams, self.family, self.block, 1, {name: settings}).prune_linears()
+            BlockJob(solver, streams, self.decoder, 1, {name: settings}).prune_linears()
 
     def observe(self, hidden, name):
         """Input of a projection, and the stream behind its addition."""

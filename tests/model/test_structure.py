@@ -6,7 +6,8 @@ from torch import nn
 
 from sparsegpt import prune_model
 from sparsegpt.model.capture import BlockCall, ModelInputs
-from sparsegpt.model.families import FAMILIES, family_of
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.families import FAMILIES, Family, family_of
 from tests.architectures import WRAPPERS, block_matrices, stored_keys, tiny_wrapper
 from tests.support import assert_pattern, logits_of, random_windows, refused, tiny_model, weights_of
 
@@ -90,7 +91,7 @@ def encoder(model: nn.Module) -> nn.Module:
 )
 def test_structure_that_leaves_doubt_is_refused_with_the_known_types_and_the_way_out(change, reason):
     model = change(tiny_model("llama"))
-    with refused("'mystery'", reason, *FAMILIES, "FAMILIES", "sparsegpt/blocks.py"):
+    with refused("'mystery'", reason, *FAMILIES, "FAMILIES", "sparsegpt/model/families.py"):
         prune_model(model, random_windows(), "2:4")
 
 
@@ -162,7 +163,7 @@ def test_a_models_way_to_take_outputs_needs_no_row(tuples):
     model = Chain(tuples=tuples)
     model.__dict__["base_model"] = model
     windows = random_windows(2, 5)
-    inputs = ModelInputs(model, model.blocks, windows, 2)
+    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), windows, 2)
     assert torch.equal(inputs.hidden[0], model.embed(windows))
     assert type(inputs.hidden[0]) is torch.Tensor
 
@@ -171,7 +172,7 @@ def test_a_model_that_does_more_between_its_blocks_is_refused():
     model = Chain(meddles=True)
     model.__dict__["base_model"] = model
     with refused("Chain", "between its blocks 0 and 1", "chain"):
-        ModelInputs(model, model.blocks, random_windows(2, 5), 2)
+        ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), random_windows(2, 5), 2)
 
 
 def test_a_block_that_returns_something_else_is_refused():

@@ -8,6 +8,7 @@ import torch
 from sparsegpt import prune_model
 from sparsegpt.driver import block_job
 from sparsegpt.model.capture import ModelInputs
+from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.recovery import training
 from sparsegpt.recovery.reconstruct import reconstruct_block
 from tests.support import assert_pattern, block_linears, logits_of, random_windows, tiny_model
@@ -20,7 +21,7 @@ def job():
     """A pruned block, what enters it and what should leave it, and how to call it."""
     model, windows = tiny_model("llama"), random_windows(40)
     block = model.model.layers[0]
-    inputs = ModelInputs(model, model.model.layers, windows, 10)
+    inputs = ModelInputs(DecoderModel.of(model), windows, 10)
 
     def call_for(size):
         return inputs.call(size, 0)
@@ -185,7 +186,7 @@ def test_looking_ahead_aims_at_the_dense_stream_behind_the_blocks_that_follow(mo
         assert [id(b) for b in ahead] == [id(b) for b in model.model.layers[place + 1 : place + 3]]
         if place + len(ahead) + 1 < 4:
             torch.testing.assert_close(torch.cat(targets), states[place + len(ahead) + 1], rtol=1e-4, atol=1e-5)
-        inputs_of = ModelInputs(model, model.model.layers, windows, 6)
+        inputs_of = ModelInputs(DecoderModel.of(model), windows, 6)
         hidden = torch.cat(inputs)
         expected = hidden
         with torch.no_grad():

@@ -37,11 +37,11 @@ def exhausted(monkeypatch, fits) -> list[int]:
     tried = []
     real = pipeline._Driver.prune_block
 
-    def prune_block(self, block, index, *arguments, **options):
+    def prune_block(self, index):
         tried.append(len(self.streams.pruned[0]))
         if not fits(tried[-1], index):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, block, index, *arguments, **options)
+        return real(self, index)
 
     monkeypatch.setattr(pipeline._Driver, "prune_block", prune_block)
     return tried

@@ -29,7 +29,7 @@ from sparsegpt.kernels.cpu import (
 )
 from sparsegpt.kernels.dispatch.measured import ANY, MEASURED
 from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.layers.linear import Sparse24Linear
 from tests.kernels.helpers import relative_error, weight24
 

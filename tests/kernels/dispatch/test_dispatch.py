@@ -15,7 +15,7 @@ from sparsegpt.kernels.dispatch.measured import ANY, MEASURED, Measured
 from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
 from sparsegpt.kernels.dispatch.route import Choice
 from sparsegpt.kernels.dispatch.trial import UNTRIED
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.layers.linear import Sparse24Linear, explain
 from tests.kernels.helpers import relative_error, weight24
 

@@ -27,7 +27,7 @@ from sparsegpt.kernels.dispatch.measured import (
 )
 from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
 from sparsegpt.kernels.dispatch.route import from_measured
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.format.quantized import Typed24
 from tests.kernels.helpers import weight24
 

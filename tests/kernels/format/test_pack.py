@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import Packed24, dequantize, first_violation, quantize, unpack
-from sparsegpt.kernels.format import pack
 from sparsegpt.kernels.format.interop import (
     from_bitmask,
     from_cutlass,
@@ -20,7 +19,7 @@ from sparsegpt.kernels.format.interop import (
     to_cutlass,
     to_semi_structured,
 )
-from sparsegpt.kernels.format.pack import words_to_nibbles
+from sparsegpt.kernels.format.pack import pack, words_to_nibbles
 from sparsegpt.kernels.format.quantized import unpack_integers
 from tests.kernels.helpers import relative_error, weight24
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import Packed24, quantize, unpack
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import portable, reference
 from tests.kernels.helpers import relative_error, weight24
 

@@ -11,7 +11,7 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import Packed24, quantize, unpack
 from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
 from sparsegpt.kernels.dispatch.trial import UNTRIED, random_packed, trials
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import reference
 from sparsegpt.kernels.layers.linear import Sparse24Linear
 from tests.kernels.helpers import relative_error, weight24

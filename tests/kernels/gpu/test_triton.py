@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import quantize
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import mma_sp, mma_sp_int4, portable, reference
 from sparsegpt.kernels.gpu.fragments import register_positions, to_fragments
 from tests.kernels.aot import Built, compile_for, loads_in_flight

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from triton.experimental.gluon import language as gl
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import reference, wgmma_sp
 from sparsegpt.kernels.gpu.fragments import to_fragments, whole_inputs
 from sparsegpt.kernels.gpu.wgmma_sp import LARGE, SMALL, Tile

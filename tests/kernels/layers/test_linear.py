@@ -12,7 +12,7 @@ from torch import nn
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import Packed24, cpu, unpack
 from sparsegpt.kernels.dispatch.packed24 import KERNELS, choose
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import semi_structured
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import Sparse24Linear, explain, packed_layers, set_kernels

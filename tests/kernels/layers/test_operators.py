@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import cpu, quantize
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers import operators
 from sparsegpt.kernels.layers.dense_layers import DenseLinear, quicken_dense

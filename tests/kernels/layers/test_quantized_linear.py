@@ -16,7 +16,7 @@ from sparsegpt.files.tensor_files import WEIGHTS
 from sparsegpt.kernels import cpu, dequantize, quantize, unpack
 from sparsegpt.kernels.checkpoint.archive import pack_folder, unpack_folder
 from sparsegpt.kernels.checkpoint.packed_config import IntegerValues
-from sparsegpt.kernels.format import pack
+from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.format.quantized import Quantized24
 from sparsegpt.kernels.hf.quantizer import load_packed, register
 from sparsegpt.kernels.layers.linear import packed_layers, set_kernels

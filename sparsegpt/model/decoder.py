@@ -1,0 +1,65 @@
+"""A causal language model, asked once what it is: its family, its decoder blocks, its head."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.model.families import Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderModel:
+    """What everybody who works on a model's blocks needs; made once, by `of`, and passed on.
+
+    model: the whole model. family: its row, see `families`. blocks: its list of decoder blocks.
+    """
+
+    model: "PreTrainedModel"
+    family: Family
+    blocks: nn.ModuleList
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel") -> "DecoderModel":
+        """Look a model up; SparseGPTError for one that is not known, or has no blocks where its family keeps them."""
+        family = family_of(model)
+        try:
+            blocks = model.get_submodule(family.blocks)
+        except AttributeError as error:
+            raise SparseGPTError(
+                f"expected decoder blocks at {family.blocks!r} in {type(model).__name__}, found no such module; "
+                "load the model with its language-model head (AutoModelForCausalLM)"
+            ) from error
+        assert isinstance(blocks, nn.ModuleList)
+        return cls(model, family, blocks)
+
+    def prefix(self, index: int) -> str:
+        """What the full names of everything in a block begin with."""
+        return f"{self.family.blocks}.{index}."
+
+    def by_prefix(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every block with its prefix, in order."""
+        return ((self.prefix(index), block) for index, block in enumerate(self.blocks))
+
+    @property
+    def name(self) -> str:
+        """Of the model's class, for messages."""
+        return type(self.model).__name__
+
+    @property
+    def embedding(self) -> nn.Module:
+        """What turns token ids into hidden states."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        weight = self.embedding.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device

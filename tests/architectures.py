@@ -3,7 +3,7 @@
 Sizes are written in each family's own words. What a test must know of a family, and may not take from the code under
 test, stands here too: which matrices are routers, and which are kept transposed.
 
-    python -m tests.architectures     # prints README's table of architectures
+    python -m tests.architectures     # prints the table of docs/architectures.md
 """
 
 import json
@@ -291,7 +291,7 @@ def _gated(model_type: str, gate_up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-# README's table
+# The table of docs/architectures.md
 
 
 def architecture_table() -> str:
@@ -312,7 +312,7 @@ def _text_type(wrapper: str) -> object:
 
 def _corrected(family: Family, model_type: str) -> str:
     if family.uncorrectable:
-        return "off: norms behind the projections"
+        return "off: norms after the projections"
     # Of Qwen 2 MoE and Llama 4 the shared expert counts among the experts.
     if model_type not in MIXTURES:
         return "yes"

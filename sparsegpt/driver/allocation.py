@@ -89,7 +89,7 @@ def outlier_shares(blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: Mod
 def _input_norms(
     block: nn.Module, names: list[str], inputs: ModelInputs, index: int, stream: list[Tensor]
 ) -> tuple[Mapping[str, Tensor], list[Tensor]]:
-    """Squared norm of every input column of each linear, [C], and the stream behind the block."""
+    """Squared norm of every input column of each linear, [C], and the stream after the block."""
     device = next(block.parameters()).device
     first = stream[0].to(device)
     call = inputs.call(len(first), index)

@@ -69,7 +69,7 @@ class BlockJob:
         return layers
 
     def reconstruct(self, ahead: Sequence[nn.Module] = ()) -> float:
-        """Train the kept weights so that the block on pruned inputs gives the dense outputs behind the blocks `ahead`.
+        """Train the kept weights so that the block on pruned inputs gives the dense outputs after the blocks `ahead`.
 
         Those are dense still and follow this one. Returns the held-out loss as a share of what it was.
         """
@@ -78,7 +78,7 @@ class BlockJob:
                 self.block,
                 list(self.linears),
                 self.streams.pruned,
-                self._dense_behind(ahead),
+                self._dense_after(ahead),
                 lambda hidden: self._through(self.index, [self.block, *ahead], hidden),
                 ahead=ahead,
                 epochs=self.settings.reconstruct,
@@ -94,8 +94,8 @@ class BlockJob:
             )
         return result.after / result.before if result.before else 1.0
 
-    def _dense_behind(self, ahead: Sequence[nn.Module]) -> list[Tensor]:
-        """The dense stream, which is behind this block, moved on through the blocks that follow."""
+    def _dense_after(self, ahead: Sequence[nn.Module]) -> list[Tensor]:
+        """The dense stream, which has passed this block, moved on through the blocks that follow."""
         assert self.streams.dense is not None
         if not ahead:
             return self.streams.dense
@@ -163,7 +163,7 @@ class BlockJob:
         return kept
 
     def _dense_pass(self, stages: list[list[Group]]) -> DenseInputs:
-        """Move the dense stream behind the block; keep what the corrections will compare."""
+        """Move the dense stream past the block; keep what the corrections will compare."""
         if self.streams.dense is None:
             return []
         compared = [group for stage in stages for group in stage]
@@ -230,5 +230,5 @@ def _parts(residual: Residual | None) -> list[str]:
 
 def _linears_from(last: Group, groups: list[Group]) -> Group:
     """The linears of the group that holds `last`, and of all groups after it: their outputs lead nowhere yet."""
-    place = next(place for place, group in enumerate(groups) if last[0] in group)
-    return tuple(name for group in groups[place:] for name in group)
+    first = next(index for index, group in enumerate(groups) if last[0] in group)
+    return tuple(name for group in groups[first:] for name in group)

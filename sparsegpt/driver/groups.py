@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,29 @@ from sparsegpt.solvers.correction import DriftAccumulator, corrected_target, dri
 from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
 
 
+class Shortage(NamedTuple):
+    """Experts that fewer than `limit` calibration tokens reached, and what was done with them."""
+
+    linears: str
+    width: int
+    limit: int
+    treatment: str
+
+
 @dataclass
 class GroupSolver:
     """Prunes groups of linears in place and writes what it did into the report.
 
     as_stored: a weight in the dtype of the saved file, to which it is rounded at once: all that follows, inside the
-    block and behind it, then sees the weights that are saved.
+    block and after it, then sees the weights that are saved.
     """
 
     settings: PruneSettings
     report: PruneReport
     listener: Listener
     as_stored: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    # Experts that few tokens reached: what is said of them -> (expert, tokens), until `tell_of_experts`.
-    _starved: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    # Experts that few tokens reached, until `tell_of_experts`: (expert, tokens) of each.
+    _starved: dict[Shortage, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def prune(
         self,
@@ -64,7 +74,7 @@ class GroupSolver:
         name, (_, choice) = next(iter(linears.items()))
         starved = routed and gram.tokens < enough_tokens(gram.width)
         if starved:
-            self._note(name, gram, "pruned by magnitude alone, without data")
+            self._note(name, gram, enough_tokens(gram.width), "pruned by magnitude alone, without data")
             hessian = DampedHessian(torch.eye(gram.width, device=gram.device), name=name)
         else:
             hessian = DampedHessian(gram.take(), self._damping(name, choice, gram, routed=routed), name=name)
@@ -102,31 +112,33 @@ class GroupSolver:
             return damping
         raised = damping * width / gram.tokens
         if routed:
-            self._note(name, gram, "solved with more damping")
+            self._note(name, gram, width, "solved with more damping")
             return raised
         text = (
             f"only {gram.tokens} calibration tokens for {width} input features; damping raised from {damping:g} to "
-            f"{raised:g}, here and wherever this is so; give more --samples or a longer --seqlen"
+            f"{raised:g}, here and wherever this is so; give more samples or longer ones"
         )
         if not any(warning.endswith(text) for warning in self.report.warnings):
             self.report.warnings.append(f"{name}: {text}")
         return raised
 
-    def _note(self, name: str, gram: HessianAccumulator, how: str) -> None:
+    def _note(self, name: str, gram: HessianAccumulator, limit: int, treatment: str) -> None:
         expert = expert_of(name)
         assert expert is not None
-        path, place, linear = expert
-        width = gram.width
-        limit = width if "damping" in how else enough_tokens(width)
-        text = f"{path}.*.{linear}: experts reached by fewer than {limit} calibration tokens ({width} input features)"
-        self._starved[f"{text} were {how}"].append((place, gram.tokens))
+        path, number, linear = expert
+        shortage = Shortage(f"{path}.*.{linear}", gram.width, limit, treatment)
+        self._starved[shortage].append((number, gram.tokens))
 
     def tell_of_experts(self) -> None:
         """Add one warning for all experts of a block that share a shortage."""
-        for text, found in self._starved.items():
-            named = ", ".join(f"{place}: {tokens}" for place, tokens in sorted(found)[:8])
+        for shortage, found in self._starved.items():
+            named = ", ".join(f"{number}: {tokens}" for number, tokens in sorted(found)[:8])
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-            self.report.warnings.append(f"{text}: {named}{more} tokens; give more --samples or a longer --seqlen")
+            self.report.warnings.append(
+                f"{shortage.linears}: experts reached by fewer than {shortage.limit} calibration tokens "
+                f"({shortage.width} input features) were {shortage.treatment}: {named}{more} tokens; give more samples "
+                "or longer ones"
+            )
         self._starved.clear()
 
     @contextmanager

@@ -206,7 +206,7 @@ class _Driver:
     progress: Progress
 
     def visit_block(self, index: int) -> None:
-        """Prune a block, or put it in its place where it was finished before; move the streams on."""
+        """Prune a block, or take it up where it was finished before; move the streams on."""
         if index < self.progress.finished:
             self.pass_finished(index)
         else:
@@ -243,7 +243,7 @@ class _Driver:
             return job.reconstruct(ahead)
 
     def pass_finished(self, index: int) -> None:
-        """Put a block that was finished before in its place, and move both streams as its pruning moved them."""
+        """Take up a block that was finished before, and move both streams as its pruning moved them."""
         block, last = self._blocks[index], self.work.is_last(index)
         if not last and self.streams.dense is not None:
             with self._at_work(index) as job:

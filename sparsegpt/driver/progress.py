@@ -1,4 +1,4 @@
-"""What a long prune keeps, so that another run can go on behind it; by default nothing beyond the model itself."""
+"""What a long prune keeps, so that another run can go on from there; by default nothing beyond the model itself."""
 
 from torch import Tensor
 
@@ -19,11 +19,11 @@ class Progress:
         return tensors
 
     def load_training(self) -> dict[str, Tensor]:
-        """What distillation needs to go on behind its last finished epoch; empty before the first."""
+        """What distillation needs to go on after its last finished epoch; empty before the first."""
         return {}
 
     def keep_training(self, epoch: int, tensors: dict[str, Tensor], report: PruneReport) -> None:
-        """Keep that, behind an epoch, and what the report says of the epochs so far."""
+        """Keep that after an epoch, and what the report says of the epochs so far."""
 
     def keep_distilled(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep the stored tensors of a block that distillation has changed; the model goes on with those returned."""

@@ -32,7 +32,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One finished block: its place, how many linears were pruned, their mean relative error, wall seconds.
+    """One finished block: its index, how many linears were pruned, their mean relative error, wall seconds.
 
     reconstruction: held-out loss after block-wise training as a share of the loss before; None without training.
     """

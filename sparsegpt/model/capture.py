@@ -40,7 +40,7 @@ class ModelInputs:
     """What enters the first block, and how the model calls each block.
 
     hidden: micro-batches [batch, sequence, features], on the embedding's device. keep(role, step, tensor): may move
-    each of them to a place of its own.
+    each of them elsewhere.
 
     No block runs for this: stand-ins hand the hidden states on, so that rotary tables, masks and per-layer arguments
     (sliding windows, several rotary bases) are the model's own.
@@ -76,7 +76,7 @@ class ModelInputs:
 
 
 def body_of(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
-    """The model without its head: what turns tokens into the hidden states behind the final norm."""
+    """The model without its head: what turns tokens into the hidden states after the final norm."""
     body = getattr(model, "base_model", model)
     if body is not model:
         return body
@@ -93,9 +93,9 @@ class _Handed(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         plain = self.as_subclass(Tensor)
-        return plain if isinstance(place, int) and place == 0 else plain[place]
+        return plain if isinstance(index, int) and index == 0 else plain[index]
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.as_subclass(Tensor), None))

@@ -78,10 +78,10 @@ def run_experts(
         return _run_sorted(expert, count, hidden_states)
     chosen, shares = (*routing, *named_routing.values())
     result = torch.zeros_like(hidden_states)
-    for place in chosen.unique().tolist():
-        if place < count:  # with experts on several machines, those elsewhere have the number `count`
-            token, rank = torch.where(chosen == place)
-            outputs = expert(place, hidden_states[token]) * shares[token, rank, None]
+    for index in chosen.unique().tolist():
+        if index < count:  # with experts on several machines, those elsewhere have the number `count`
+            token, rank = torch.where(chosen == index)
+            outputs = expert(index, hidden_states[token]) * shares[token, rank, None]
             result.index_add_(0, token, outputs.to(result.dtype))
     return result
 
@@ -90,10 +90,10 @@ def _run_sorted(expert: Callable[[int, Tensor], Tensor], count: int, hidden_stat
     """Every expert is given every token, multiplied by 0 where it was not chosen."""
     parts = hidden_states.view(count, -1, hidden_states.shape[-1])
     result = torch.zeros_like(parts)
-    for place in range(count):
-        (token,) = torch.where(parts[place].any(-1))
+    for index in range(count):
+        (token,) = torch.where(parts[index].any(-1))
         if len(token):
-            result[place, token] = expert(place, parts[place, token]).to(result.dtype)
+            result[index, token] = expert(index, parts[index, token]).to(result.dtype)
     return result.view(-1, hidden_states.shape[-1])
 
 

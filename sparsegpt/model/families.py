@@ -5,7 +5,7 @@ what running cannot tell: the path of the block list, and which projection is ad
 support another model_type, add a row to FAMILIES and its tiny configuration to tests/architectures.py:
 tests/model/test_families.py runs over this same table, and the table of docs/architectures.md is printed from both.
 
-Residual correction aims a projection at what the stream should be behind the addition that it writes into (see
+Residual correction aims a projection at what the stream should be after the addition that it writes into (see
 solvers/correction.py), so what it undoes is the drift of everything added before it. Attention is added to the stream
 that entered the block; the MLP to what attention left. In a parallel block both branches read the stream that entered
 and one sum adds all three; as sums may be taken in any order, attention counts as added first there too. The MLP then
@@ -193,10 +193,10 @@ def _by_structure(model: "PreTrainedModel", model_type: str) -> Family:
     prefix = _name_of(model, tower)
     found = [f"{prefix}.{name}".strip(".") for name in _block_lists(tower)]
     if len(found) != 1:
-        places = f"{len(found)} ({', '.join(found)})" if found else "none"
+        lists = f"{len(found)} ({', '.join(found)})" if found else "none"
         raise SparseGPTError(
             f"{refusal} and its structure leaves doubt: expected one list of at least two blocks of one class, "
-            f"found {places}; {advice}"
+            f"found {lists}; {advice}"
         )
     blocks = model.get_submodule(found[0])
     assert isinstance(blocks, nn.ModuleList)

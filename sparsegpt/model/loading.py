@@ -86,9 +86,9 @@ def load_model(
     """
     from transformers import AutoTokenizer
 
-    place = pick_device(device)
+    target = pick_device(device)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    stored, computing = dtypes_for(config, dtype, place)
+    stored, computing = dtypes_for(config, dtype, target)
     source, hub = _source(name), {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         with mapped_parameters(stream_through) if stream_through else nullcontext():
@@ -102,12 +102,12 @@ def load_model(
         raise _not_loaded(name, error) from error
     _check_loaded(name, model, tokenizer, info)
     if stream_through is None:
-        return LoadedModel(name, model.to(place), tokenizer, stored)
+        return LoadedModel(name, model.to(target), tokenizer, stored)
     if computing != stored:
         _compute_tables(model, stored, computing)
-    residence = Residence(place, computing, stored, reversible=True)
+    residence = Residence(target, computing, stored, reversible=True)
     loaded = LoadedModel(name, model, tokenizer, stored, residence)
-    residence.attach(loaded.decoder, keep=_has_room(model, place))
+    residence.attach(loaded.decoder, keep=_has_room(model, target))
     return loaded
 
 
@@ -215,14 +215,14 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise SparseGPTError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
-    if place.type not in ("cpu", "cuda"):
+    if found.type not in ("cpu", "cuda"):
         raise SparseGPTError(f"device {device!r} is not supported: expected auto, cpu, cuda or cuda:N")
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise SparseGPTError(f"device {device!r} was asked for, but torch finds no CUDA device: use --device cpu")
-    return place
+    return found
 
 
 def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dict[str, Any]) -> None:
@@ -246,11 +246,11 @@ def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dic
 
 
 def _left_out(model: "PreTrainedModel", unexpected: Iterable[str]) -> str | None:
-    """The first tensor of a block, or expert, behind the last one that the configuration speaks of."""
+    """The first tensor of a block, or expert, after the last one that the configuration speaks of."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    behind = tuple(f"{path}.{len(blocks)}." for path, blocks in lists.items())
+    surplus = tuple(f"{path}.{len(blocks)}." for path, blocks in lists.items())
     for key in sorted(unexpected):
-        if key.startswith(behind) or f"{model.base_model_prefix}.{key}".startswith(behind):
+        if key.startswith(surplus) or f"{model.base_model_prefix}.{key}".startswith(surplus):
             return key
     return None
 

@@ -42,10 +42,10 @@ def _read_json(path: Path) -> Any:
 def _check_index(index: Path) -> None:
     """Every shard it names must lie in the folder itself: an index comes from strangers."""
     content = _read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise SparseGPTError(f"{index} has no weight_map of tensor names to file names: fetch the file again")
-    for name in sorted(set(places.values())):
+    for name in sorted(set(files.values())):
         if PurePosixPath(name).name != name or name in ("", "..") or "\\" in name:
             raise SparseGPTError(f"{index} names {name!r}, expected a file beside it: do not use this model")
         if not (index.parent / name).is_file():

@@ -131,11 +131,11 @@ class Residence:
         self._visits[-1].append(table)
         self._home[table] = table.data
         module.__dict__["padding_idx"] = None  # matters to gradients alone, and would point outside of the few rows
-        wanted, places = tokens.to(table.device).unique(return_inverse=True)
+        wanted, rows = tokens.to(table.device).unique(return_inverse=True)
         dtype = self.dtype if table.dtype == self.stored else table.dtype
         table.data = table.data[wanted].to(self.device, dtype)
-        places = places.to(self.device)
-        return (args, {**kwargs, name: places}) if name else ((places, *args[1:]), kwargs)
+        rows = rows.to(self.device)
+        return (args, {**kwargs, name: rows}) if name else ((rows, *args[1:]), kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._send_home(self._visits.pop())

@@ -45,10 +45,10 @@ class Streams:
         return cls(inputs, store, inputs.hidden, list(inputs.hidden) if with_dense else None)
 
     def move_pruned(self, step: int, tensor: Tensor) -> None:
-        """The pruned model's hidden states of one micro-batch are behind the block now."""
+        """Replace one micro-batch of the pruned stream: it has passed a block."""
         self.pruned[step] = self.store.keep("pruned", step, tensor)
 
     def move_dense(self, step: int, tensor: Tensor) -> None:
-        """The dense model's are."""
+        """Replace one micro-batch of the dense stream."""
         assert self.dense is not None
         self.dense[step] = self.store.keep("dense", step, tensor)

@@ -104,12 +104,12 @@ class _LoopedExperts(nn.Module):
         super().__init__()
         self.__dict__["experts"] = experts
         self.form = fused_experts(name, experts)
-        for place in range(self.form.count):
-            self.add_module(str(place), self._expert(place))
+        for index in range(self.form.count):
+            self.add_module(str(index), self._expert(index))
 
-    def _expert(self, place: int) -> _Expert:
+    def _expert(self, index: int) -> _Expert:
         experts = self.__dict__["experts"]
-        views = [self._views(name, place) for name in self.form.projections]
+        views = [self._views(name, index) for name in self.form.projections]
         up, down = ((weight.shape[1], weight.shape[0]) for weight, _ in views)
         expert = _Expert(experts, self.form, up, down)
         for name, (weight, bias) in zip(self.form.projections, views, strict=True):
@@ -117,23 +117,23 @@ class _LoopedExperts(nn.Module):
             _fill(getattr(expert, name), weight, bias, requires_grad=asked)
         return expert
 
-    def _views(self, name: str, place: int) -> tuple[Tensor, Tensor | None]:
+    def _views(self, name: str, index: int) -> tuple[Tensor, Tensor | None]:
         """Weight [out_features, in_features] and bias of one expert's projection, in the original parameters."""
         experts = self.__dict__["experts"]
-        weight = getattr(experts, name).detach()[place]
-        bias = getattr(experts, f"{name}_bias").detach()[place] if self.form.biased else None
+        weight = getattr(experts, name).detach()[index]
+        bias = getattr(experts, f"{name}_bias").detach()[index] if self.form.biased else None
         return (weight.T if self.form.transposed else weight), bias
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named_routing: Any) -> Tensor:
         """As the original's: see `run_experts`."""
         experts = tuple(self.children())
         return run_experts(
-            lambda place, inputs: experts[place](inputs), len(experts), hidden_states, *routing, **named_routing
+            lambda index, inputs: experts[index](inputs), len(experts), hidden_states, *routing, **named_routing
         )
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Put the experts' weights where they came from."""
-        for place, expert in enumerate(self.children()):
+        for index, expert in enumerate(self.children()):
             for name in self.form.projections:
-                _write(getattr(expert, name), *self._views(name, place))
+                _write(getattr(expert, name), *self._views(name, index))

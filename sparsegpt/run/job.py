@@ -1,4 +1,4 @@
-"""The whole job behind `python -m sparsegpt run`: load, score, prune, score again, save.
+"""The whole job of `python -m sparsegpt run`: load, score, prune, score again, save.
 
 Prints nothing. What happens meanwhile is told to a `Listener`; everything measured is in the report.
 """
@@ -32,8 +32,8 @@ from sparsegpt.recovery.training import TrainingOutOfMemory
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
 from sparsegpt.run.memory_plan import check_fits
 from sparsegpt.run.options import RunOptions, free_gpu_memory, memory_is_scarce, plan_run
-from sparsegpt.run.work_folder import WorkFolder, fingerprint
-from sparsegpt.settings.prune_settings import PruneSettings
+from sparsegpt.run.work_folder import ResumeError, WorkFolder, fingerprint
+from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
 from sparsegpt.settings.selection import name_filter, parse_blocks
 from sparsegpt.sparsity import NM
 
@@ -80,7 +80,7 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
         job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
         needs = ", ".join(f"{readable(count)} of {kind}" for kind, count in planned.totals().items() if count)
-        job.listener.stage(f"can do with about {needs}")
+        job.listener.stage(f"needs at most about {needs}")
         job.load()
         if not job.begin():
             report = read_checked(options.out / REPORT_NAME)
@@ -164,7 +164,7 @@ class _Job:
             return False
         if self.options.resume:
             blocks = self.work.finished
-            self.listener.stage(f"going on behind block {blocks}" if blocks else "nothing to resume: starting anew")
+            self.listener.stage(f"going on after block {blocks}" if blocks else "nothing to resume: starting anew")
         self._compare_versions()
         # What a GPU's free memory allowed then: other steps would end with other bits.
         self.micro_batch = self.work.state.get("micro_batch", self.micro_batch)
@@ -206,9 +206,9 @@ class _Job:
         return {
             "model": fingerprint(self.loaded.model),
             "calibration windows": hashlib.sha256(self.calibration.windows.numpy().tobytes()).hexdigest(),
-            "settings": {name: value for name, value in self.settings.as_dict().items() if "distill" not in name},
+            "settings": {name: value for name, value in self.settings.as_dict().items() if name not in DISTILLATION},
             "distillation": {"epochs": self.settings.distill, "rate": self.settings.distill_rate},
-            "--recipe": {f"rule {place}": str(rule) for place, rule in enumerate(self.settings.recipe, start=1)},
+            "--recipe": {f"rule {number}": str(rule) for number, rule in enumerate(self.settings.recipe, start=1)},
             "--only": options.only,
             "--skip": options.skip,
             "--blocks": options.blocks,
@@ -269,14 +269,14 @@ class _Job:
                 self.warn(warning)
 
     def _halve_micro_batch(self, error: torch.OutOfMemoryError) -> None:
-        """Go on behind the last finished block with smaller steps, and with a distillation that begins anew."""
+        """Go on after the last finished block with smaller steps, and with a distillation that begins anew."""
         residence = self.loaded.residence
         assert residence is not None
         training, windows = "", self.micro_batch
         if isinstance(error, TrainingOutOfMemory):
             training, windows = error.training, error.windows
         if windows == 1:
-            raise SparseGPTError(
+            raise ResumeError(
                 "the GPU ran out of memory with one window at a time: give --resume "
                 f"{'--distill 0' if training == 'distillation' else 'once it has more'}, or --overwrite with a shorter "
                 "--seqlen, --preset paper or --device cpu"

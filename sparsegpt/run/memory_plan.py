@@ -241,8 +241,8 @@ def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[SharedInput
             continue
         outputs, inputs = sorted(parameter.shape[-2:]) if parameter.ndim == 3 else parameter.shape
         linear, _, _ = name.rpartition(".")
-        place = linear if linear in own_input else linear.rpartition(".")[0]
-        shared[place, inputs].append(outputs)
+        reader = linear if linear in own_input else linear.rpartition(".")[0]
+        shared[reader, inputs].append(outputs)
     for (_, inputs), found in shared.items():
         yield SharedInput(inputs, max(found), len(found))
 

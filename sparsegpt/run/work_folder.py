@@ -4,11 +4,11 @@
         lock                          held by the process that works here
         state.json                    what decides the result, reports of the finished blocks, scores
         block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
-        training-00001.safetensors    what distillation knows behind its last finished epoch
+        training-00001.safetensors    what distillation knows after its last finished epoch
         distilled-00000.safetensors ...  blocks that it has changed, written anew by every run that gets so far
 
 A block counts once state.json says so. Every file appears whole or not at all, so a run killed at any moment goes on
-behind its last finished block. When the output folder is in its place, this one goes.
+after its last finished block. When the output folder is there, this one goes.
 """
 
 import hashlib
@@ -41,6 +41,10 @@ LOCK = "lock"
 ATTEMPTS = 3  # to get the lock while others remove its folder
 # Of each tensor, this many bytes at its beginning, middle and end go into the model's fingerprint.
 SAMPLE_BYTES = 4096
+
+
+class ResumeError(SparseGPTError):
+    """A refusal that tells what becomes of the finished blocks."""
 
 
 class WorkFolder(Progress):
@@ -76,7 +80,7 @@ class WorkFolder(Progress):
         if not kept:
             self._remove()
         self.lock.release()
-        if isinstance(error, SparseGPTError) and kept and self.state and "--resume" not in str(error):
+        if isinstance(error, SparseGPTError) and kept and self.state and not isinstance(error, ResumeError):
             raise SparseGPTError(f"{error}; {kept} finished blocks are kept, go on with --resume") from error
 
     @property
@@ -95,7 +99,7 @@ class WorkFolder(Progress):
         if known != identity:
             same_blocks = known is not None and {**known, "distillation": None} == {**identity, "distillation": None}
             if self.finished and not same_blocks:
-                raise SparseGPTError(
+                raise ResumeError(
                     f"the unfinished run of {self.target} was another one ({_differences(known, identity)}): give the "
                     "same settings, or --overwrite instead of --resume to start again"
                 )
@@ -128,12 +132,12 @@ class WorkFolder(Progress):
         return self.load(index)
 
     def load_training(self) -> dict[str, Tensor]:
-        """The state behind the last finished epoch, mapped from its file."""
+        """The state after the last finished epoch, mapped from its file."""
         epoch = self._epoch()
         return _mapped(self._training(epoch)) if epoch else {}
 
     def keep_training(self, epoch: int, tensors: dict[str, Tensor], report: PruneReport) -> None:
-        """Write the state behind an epoch, then say that the epoch is finished; the one before has served."""
+        """Write the state after an epoch, then say that the epoch is finished; the one before has served."""
         self._write(self._training(epoch), tensors)
         self._save_report(report)
         with _writing(self.folder):
@@ -226,7 +230,7 @@ class WorkFolder(Progress):
             self.folder.rmdir()
 
     def _drop_damaged(self) -> None:
-        """Forget blocks from the first damaged file on, and all epochs of a training that began behind them."""
+        """Forget blocks from the first damaged file on, and all epochs of a training that began after them."""
         for index in range(self.finished):
             try:
                 verify_checksums(self._block(index))

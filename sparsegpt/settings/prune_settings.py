@@ -18,6 +18,8 @@ from sparsegpt.sparsity import NM, Sparsity, Unstructured, parse_sparsity
 Order = Literal["input", "block", "linear"]
 ALLOCATIONS = ("uniform", "owl")
 CORRECTIONS = ("error_correction", "residual_correction")
+# What decides the last training alone: finished blocks do not depend on it.
+DISTILLATION = ("distill", "distill_rate")
 # Damping by sample size: this times width / tokens, within this range.
 DAMPING_PER_SHARE = 0.8
 DAMPING_RANGE = (0.001, 0.05)
@@ -125,7 +127,7 @@ class PruneSettings(LinearSettings):
     input, each seeing what is pruned already; "block" is the published order, all linears of a block from one capture;
     "linear" gives every linear a capture and a Hessian of its own (the costly baseline of the benchmark). allocation:
     how a fraction is spread over the blocks. reconstruct: epochs of block-wise training of the kept weights.
-    look_ahead: dense blocks behind a block at whose end its training compares outputs; 0: at its own. distill: epochs
+    look_ahead: dense blocks after a block at whose end its training compares outputs; 0: at its own. distill: epochs
     of training the kept weights of all blocks together on the dense model's predictions. learning_rate, distill_rate:
     Adam's, of the two trainings. recipe: rules for single linears, see `recipe.choose`. asked: names of the settings
     that were given, rather than taken from a preset.

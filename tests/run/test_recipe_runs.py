@@ -172,7 +172,7 @@ def test_a_run_goes_on_only_with_the_same_recipe_and_blocks(prune, tmp_path, mon
     refused(prune(*flags, "--blocks", "0"), "--blocks: None then, 0 now")
     code, out, _ = prune(*flags, recipe=f"# only a comment\n{RECIPE}")
     assert code == 0
-    assert f"going on behind block {writes}" in out
+    assert f"going on after block {writes}" in out
     assert out.count("rule 3") == 1
     report = report_of(tmp_path / "out")
     assert len(report["warnings"]) == 1

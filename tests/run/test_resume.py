@@ -69,7 +69,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(options, tmp_path, text_fil
     listener = Stop(0)
     # Where activations live and what is scored decide no weight.
     resumed = run(changed(options, resume=True, activations="disk", bos="never"), settings, listener)
-    assert "going on behind block 1" in listener.stages
+    assert "going on after block 1" in listener.stages
     assert weights(options.out) == weights(tmp_path / "whole")
     assert [layer["relative_error"] for layer in resumed["layers"]] == [
         layer["relative_error"] for layer in whole["layers"]
@@ -123,7 +123,7 @@ def test_finished_blocks_serve_a_run_that_distills_otherwise(distilled, tmp_path
         run(options, settings)
     listener = Stop(0)
     report = run(changed(options, resume=True), less, listener)
-    assert "going on behind block 2" in listener.stages
+    assert "going on after block 2" in listener.stages
     assert len(report["epochs"]) == 2
     assert weights(options.out) == weights(tmp_path / "less") != expected
 

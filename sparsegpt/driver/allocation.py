@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsegpt.driver.stages import expert_of
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.model.capture import ModelInputs, run_watched, shared_inputs
+from sparsegpt.model.capture import BlockCall, ModelInputs, run_watched, shared_inputs
 from sparsegpt.model.unfuse import unfused
 from sparsegpt.sparsity import Sparsity, Unstructured
 
@@ -75,11 +75,12 @@ def outlier_shares(blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: Mod
 
     An expert that nothing is sent to in these few micro-batches has none.
     """
-    stream = inputs.hidden[:STEPS]
+    batches, stream = inputs.batches[:STEPS], inputs.hidden[:STEPS]
     result = []
     for index, block in enumerate(blocks):
         with visit(block), unfused(block):
-            norms, stream = _input_norms(block, list(linears[index]), inputs, index, stream)
+            calls = [inputs.calls(tokens, "allocation")[index] for tokens in batches]
+            norms, stream = _input_norms(block, list(linears[index]), calls, stream)
             weights = {name: block.get_parameter(f"{name}.weight") for name in linears[index] if name in norms}
             outliers = sum(_outliers(weight, norms[name]) for name, weight in weights.items())
         result.append(outliers / max(1, sum(map(math.prod, linears[index].values()))))
@@ -87,18 +88,16 @@ def outlier_shares(blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: Mod
 
 
 def _input_norms(
-    block: nn.Module, names: list[str], inputs: ModelInputs, index: int, stream: list[Tensor]
+    block: nn.Module, names: list[str], calls: list[BlockCall], stream: list[Tensor]
 ) -> tuple[Mapping[str, Tensor], list[Tensor]]:
     """Squared norm of every input column of each linear, [C], and the stream after the block."""
     device = next(block.parameters()).device
-    first = stream[0].to(device)
-    call = inputs.call(len(first), index)
     may_rest = [name for name in names if expert_of(name)]
-    groups = shared_inputs(block, names, call, first, may_rest=may_rest.__contains__) if names else []
+    first = stream[0].to(device)
+    groups = shared_inputs(block, names, calls[0], first, may_rest=may_rest.__contains__) if names else []
     squares: dict[str, Tensor] = {}
     outputs = []
-    for hidden in stream:
-        call = inputs.call(len(hidden), index)
+    for call, hidden in zip(calls, stream, strict=True):
         seen, output = run_watched(block, call, hidden.to(device), [group[0] for group in groups])
         outputs.append(output.to(hidden.device))
         for name, tensor in seen.items():

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from sparsegpt.driver.groups import GroupSolver
 from sparsegpt.driver.reports import LayerReport
 from sparsegpt.driver.stages import Group, expert_of, plan_stages, waves
-from sparsegpt.model.capture import remember_outputs, run_watched, shared_inputs
+from sparsegpt.model.capture import BlockCall, remember_outputs, run_watched, shared_inputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import Residual, prunable_linears
 from sparsegpt.model.streams import Streams
 from sparsegpt.recovery.reconstruct import reconstruct_block
+from sparsegpt.recovery.training import training_batches
 from sparsegpt.settings.prune_settings import LinearSettings
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.solvers.hessian import HessianAccumulator
@@ -77,9 +78,8 @@ class BlockJob:
             result = reconstruct_block(
                 self.block,
                 list(self.linears),
-                self.streams.pruned,
-                self._dense_after(ahead),
-                lambda hidden: self._through(self.index, [self.block, *ahead], hidden),
+                training_batches(self.streams.inputs.batches, self.streams.pruned, self._dense_after(ahead)),
+                lambda tokens, hidden: self._through(self.index, [self.block, *ahead], tokens, hidden),
                 ahead=ahead,
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
@@ -99,20 +99,21 @@ class BlockJob:
         assert self.streams.dense is not None
         if not ahead:
             return self.streams.dense
-        moved = (self._through(self.index + 1, ahead, hidden.to(self.device)) for hidden in self.streams.dense)
+        batches = zip(self.streams.inputs.batches, self.streams.dense, strict=True)
+        moved = (self._through(self.index + 1, ahead, tokens, hidden.to(self.device)) for tokens, hidden in batches)
         home = self.streams.dense[0].device
         return [self.streams.store.keep("ahead", step, hidden.to(home)) for step, hidden in enumerate(moved)]
 
-    def _through(self, first: int, blocks: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+    def _through(self, first: int, blocks: Sequence[nn.Module], tokens: Tensor, hidden: Tensor) -> Tensor:
+        calls = self.streams.inputs.calls(tokens, "training")
         for index, block in enumerate(blocks, first):
-            hidden = self.streams.inputs.call(len(hidden), index).run(block, hidden)
+            hidden = calls[index].run(block, hidden)
         return hidden
 
     def run(
-        self, hidden: Tensor, watched: frozenset[str] = frozenset(), unused: Group = ()
+        self, call: BlockCall, hidden: Tensor, watched: frozenset[str] = frozenset(), unused: Group = ()
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs of the watched submodules and the block's output, for one micro-batch; the output goes home."""
-        call = self.streams.inputs.call(len(hidden), self.index)
         seen, output = run_watched(self.block, call, hidden.to(self.device), watched, unused)
         return seen, output.to(hidden.device)
 
@@ -121,13 +122,13 @@ class BlockJob:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """`run` for a micro-batch of the pruned stream; finished submodules, such as attention, compute only once."""
         with remember_outputs(self.block, self._finished(), self.memos[step]):
-            return self.run(self.streams.pruned[step], watched, unused)
+            return self.run(self.streams.call(step, self.index), self.streams.pruned[step], watched, unused)
 
     def output(self, step: int) -> Tensor:
         """The finished block's output for a micro-batch; what is remembered serves once more and is let go."""
         memo, self.memos[step] = self.memos[step], {}
         with remember_outputs(self.block, list(memo), memo):
-            return self.run(self.streams.pruned[step])[1]
+            return self.run(self.streams.call(step, self.index), self.streams.pruned[step])[1]
 
     def _finished(self) -> list[str]:
         """Direct submodules all of whose linears are pruned; a bare linear's output is wide and not worth keeping.
@@ -144,11 +145,9 @@ class BlockJob:
         return done
 
     def _shared_inputs(self) -> list[Group]:
-        hidden = self.streams.pruned[0]
-        call = self.streams.inputs.call(len(hidden), self.index)
         if not self.linears:
             return []
-        hidden = hidden.to(self.device)
+        call, hidden = self.streams.call(0, self.index), self.streams.pruned[0].to(self.device)
         return shared_inputs(self.block, self.linears, call, hidden, may_rest=lambda name: expert_of(name) is not None)
 
     def move_dense(self, watched: frozenset[str] = frozenset()) -> DenseInputs:
@@ -156,7 +155,7 @@ class BlockJob:
         assert self.streams.dense is not None
         kept = []
         for step, hidden in enumerate(self.streams.dense):
-            seen, output = self.run(hidden, watched)
+            seen, output = self.run(self.streams.dense_call(step, self.index), hidden, watched)
             keep = self.streams.store.keep
             kept.append({name: keep(f"dense {name}", step, t.to(hidden.device)) for name, t in seen.items()})
             self.streams.move_dense(step, output)

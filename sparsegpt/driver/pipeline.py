@@ -23,6 +23,8 @@ from sparsegpt.driver.groups import GroupSolver
 from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.progress import Progress
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
+from sparsegpt.driver.verification import WINDOWS, verify_blocks
+from sparsegpt.driver.windows import Windows, micro_batches
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.capture import ModelInputs
 from sparsegpt.model.decoder import DecoderModel
@@ -41,13 +43,10 @@ from sparsegpt.sparsity import Sparsity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Tokens of one forward pass through a block, unless the caller says how many windows go together.
-TOKENS_PER_STEP = 4096
-
 
 def prune_model(
     model: "PreTrainedModel",
-    windows: Tensor,
+    windows: Windows,
     sparsity: str | float | Sparsity,
     *,
     preset: str = "default",
@@ -58,7 +57,8 @@ def prune_model(
 ) -> PruneReport:
     """Prune a transformers causal language model in place.
 
-    windows: LongTensor [samples, sequence_length] of calibration tokens. sparsity: "2:4", 0.5, "50%" or a pattern.
+    windows: calibration tokens, LongTensor [samples, sequence_length]. Lists, dicts with an attention_mask and a
+    DataLoader are taken too. sparsity: "2:4", 0.5, "50%" or a pattern.
     select(name): whether to prune the linear of this full name. only_blocks: prune in these decoder blocks alone, as
     "0:12". include_head: prune lm_head too. options: fields of `PruneSettings`, which win over the preset, such as
     method=..., recipe=read_recipe("mix.toml"), and keyword arguments of `prune_blocks`.
@@ -75,7 +75,7 @@ def prune_model(
 @torch.no_grad()
 def prune_blocks(
     decoder: DecoderModel,
-    windows: Tensor,
+    windows: Windows,
     choices: Choices,
     *,
     device: torch.device | str | None = None,
@@ -85,28 +85,32 @@ def prune_blocks(
     progress: Progress | None = None,
     report: PruneReport | None = None,
     listener: Listener | None = None,
+    verify: bool = True,
 ) -> PruneReport:
     """`prune_model` for a model that is known and choices that are made.
 
-    windows: LongTensor [samples, sequence_length]. device: where one block computes at a time, by default where the
+    windows: as for `prune_model`. device: where one block computes at a time, by default where the
     blocks are; the activations between blocks stay on the embedding's device. micro_batch: windows of one forward pass.
     scratch: folder for files that hold the activations. residence: where the model's weights are and where they
     compute; by default, in place. progress: keeps finished blocks and knows those finished before, which are not
-    pruned again; `report` then holds what was reported of them. listener: is told of every new report.
+    pruned again; `report` then holds what was reported of them. listener: is told of every new report. verify: compare
+    blocks run one by one with the whole model, before and after (see verification.py).
     Raises SparseGPTError, naming the layer, for input that cannot be pruned.
     """
-    _check_windows(windows, decoder)
+    batches = micro_batches(windows, decoder, micro_batch)
     work = prepare(decoder, choices, finite=residence is not None)
-    batches = windows.split(micro_batch or max(1, TOKENS_PER_STEP // windows.shape[1]))
     computing = decoder.model.dtype
     residence = residence or Residence(torch.device(device) if device else None, computing, computing)
     report = report or PruneReport(choices.settings)
     report.begin(choices.settings, choices.linears, choices.notes)
     solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored)
     with evaluating(decoder.model):
+        if verify:
+            with solver.timed("verify"):
+                report.verification["before"] = verify_blocks(decoder, batches[0][:WINDOWS], residence)
         with solver.timed("capture"):
             store = ActivationStore(scratch)
-            inputs = ModelInputs(decoder, windows, len(batches[0]), store.keep)
+            inputs = ModelInputs(decoder, batches, store.keep)
             work = work.spread(inputs, residence.visit)
             streams = Streams.begin(inputs, store, with_dense=work.settings.needs_dense_stream)
         driver = _Driver(solver, streams, work, residence, progress or Progress())
@@ -116,6 +120,9 @@ def prune_blocks(
             driver.distill(batches)
         if work.head is not None:
             driver.prune_head(work.head, batches)
+        if verify:
+            with solver.timed("verify"):
+                report.verification["after"] = verify_blocks(decoder, batches[0][:WINDOWS], residence)
     return report
 
 
@@ -180,19 +187,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _check_windows(windows: Tensor, decoder: DecoderModel) -> None:
-    if windows.ndim != 2 or windows.is_floating_point() or windows.numel() == 0:
-        raise SparseGPTError(f"expected calibration windows [samples, sequence_length], found {list(windows.shape)}")
-    weight = decoder.embedding.weight
-    assert isinstance(weight, Tensor)
-    known = len(weight)
-    if windows.min() < 0 or windows.max() >= known:
-        raise SparseGPTError(
-            f"expected token ids below {known}, found {int(windows.min())} to {int(windows.max())}: "
-            "the tokenizer must be the model's own"
-        )
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sparsegpt.driver.verification import Agreement
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
 
 # Of a prune, each with its seconds.
-PARTS = ("capture", "solve", "reconstruct", "distill")
+PARTS = ("verify", "capture", "solve", "reconstruct", "distill")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class PruneReport:
     """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went.
 
     epochs: of distillation, epoch 0 among them; empty without it. choices: what the settings and the recipe say of each
-    selected linear; None: left dense.
+    selected linear; None: left dense. verification: "before" and "after", how far blocks run one by one agree with the
+    whole model.
     """
 
     settings: PruneSettings
@@ -72,6 +74,7 @@ class PruneReport:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     warnings: list[str] = field(default_factory=list)
     choices: dict[str, LinearSettings | None] = field(default_factory=dict)
+    verification: dict[str, Agreement] = field(default_factory=dict)
 
     def begin(self, settings: PruneSettings, choices: dict[str, LinearSettings | None], notes: tuple[str, ...]) -> None:
         """Take up what is to be done; a report may know finished blocks already."""
@@ -96,6 +99,7 @@ class PruneReport:
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [asdict(block) for block in self.blocks],
             "epochs": [asdict(epoch) for epoch in self.epochs],
+            "verification": {when: asdict(found) for when, found in self.verification.items()},
         }
 
     def _recipe(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The only file that knows how a block is called and what it returns. Everything t
 in a context manager that takes it away again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +14,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.model.arguments import SharedArguments, to_device, with_own_objects
 from sparsegpt.model.decoder import DecoderModel
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments that the model gives to one block besides the hidden states, for one batch shape."""
+    """The arguments that the model gives to one block besides the hidden states, for one micro-batch."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states, [batch, sequence, features], whether it returns a tensor or a tuple."""
-        output = block(hidden, *to_device(self.args, hidden.device), **to_device(self.kwargs, hidden.device))
+        """Hidden states [batch, sequence, features] -> the block's, whether it returns a tensor or a tuple.
+
+        Raises SparseGPTError when it returns neither.
+        """
+        args = [to_device(value, hidden.device) for value in self.args]
+        kwargs = {name: to_device(value, hidden.device) for name, value in self.kwargs.items()}
+        output = block(hidden, *args, **kwargs)
         hidden_states = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden_states, Tensor):
             raise SparseGPTError(
@@ -36,42 +42,57 @@ class BlockCall:
         return hidden_states
 
 
-class ModelInputs:
-    """What enters the first block, and how the model calls each block.
+# Of one micro-batch, for every block.
+Calls = tuple[BlockCall, ...]
 
-    hidden: micro-batches [batch, sequence, features], on the embedding's device. keep(role, step, tensor): may move
-    each of them elsewhere.
+
+class ModelInputs:
+    """What enters the first block for each micro-batch, and how the model calls each block for it.
+
+    batches: LongTensors [batch, sequence] of tokens. hidden: what they become [batch, sequence, features], on the
+    embedding's device. keep(role, step, tensor): may move each of them elsewhere.
 
     No block runs for this: stand-ins hand the hidden states on, so that rotary tables, masks and per-layer arguments
-    (sliding windows, several rotary bases) are the model's own.
+    (sliding windows, several rotary bases, embeddings of the tokens for one block) are the model's own.
     """
 
     def __init__(
         self,
         decoder: DecoderModel,
-        windows: Tensor,
-        micro_batch: int,
+        batches: Sequence[Tensor],
         keep: Callable[[str, int, Tensor], Tensor] = lambda role, step, tensor: tensor,
     ) -> None:
-        self._decoder, self._windows = decoder, windows
-        self._calls: dict[int, list[BlockCall]] = {}
-        batches = enumerate(windows.split(micro_batch))
-        self.hidden = [keep("pruned", step, self.enter(batch)) for step, batch in batches]
+        self.batches = tuple(batches)
+        self._decoder = decoder
+        self._arguments = SharedArguments()
+        # By memory and shape of the tokens: these, and the calls as the model makes them.
+        self._recorded: dict[tuple[int, torch.Size], tuple[Tensor, Calls]] = {}
+        self._of_stream: dict[tuple[str, int, torch.Size], Calls] = {}
+        self.hidden = [keep("pruned", step, self.enter(batch)) for step, batch in enumerate(self.batches)]
 
-    def call(self, batch_size: int, block_index: int) -> BlockCall:
-        """The arguments of one block for a batch of this many windows; masks may depend on the number."""
-        if batch_size not in self._calls:
-            self.enter(self._windows[:batch_size])
-        return self._calls[batch_size][block_index]
+    def calls(self, tokens: Tensor, stream: str) -> Calls:
+        """How each block is called for tokens [batch, sequence].
+
+        stream: who runs the blocks. What blocks hand on to later blocks through a shared object (keys and values, say)
+        stays within one stream.
+        """
+        key = (tokens.data_ptr(), tokens.shape)
+        if (stream, *key) not in self._of_stream:
+            if key not in self._recorded:
+                self.enter(tokens)
+            self._of_stream[stream, *key] = with_own_objects(self._recorded[key][1])
+        return self._of_stream[stream, *key]
 
     @torch.no_grad()
-    def enter(self, batch: Tensor) -> Tensor:
-        """What enters the first block for windows [batch, sequence] of tokens."""
+    def enter(self, tokens: Tensor) -> Tensor:
+        """Tokens [batch, sequence] -> the hidden states that enter the first block."""
         device, blocks = self._decoder.device, self._decoder.blocks
         with stand_ins(blocks) as recorders:
-            body_of(self._decoder.model, blocks)(input_ids=batch.to(device), use_cache=False)
+            body_of(self._decoder.model, blocks)(input_ids=tokens.to(device), use_cache=False)
         hidden = _unchanged(recorders, self._decoder.name)
-        self._calls.setdefault(len(batch), [recorder.call for recorder in recorders])
+        key = (tokens.data_ptr(), tokens.shape)
+        if key not in self._recorded:
+            self._recorded[key] = tokens, self._arguments.share(tuple(recorder.call for recorder in recorders))
         return hidden.to(device)
 
 
@@ -286,14 +307,3 @@ def _answer(output: Any) -> Callable[..., Any]:
 
 def _zeros_of(out_features: int) -> Callable[[Tensor], Tensor]:
     return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], out_features)
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """The same nested tuples, lists and dicts with every tensor on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device) for item in value)
-    return value

@@ -11,7 +11,29 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.families import Family, family_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+# What configurations call the longest sequence of a model.
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_length",
+    "n_ctx",
+    "context_length",
+    "max_target_positions",
+    "model_max_length",
+)
+
+
+def position_limit(config: "PretrainedConfig") -> int | None:
+    """The longest sequence that a model of this configuration has positions for; None where it does not say."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in _POSITIONS)
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +78,13 @@ class DecoderModel:
     def embedding(self) -> nn.Module:
         """What turns token ids into hidden states."""
         return self.model.get_input_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        weight = self.embedding.weight
+        assert isinstance(weight, torch.Tensor)
+        return len(weight)
 
     @property
     def device(self) -> torch.device:

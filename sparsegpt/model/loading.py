@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from sparsegpt.calib_data import demo_folder
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.mapped import chunks, mapped_parameters
-from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.decoder import DecoderModel, position_limit
 from sparsegpt.model.model_folder import check_folder, first_line
 from sparsegpt.model.residence import Residence
 
@@ -161,7 +161,7 @@ def dtypes_for(config: "PretrainedConfig", dtype: str, device: torch.device) -> 
 
 def sequence_length(name: str, config: "PretrainedConfig", asked: int | None) -> int:
     """The length asked for, else min(2048, the model's limit); SparseGPTError when there are no positions for it."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(config)
     if asked is not None and limit is not None and asked > limit:
         raise SparseGPTError(f"model {name!r} has {limit} positions: --seqlen {asked} is too long")
     return asked if asked is not None else min(MAX_DEFAULT_SEQUENCE, limit or MAX_DEFAULT_SEQUENCE)

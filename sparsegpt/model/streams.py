@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparsegpt.files.mapped import mapped_empty
-from sparsegpt.model.capture import ModelInputs
+from sparsegpt.model.capture import BlockCall, ModelInputs
 
 
 @dataclass
@@ -43,6 +43,14 @@ class Streams:
     def begin(cls, inputs: ModelInputs, store: ActivationStore, *, with_dense: bool) -> "Streams":
         """In front of the first block, where the two streams are still the same tensors."""
         return cls(inputs, store, inputs.hidden, list(inputs.hidden) if with_dense else None)
+
+    def call(self, step: int, index: int) -> BlockCall:
+        """How a block is called for a micro-batch of the pruned stream."""
+        return self.inputs.calls(self.inputs.batches[step], "pruned")[index]
+
+    def dense_call(self, step: int, index: int) -> BlockCall:
+        """How a block is called for a micro-batch of the dense stream."""
+        return self.inputs.calls(self.inputs.batches[step], "dense")[index]
 
     def move_pruned(self, step: int, tensor: Tensor) -> None:
         """Replace one micro-batch of the pruned stream: it has passed a block."""

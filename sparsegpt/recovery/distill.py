@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.model.capture import ModelInputs
+from sparsegpt.model.capture import BlockCall, ModelInputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.head import logits_after
 from sparsegpt.model.residence import Residence
@@ -103,7 +103,8 @@ class Distiller:
         entered = list(self._forward(tokens))
         gradient = self._compare(tokens, entered.pop(), dense)[1]
         for index in range(len(self.blocks) - 1, min(self.states) - 1, -1):
-            gradient = self._backward(index, entered[index], gradient, number, rate)
+            call = self.inputs.calls(tokens, "training")[index]
+            gradient = self._backward(index, call, entered[index], gradient, number, rate)
 
     @torch.no_grad()
     def loss(self, batches: list[Batch]) -> float:
@@ -136,9 +137,10 @@ class Distiller:
         """The hidden states in front of each block, and those behind the last, in float32."""
         hidden = self.inputs.enter(tokens).float()
         yield hidden
+        calls = self.inputs.calls(tokens, "training")
         for index, block in enumerate(self.blocks):
             with self._at_work(index), autocast(_device(block)):
-                hidden = self.inputs.call(len(tokens), index).run(block, hidden.to(_device(block))).float()
+                hidden = calls[index].run(block, hidden.to(_device(block))).float()
             yield hidden
 
     @torch.enable_grad()
@@ -157,13 +159,15 @@ class Distiller:
                 return loss, gradient
             return loss, torch.autograd.grad(logits, leaf, gradient)[0]
 
-    def _backward(self, index: int, hidden: Tensor, gradient: Tensor, number: int, rate: float) -> Tensor:
+    def _backward(
+        self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor, number: int, rate: float
+    ) -> Tensor:
         """Step the block's parameters; returns the gradient for its inputs."""
         with self._at_work(index) as trained, torch.enable_grad():
             block = self.blocks[index]
             leaf = hidden.to(_device(block)).requires_grad_(True)
             with autocast(leaf.device):
-                output = self.inputs.call(len(hidden), index).run(block, leaf)
+                output = call.run(block, leaf)
             gradient = gradient.to(output.device, output.dtype)
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 output, [leaf, *trained.values()], gradient, allow_unused=True

@@ -21,7 +21,6 @@ from sparsegpt.recovery.training import (
     held_out_count,
     in_float32,
     remembering_gradient_switches,
-    training_batches,
 )
 
 
@@ -39,9 +38,8 @@ class Reconstruction:
 def reconstruct_block(
     block: nn.Module,
     pruned_linears: list[str],
-    inputs: list[Tensor],
-    targets: list[Tensor],
-    forward: Callable[[Tensor], Tensor],
+    batches: list[Batch],
+    forward: Callable[[Tensor, Tensor], Tensor],
     *,
     ahead: Sequence[nn.Module] = (),
     epochs: int,
@@ -49,10 +47,11 @@ def reconstruct_block(
 ) -> Reconstruction:
     """Train `block` in place.
 
-    pruned_linears: names inside the block, whose zeros stay zeros. inputs: micro-batches [batch, sequence, features] of
-    the pruned stream before the block. forward(hidden): what the block and the modules `ahead`, which are not trained,
-    make of them; targets: what it should be. Adam with the learning rate falling to 0 along a cosine; weights in
-    float32, products in bfloat16 where the hardware has them. If the loss stops being finite the block is rolled back.
+    pruned_linears: names inside the block, whose zeros stay zeros. batches: tokens [batch, sequence], the pruned stream
+    before the block [batch, sequence, features], and what should become of it. forward(tokens, hidden): what the block
+    and the modules `ahead`, which are not trained, make of it. Adam with the learning rate falling to 0 along a cosine;
+    weights in float32, products in bfloat16 where the hardware has them. If the loss stops being finite the block is
+    rolled back.
     """
     device = next(block.parameters()).device
     with in_float32([block, *ahead]), remembering_gradient_switches([block, *ahead]):
@@ -64,12 +63,12 @@ def reconstruct_block(
             parameter.requires_grad_(True)
 
         def loss_of(batch: Batch) -> Tensor:
-            hidden, target = (tensor.to(device, torch.float32) for tensor in batch)
+            tokens, *streams = batch
+            hidden, target = (tensor.to(device, torch.float32) for tensor in streams)
             with autocast(device):
-                output = forward(hidden)
+                output = forward(tokens, hidden)
             return relative_loss(output.float(), target)
 
-        batches = training_batches(inputs, targets)
         with counting_windows("reconstruction", batches):
             return _train(trained, masks, batches, loss_of, epochs, learning_rate)
 

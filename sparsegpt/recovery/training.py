@@ -14,8 +14,8 @@ TOKENS_PER_BATCH = 1024
 BETAS = (0.9, 0.95)
 
 
-# What goes in and what should come out, [batch, sequence, ...] both.
-Batch = tuple[Tensor, Tensor]
+# Tensors [batch, sequence, ...] of the same windows: their tokens first, then what goes in or should come out.
+Batch = tuple[Tensor, ...]
 
 
 class TrainingOutOfMemory(torch.OutOfMemoryError):
@@ -35,14 +35,17 @@ def counting_windows(training: str, batches: Sequence[Batch]) -> Iterator[None]:
         raise TrainingOutOfMemory(training, len(batches[0][0])) from error
 
 
-def training_batches(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Batch]:
-    """Micro-batches of both, cut into batches of one training step."""
-    windows = max(1, TOKENS_PER_BATCH // inputs[0].shape[1])
+def training_batches(tokens: Sequence[Tensor], *others: Sequence[Tensor]) -> list[Batch]:
+    """Micro-batches [batch, sequence, ...] of the same windows, cut into batches of one training step."""
     return [
-        pair
-        for ours, wanted in zip(inputs, targets, strict=True)
-        for pair in zip(ours.split(windows), wanted.split(windows), strict=True)
+        together
+        for micro_batch in zip(tokens, *others, strict=True)
+        for together in zip(*(part.split(_windows_a_step(micro_batch[0])) for part in micro_batch), strict=True)
     ]
+
+
+def _windows_a_step(tokens: Tensor) -> int:
+    return max(1, TOKENS_PER_BATCH // tokens.shape[1])
 
 
 def held_out_count(batches: int) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from sparsegpt.driver.pipeline import TOKENS_PER_STEP
+from sparsegpt.driver.windows import TOKENS_PER_STEP
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.loading import without_weights

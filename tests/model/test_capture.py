@@ -264,26 +264,27 @@ def test_every_block_is_called_with_its_own_arguments():
     torch.manual_seed(0)
     model = ToyModel()
     windows = torch.arange(35).remainder(10).view(7, 5)
-    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), windows, 3)
+    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), windows.split(3))
     assert [len(hidden) for hidden in inputs.hidden] == [3, 3, 1]
     for batch, hidden in zip(windows.split(3), inputs.hidden, strict=True):
         for index, block in enumerate(model.blocks):
-            hidden = inputs.call(len(hidden), index).run(block, hidden)  # noqa: PLW2901
+            hidden = inputs.calls(batch, "test")[index].run(block, hidden)  # noqa: PLW2901
         assert torch.equal(hidden, model(batch, use_cache=False))
 
 
 @torch.no_grad()
 def test_arguments_for_a_batch_size_not_seen_before_are_recorded_then():
     model = ToyModel()
-    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), torch.zeros(4, 5, dtype=torch.long), 4)
-    assert inputs.call(2, 1).args == (1.0,)
-    assert inputs.call(2, 1).kwargs["shift"].shape == (2, 1, 1)
+    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), [torch.zeros(4, 5, dtype=torch.long)])
+    call = inputs.calls(torch.ones(2, 5, dtype=torch.long), "test")[1]
+    assert call.args == (1.0,)
+    assert call.kwargs["shift"].shape == (2, 1, 1)
 
 
 def test_a_model_that_never_calls_its_first_block_is_refused():
     model = ToyModel(skips_blocks=True)
     with refused("ToyModel", "never called"):
-        ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), torch.zeros(1, 5, dtype=torch.long), 1)
+        ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), [torch.zeros(1, 5, dtype=torch.long)])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
@@ -292,10 +293,13 @@ def test_blocks_run_one_by_one_give_the_models_own_hidden_states(model_type):
     model, windows = tiny_model(model_type), random_windows(5)
     before = logits_of(model, windows)
     blocks = model.get_submodule("model.layers" if model_type == "llama" else "model.decoder.layers")
-    inputs = ModelInputs(DecoderModel.of(model), windows, 2)
+    inputs = ModelInputs(DecoderModel.of(model), windows.split(2))
     every = model(input_ids=windows, output_hidden_states=True).hidden_states
     hidden = inputs.hidden
     for index, block in enumerate(blocks):
         torch.testing.assert_close(torch.cat(hidden), every[index], rtol=1e-5, atol=1e-6)
-        hidden = [inputs.call(len(part), index).run(block, part) for part in hidden]
+        hidden = [
+            inputs.calls(tokens, "test")[index].run(block, part)
+            for tokens, part in zip(inputs.batches, hidden, strict=True)
+        ]
     assert torch.equal(logits_of(model, windows), before)

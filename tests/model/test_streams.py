@@ -65,12 +65,15 @@ def test_blocks_run_one_by_one_give_the_models_own_hidden_states(model):
     windows = random_windows(5)
     decoder = DecoderModel.of(model)
     every = hidden_states_of(model, windows)
-    inputs = ModelInputs(decoder, windows, 2)
+    inputs = ModelInputs(decoder, windows.split(2))
     hidden = inputs.hidden
     for index, block in enumerate(decoder.blocks):
         torch.testing.assert_close(torch.cat(hidden), every[index], rtol=1e-4, atol=1e-5)
         with unfused(block):
-            hidden = [inputs.call(len(part), index).run(block, part) for part in hidden]
+            hidden = [
+                inputs.calls(tokens, "test")[index].run(block, part)
+                for tokens, part in zip(inputs.batches, hidden, strict=True)
+            ]
     torch.testing.assert_close(torch.cat(hidden), every[-1], rtol=1e-4, atol=1e-5)
 
 
@@ -78,11 +81,12 @@ def test_blocks_run_one_by_one_give_the_models_own_hidden_states(model):
 def test_every_linear_is_seen_to_receive_what_the_model_gives_it(model):
     windows, decoder = random_windows(4), DecoderModel.of(model)
     expected = expected_inputs(model, windows)
-    inputs = ModelInputs(decoder, windows, 4)
+    inputs = ModelInputs(decoder, [windows])
+    calls = inputs.calls(windows, "test")
     hidden, compared = inputs.hidden[0], 0
     for index, block in enumerate(decoder.blocks):
         with unfused(block):
-            seen, hidden = run_watched(block, inputs.call(4, index), hidden, prunable_linears(block))
+            seen, hidden = run_watched(block, calls[index], hidden, prunable_linears(block))
         for name, found in seen.items():
             wanted = expected[decoder.prefix(index) + name]
             torch.testing.assert_close(found.double().flatten(0, -2), wanted, rtol=1e-4, atol=1e-5)
@@ -130,7 +134,7 @@ class Drifted:
         model = tiny_variant(variant)
         self.decoder = DecoderModel.of(model)
         self.family, self.block = self.decoder.family, self.decoder.blocks[-1]
-        self.inputs = ModelInputs(self.decoder, random_windows(40), 40)
+        self.inputs = ModelInputs(self.decoder, [random_windows(40)])
         self.dense = self.inputs.hidden[0]
         noise = torch.randn(self.dense.shape, generator=torch.Generator().manual_seed(5))
         self.pruned = self.dense + 0.3 * noise
@@ -147,7 +151,7 @@ class Drifted:
         """Input of a projection, and the stream behind its addition."""
         place = self.behind.get(name)
         with unfused(self.block):
-            call = self.inputs.call(40, 1)
+            call = self.inputs.calls(self.inputs.batches[0], "test")[1]
             if place:
                 seen, _ = run_watched(self.block, call, hidden, [name, place])
                 return seen[name], seen[place]

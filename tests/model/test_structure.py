@@ -163,7 +163,7 @@ def test_a_models_way_to_take_outputs_needs_no_row(tuples):
     model = Chain(tuples=tuples)
     model.__dict__["base_model"] = model
     windows = random_windows(2, 5)
-    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), windows, 2)
+    inputs = ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), windows.split(2))
     assert torch.equal(inputs.hidden[0], model.embed(windows))
     assert type(inputs.hidden[0]) is torch.Tensor
 
@@ -172,7 +172,7 @@ def test_a_model_that_does_more_between_its_blocks_is_refused():
     model = Chain(meddles=True)
     model.__dict__["base_model"] = model
     with refused("Chain", "between its blocks 0 and 1", "chain"):
-        ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), random_windows(2, 5), 2)
+        ModelInputs(DecoderModel(model, Family("blocks"), model.blocks), [random_windows(2, 5)])
 
 
 def test_a_block_that_returns_something_else_is_refused():

@@ -1,6 +1,7 @@
 """Block reconstruction: never worse on held-out windows, masks fixed, nothing but weights left changed."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -21,36 +22,32 @@ def job():
     """A pruned block, what enters it and what should leave it, and how to call it."""
     model, windows = tiny_model("llama"), random_windows(40)
     block = model.model.layers[0]
-    inputs = ModelInputs(DecoderModel.of(model), windows, 10)
+    inputs = ModelInputs(DecoderModel.of(model), windows.split(10))
 
-    def call_for(size):
-        return inputs.call(size, 0)
+    def forward(block, tokens, hidden):
+        return inputs.calls(tokens, "test")[0].run(block, hidden)
 
     with torch.no_grad():
-        targets = [call_for(len(hidden)).run(block, hidden) for hidden in inputs.hidden]
+        targets = [forward(block, *pair) for pair in zip(inputs.batches, inputs.hidden, strict=True)]
         for name in PRUNED:
             weight = block.get_submodule(name).weight
             weight.masked_fill_(torch.arange(weight.shape[1]) % 4 < 2, 0)
-    return block, inputs.hidden, targets, call_for
+    return block, list(zip(inputs.batches, inputs.hidden, targets, strict=True)), forward
 
 
 @torch.no_grad()
-def loss_of(block, inputs, targets, call_for) -> float:
+def loss_of(block, batches, forward) -> float:
     """Mean over tokens of ||output - target||^2 / ||target||^2 on the given micro-batches, in float64."""
-    pairs = zip(inputs, targets, strict=True)
-    outputs = [(call_for(len(x)).run(block, x).double(), y.double()) for x, y in pairs]
+    outputs = [(forward(block, tokens, x).double(), y.double()) for tokens, x, y in batches]
     errors = [(output - y).square().sum(-1) / y.square().sum(-1) for output, y in outputs]
     return float(torch.cat(errors).mean())
 
 
 def run(job, **options):
-    block, inputs, targets, call_for = job
+    block, batches, forward = job
     choices = {"epochs": 5, "learning_rate": 5e-3, **options}
-
-    def forward(hidden):
-        return call_for(len(hidden)).run(block, hidden)
-
-    return reconstruct_block(block, PRUNED, inputs, targets, forward, **choices)
+    batches = training.training_batches(*zip(*batches, strict=True))
+    return reconstruct_block(block, PRUNED, batches, partial(forward, block), **choices)
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +56,11 @@ def _small_batches(monkeypatch):
 
 
 def test_training_lowers_the_error_on_windows_it_never_saw(job):
-    block, inputs, targets, call_for = job
-    held_out = [inputs[-1][5:]], [targets[-1][5:]], call_for  # the last of eight batches
-    before = loss_of(block, *held_out)
+    block, batches, forward = job
+    held_out = [[part[5:] for part in batches[-1]]]  # the last of eight batches
+    before = loss_of(block, held_out, forward)
     result = run(job)
-    after = loss_of(block, *held_out)
+    after = loss_of(block, held_out, forward)
     # Where the hardware has them, products are bfloat16 while training.
     assert result.before == pytest.approx(before, rel=0.02)
     assert result.after == pytest.approx(after, rel=0.02)
@@ -105,12 +102,12 @@ def test_a_loss_that_is_no_number_counts_as_diverged(job):
 
 
 def test_gradients_switches_and_dtypes_come_back(job):
-    block, inputs, targets, call_for = job
+    block, batches, forward = job
     block.to(torch.bfloat16)
     block.mlp.up_proj.weight.requires_grad_(False)
     asked = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
-    halves = [[tensor.bfloat16() for tensor in part] for part in (inputs, targets)]
-    run((block, *halves, call_for))
+    halves = [(tokens, hidden.bfloat16(), target.bfloat16()) for tokens, hidden, target in batches]
+    run((block, halves, forward))
     for name, parameter in block.named_parameters():
         assert parameter.dtype == torch.bfloat16
         assert parameter.requires_grad == asked[name]
@@ -128,42 +125,44 @@ def test_trains_inside_no_grad_as_the_driver_calls_it(job):
 
 
 def test_the_same_job_gives_the_same_bits(job):
-    block, inputs, targets, call_for = job
+    block, batches, forward = job
     twin = copy.deepcopy(block)
     for one in (block, twin):
-        run((one, inputs, targets, call_for))
+        run((one, batches, forward))
     for name, tensor in block.state_dict().items():
         assert torch.equal(tensor, twin.state_dict()[name]), name
 
 
 def test_what_follows_the_block_takes_part_and_stays_as_it_was(job):
-    """A linear behind the block: only what it lets through of the errors counts."""
-    block, inputs, targets, call_for = job
-    width = targets[0].shape[-1]
-    behind = torch.nn.Linear(width, width).bfloat16()
-    behind.weight.requires_grad_(False)
+    """A linear after the block: only what it lets through of the errors counts."""
+    block, batches, through_block = job
+    width = batches[0][2].shape[-1]
+    after = torch.nn.Linear(width, width).bfloat16()
+    after.weight.requires_grad_(False)
     with torch.no_grad():
-        behind.weight[width // 4 :] = 0
-        behind.weight.mul_(3)
-        twin = copy.deepcopy(behind).float()
-        targets = [twin(target) for target in targets]
-    state = copy.deepcopy(behind.state_dict())
+        after.weight[width // 4 :] = 0
+        after.weight.mul_(3)
+        twin = copy.deepcopy(after).float()
+        batches = [(tokens, hidden, twin(target)) for tokens, hidden, target in batches]
+    state = copy.deepcopy(after.state_dict())
 
-    def forward(hidden, behind=behind):
-        return behind(call_for(len(hidden)).run(block, hidden))
+    def forward(tokens, hidden, after=after):
+        return after(through_block(block, tokens, hidden))
 
     @torch.no_grad()
     def loss() -> float:
-        errors = (forward(inputs[-1][5:], twin) - targets[-1][5:]).double().square().sum(-1)
-        return float((errors / targets[-1][5:].double().square().sum(-1)).mean())
+        tokens, hidden, target = (part[5:] for part in batches[-1])
+        errors = (forward(tokens, hidden, twin) - target).double().square().sum(-1)
+        return float((errors / target.double().square().sum(-1)).mean())
 
     before = loss()
-    result = reconstruct_block(block, PRUNED, inputs, targets, forward, ahead=[behind], epochs=5, learning_rate=5e-3)
+    batches_of_steps = training.training_batches(*zip(*batches, strict=True))
+    result = reconstruct_block(block, PRUNED, batches_of_steps, forward, ahead=[after], epochs=5, learning_rate=5e-3)
     assert result.before == pytest.approx(before, rel=0.05)
     assert result.after == pytest.approx(loss(), rel=0.05)
     assert result.after < 0.9 * before
-    assert [parameter.requires_grad for parameter in behind.parameters()] == [False, True]
-    for name, parameter in behind.named_parameters():
+    assert [parameter.requires_grad for parameter in after.parameters()] == [False, True]
+    for name, parameter in after.named_parameters():
         assert parameter.dtype == torch.bfloat16
         assert parameter.grad is None
         assert torch.equal(parameter, state[name])
@@ -180,21 +179,23 @@ def test_looking_ahead_aims_at_the_dense_stream_behind_the_blocks_that_follow(mo
     seen = []
     real = block_job.reconstruct_block
 
-    def spy(block, linears, inputs, targets, forward, **options):
-        place = len(seen)
+    def spy(block, linears, batches, forward, **options):
+        tokens, inputs, targets = zip(*batches, strict=True)
+        index = len(seen)
         ahead = options["ahead"]
-        assert [id(b) for b in ahead] == [id(b) for b in model.model.layers[place + 1 : place + 3]]
-        if place + len(ahead) + 1 < 4:
-            torch.testing.assert_close(torch.cat(targets), states[place + len(ahead) + 1], rtol=1e-4, atol=1e-5)
-        inputs_of = ModelInputs(DecoderModel.of(model), windows, 6)
+        assert [id(b) for b in ahead] == [id(b) for b in model.model.layers[index + 1 : index + 3]]
+        if index + len(ahead) + 1 < 4:
+            torch.testing.assert_close(torch.cat(targets), states[index + len(ahead) + 1], rtol=1e-4, atol=1e-5)
+        calls = ModelInputs(DecoderModel.of(model), [windows]).calls(windows, "test")
         hidden = torch.cat(inputs)
         expected = hidden
         with torch.no_grad():
-            for index, one in enumerate([block, *dense.model.layers[place + 1 : place + 3]], place):
-                expected = inputs_of.call(6, index).run(one, expected)
-            torch.testing.assert_close(forward(hidden), expected, rtol=1e-4, atol=1e-5)
+            for number, one in enumerate([block, *dense.model.layers[index + 1 : index + 3]], index):
+                expected = calls[number].run(one, expected)
+            found = torch.cat([forward(*pair) for pair in zip(tokens, inputs, strict=True)])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         seen.append(block)
-        return real(block, linears, inputs, targets, forward, **options)
+        return real(block, linears, batches, forward, **options)
 
     monkeypatch.setattr(block_job, "reconstruct_block", spy)
     prune_model(model, windows, "2:4", preset="fast", reconstruct=1, look_ahead=2)

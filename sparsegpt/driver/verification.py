@@ -1,0 +1,166 @@
+"""Does a model compute the same block by block, as the driver runs it, as in one piece?
+
+Beside a plain forward of the whole model every block is run once more the driver's way: with the arguments that were
+recorded for it, its weights shown as linears. What each linear receives and what the block returns must agree. A model
+that hands anything on between blocks that was not recorded is found here, before the first block is pruned.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.model.capture import ModelInputs, body_of, watch_inputs
+from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.families import prunable_linears
+from sparsegpt.model.head import head_inputs
+from sparsegpt.model.residence import Residence
+from sparsegpt.model.unfuse import unfused
+
+# Windows that are compared: the model is one program for all of them.
+WINDOWS = 2
+# How far a token's vector may be off, as a share of its length: the rounding of sums taken in another order.
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+# Share of tokens that may be further off where there are experts: a tie of two experts can fall either way.
+SHARE_WITH_EXPERTS = 0.02
+# Shorter vectors than this share of the mean are measured against it: what is zero but for rounding differs by 100%.
+SHORT = 1e-3
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was compared: linears whose inputs were, and the largest difference of a token found."""
+
+    linears: int
+    largest_difference: float
+
+
+@torch.no_grad()
+def verify_blocks(decoder: DecoderModel, tokens: Tensor, residence: Residence) -> Agreement:
+    """Compare blocks run one by one with the whole model, on tokens [windows, sequence].
+
+    Raises SparseGPTError, naming the block, for a difference beyond rounding.
+    """
+    inputs = ModelInputs(decoder, [tokens])
+    comparison = _Comparison(decoder, inputs, residence, inputs.hidden[0])
+    with comparison.listening():
+        output = body_of(decoder.model, decoder.blocks)(input_ids=tokens.to(decoder.device), use_cache=False)
+    if comparison.passed < len(decoder.blocks):
+        raise SparseGPTError(
+            f"{decoder.name} ran {comparison.passed} of its {len(decoder.blocks)} blocks in a plain forward: expected "
+            "a plain chain of blocks; models of this form cannot be pruned"
+        )
+    final = head_inputs(decoder, tokens, comparison.hidden)
+    comparison.compare("the model", "final hidden states", final, output.last_hidden_state, share=0.0)
+    return Agreement(comparison.linears, comparison.largest)
+
+
+@dataclass
+class _Comparison:
+    """Follows a plain forward from block to block. hidden: what enters the block that comes next."""
+
+    decoder: DecoderModel
+    inputs: ModelInputs
+    residence: Residence
+    hidden: Tensor
+    linears: int = 0
+    largest: float = 0.0
+    passed: int = 0
+    _theirs: dict[str, list[Tensor]] = field(default_factory=dict)
+    _is_ours: bool = False  # a block runs for the comparison, not for the model
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Watch each block of the model while this lasts."""
+        with ExitStack() as stack:
+            for index, block in enumerate(self.decoder.blocks):
+                names = _names_of(block)
+                stack.enter_context(watch_inputs(block, names, self._note_theirs))
+                hook = block.register_forward_hook(
+                    lambda module, args, output, index=index, names=names: self._after(index, names, output)
+                )
+                stack.callback(hook.remove)
+            yield
+
+    def _note_theirs(self, name: str, inputs: Tensor) -> None:
+        if not self._is_ours:
+            self._theirs.setdefault(name, []).append(inputs)
+
+    def _after(self, index: int, names: list[str], output: Any) -> None:
+        """Run the block again, the driver's way, and compare."""
+        if self._is_ours:
+            return
+        theirs, self._theirs = self._theirs, {}
+        seen: dict[str, list[Tensor]] = {}
+        share = self._run_ours(index, names, seen)
+        where, result = self.decoder.prefix(index)[:-1], output[0] if isinstance(output, tuple) else output
+        for name in names:
+            self._compare_inputs(f"{where}.{name}", seen.get(name, []), theirs.get(name, []), share)
+        self.compare(where, "hidden states", self.hidden, result, share)
+        self.hidden, self.passed = result.to(self.decoder.device), self.passed + 1
+
+    def _run_ours(self, index: int, names: list[str], seen: dict[str, list[Tensor]]) -> float:
+        """Move `hidden` through a block, note what its linears receive; returns the share of tokens that may be off."""
+        block = self.decoder.blocks[index]
+        call = self.inputs.calls(self.inputs.batches[0], "verification")[index]
+        self._is_ours = True
+        try:
+            with self.residence.visit(block), unfused(block):
+                experts = len(prunable_linears(block)) > len(names)
+                hidden = self.hidden.to(next(block.parameters()).device)
+                with watch_inputs(block, names, lambda name, inputs: seen.setdefault(name, []).append(inputs)):
+                    self.hidden = call.run(block, hidden)
+        finally:
+            self._is_ours = False
+        return SHARE_WITH_EXPERTS if experts else 0.0
+
+    def _compare_inputs(self, linear: str, ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
+        if len(ours) != len(theirs):
+            raise SparseGPTError(
+                f"{linear} runs {len(theirs)} times in the model, and {len(ours)} times when its block is run by "
+                "itself: models of this form cannot be pruned"
+            )
+        for pair in zip(ours, theirs, strict=True):
+            self.compare(linear, "inputs", *pair, share)
+            self.linears += 1
+
+    def compare(self, where: str, what: str, ours: Tensor, theirs: Tensor, share: float) -> None:
+        """Raise SparseGPTError unless all but a share of the tokens agree; tensors [..., features]."""
+        if ours.shape != theirs.shape:
+            off, most = 1.0, float("inf")
+        else:
+            difference_T = token_differences(ours, theirs.to(ours.device))
+            most = float(difference_T.max()) if difference_T.numel() else 0.0
+            off = float((difference_T > TOLERANCE[ours.dtype]).float().mean()) if difference_T.numel() else 0.0
+        self.largest = max(self.largest, most)
+        if off > share:
+            raise SparseGPTError(
+                f"{where}: run block by block its {what} are others than in the whole model, for {off:.1%} of the "
+                f"tokens by up to {most:.2g} of their length: something passes between the blocks of "
+                f"{self.decoder.name} that is not known; models of this form cannot be pruned"
+            )
+
+
+def token_differences(ours: Tensor, theirs: Tensor) -> Tensor:
+    """[..., F] and [..., F] -> [T]: how far each vector is off, as a share of its length.
+
+    Vectors that are not finite on both sides count as equal: who gathers them says so.
+    """
+    ours_TF, theirs_TF = (tensor.flatten(0, -2).float() for tensor in (ours, theirs))
+    lengths_T = theirs_TF.norm(dim=-1)
+    finite_T = lengths_T.isfinite()
+    floor = SHORT * lengths_T[finite_T].mean() if finite_T.any() else lengths_T.new_tensor(1.0)
+    difference_T = (ours_TF - theirs_TF).norm(dim=-1) / lengths_T.maximum(floor).clamp_min(torch.finfo().tiny)
+    both_broken_T = ~finite_T & ~ours_TF.norm(dim=-1).isfinite()
+    return difference_T.masked_fill(both_broken_T, 0).nan_to_num(nan=torch.inf)
+
+
+def _names_of(block: nn.Module) -> list[str]:
+    """Linears that the model runs as modules of their own, by their names inside the block."""
+    own = {name for name, _ in block.named_modules()}
+    with unfused(block):
+        return [name for name in prunable_linears(block) if name in own]

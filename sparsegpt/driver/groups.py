@@ -1,5 +1,6 @@
 """Linears that share one input: one Hessian, one factor, and the solution of each of them."""
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,9 +15,14 @@ from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.reports import LayerReport, PruneReport
 from sparsegpt.driver.stages import enough_tokens, expert_of
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
-from sparsegpt.solvers import METHODS, parse_method, prune_layer
-from sparsegpt.solvers.correction import DriftAccumulator, corrected_target, drift_pull
+from sparsegpt.solvers import METHODS, Pruned, parse_method, prune_layer
+from sparsegpt.solvers.correction import GROWTH, DriftAccumulator, corrected_target, drift_pull, hold_back, remainder
 from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
+
+# A corrected layer may leave this much more than what plain pruning is estimated to leave before both are compared.
+WORSE = 1.25
+# Of a correction that does harm, tried beside all of it.
+SHARES = (0.5, 0.25, 0.0)
 
 
 class Shortage(NamedTuple):
@@ -86,7 +92,8 @@ class GroupSolver:
             hessian.keep_factor = len(reports) + 1 < len(linears)
             method = METHODS["magnitude"] if starved else parse_method(choice.method)
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
-            pruned = prune_layer(weight, hessian, choice.sparsity, method, choice.block_size, target=target)
+            solve = functools.partial(prune_layer, weight, hessian, choice.sparsity, method, choice.block_size)
+            pruned = solve() if target is None else self._solve_corrected(weight, hessian, target, solve)
             linear.weight.copy_(self.as_stored(pruned.weight))
             report = LayerReport(
                 name=name,
@@ -103,6 +110,33 @@ class GroupSolver:
             self.listener.layer(report)
         self.report.layers += reports
         return reports
+
+    def _solve_corrected(
+        self, weight: Tensor, hessian: DampedHessian, target: Tensor, solve: Callable[..., Pruned]
+    ) -> Pruned:
+        """Solve for a target that is held within what the layer can repair, with a warning where it had to be."""
+        held, most = hold_back(weight, target)
+        if held:
+            self.report.warnings.append(
+                f"{hessian.name}: its correction would have moved {held} of {len(weight)} rows, by up to {most:.3g} "
+                f"times their length, and was held to {GROWTH:g}"
+            )
+        pruned = solve(target=target)
+        left = remainder(weight, target, pruned.weight, hessian)
+        if left.found <= WORSE * max(left.plain, 0.0):
+            return pruned
+        # By the estimate plain pruning leaves less: look, and take the share of the correction that leaves the least.
+        tried = {1.0: (left.found, pruned)}
+        for share in SHARES:
+            part = solve(target=torch.lerp(weight.to(target.dtype), target, share))
+            tried[share] = remainder(weight, target, part.weight, hessian).found, part
+        best = min(tried, key=lambda share: tried[share][0])
+        if best < 1:
+            self.report.warnings.append(
+                f"{hessian.name}: all of its correction would have raised the loss beyond that of plain pruning; "
+                f"{best:.0%} of it was taken"
+            )
+        return tried[best][1]
 
     def _damping(self, name: str, choice: LinearSettings, gram: HessianAccumulator, *, routed: bool) -> float:
         """The damping asked for, raised where fewer tokens than inputs leave the Hessian singular, with a warning."""

@@ -119,7 +119,8 @@ def remainder(weight: Tensor, target: Tensor, pruned: Tensor, hessian: DampedHes
         energy = float(row_losses(original_RC, hessian.raw).sum())
         of_weight += energy
         of_target += energy + 2 * float((product_RC * original_RC).sum()) + asked
-    return Remainder(found, lost / of_target * of_weight if of_target > 0 else 0.0)
+    # No weights at all leave the share 1.
+    return Remainder(found, min(1.0, lost / of_target) * of_weight if of_target > 0 else 0.0)
 
 
 def _add_drift(total: Tensor | None, dense: Tensor, pruned: Tensor, inputs: Tensor) -> Tensor:

@@ -106,8 +106,7 @@ def prune_blocks(
     solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored)
     with evaluating(decoder.model):
         if verify:
-            with solver.timed("verify"):
-                report.verification["before"] = verify_blocks(decoder, batches[0][:WINDOWS], residence)
+            _verify("before", work, solver, batches[0][:WINDOWS], residence)
         with solver.timed("capture"):
             store = ActivationStore(scratch)
             inputs = ModelInputs(decoder, batches, store.keep)
@@ -121,8 +120,7 @@ def prune_blocks(
         if work.head is not None:
             driver.prune_head(work.head, batches)
         if verify:
-            with solver.timed("verify"):
-                report.verification["after"] = verify_blocks(decoder, batches[0][:WINDOWS], residence)
+            _verify("after", work, solver, batches[0][:WINDOWS], residence)
     return report
 
 
@@ -176,6 +174,17 @@ def prepare(decoder: DecoderModel, choices: Choices, *, finite: bool) -> Work:
         pruned[HEAD].sparsity.check(head.in_features, HEAD)
         check_linear(HEAD, head, finite=finite)
     return Work(decoder, choices.settings, pruned, shapes, head)
+
+
+def _verify(when: str, work: Work, solver: GroupSolver, tokens: Tensor, residence: Residence) -> None:
+    """Compare blocks run one by one with the whole model, and say in the report how far they agree."""
+    with solver.timed("verify"):
+        found = solver.report.verification[when] = verify_blocks(work.decoder, tokens, residence)
+    if not found.separable and work.settings.reconstruct + work.settings.distill:
+        raise SparseGPTError(
+            f"blocks of {work.decoder.name} leave keys and values, or more, for later blocks: they cannot be trained "
+            "one by one; set reconstruct and distill to 0"
+        )
 
 
 @contextmanager

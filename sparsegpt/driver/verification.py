@@ -33,10 +33,15 @@ SHORT = 1e-3
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was compared: linears whose inputs were, and the largest difference of a token found."""
+    """What was compared: linears whose inputs were, and the largest difference of a token found.
+
+    separable: a block's output depends on its hidden states alone, [batch, sequence, features], and not on what earlier
+    blocks have left for it; only such blocks can be trained.
+    """
 
     linears: int
     largest_difference: float
+    separable: bool
 
 
 @torch.no_grad()
@@ -56,7 +61,8 @@ def verify_blocks(decoder: DecoderModel, tokens: Tensor, residence: Residence) -
         )
     final = head_inputs(decoder, tokens, comparison.hidden)
     comparison.compare("the model", "final hidden states", final, output.last_hidden_state, share=0.0)
-    return Agreement(comparison.linears, comparison.largest)
+    alone = not inputs.hands_on("verification") and inputs.hidden[0].shape[:2] == tokens.shape
+    return Agreement(comparison.linears, comparison.largest, alone)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.model.decoder import DecoderModel, position_limit
+from sparsegpt.model.decoder import DecoderModel
 
 # Tokens of one forward pass through a block, unless the caller says how many windows go together.
 TOKENS_PER_STEP = 4096
@@ -46,22 +46,19 @@ def micro_batches(windows: Windows, decoder: DecoderModel, size: int | None = No
 
 def _rows(windows: Windows) -> Iterator[Tensor]:
     """Every window, LongTensor [tokens], without what its mask leaves out."""
-    if isinstance(windows, Mapping) or hasattr(windows, "input_ids"):
-        ids = windows["input_ids"]
+    if isinstance(windows, Mapping) and "input_ids" in windows:
+        rows = [_as_ids(row) for row in _plain_rows(windows["input_ids"])]
         mask = windows.get("attention_mask")
-        if mask is None:
-            yield from _rows(ids)
-            return
-        for row, kept in zip(_plain_rows(ids), _plain_rows(mask), strict=True):
-            if row.shape != kept.shape:
-                raise SparseGPTError(
-                    f"expected an attention_mask of the shape of input_ids, found {list(kept.shape)} beside "
-                    f"{list(row.shape)}"
-                )
-            yield row[kept.bool()]
+        kept = [torch.ones_like(row) for row in rows] if mask is None else list(_plain_rows(mask))
+        if [row.shape for row in rows] != [row.shape for row in kept]:
+            raise SparseGPTError(
+                f"expected an attention_mask of the shape of input_ids, found {len(kept)} rows of {_lengths(kept)} "
+                f"tokens beside {len(rows)} of {_lengths(rows)}"
+            )
+        yield from (row[keep.bool()] for row, keep in zip(rows, kept, strict=True))
     elif _is_plain(windows):
-        yield from _plain_rows(windows)
-    elif isinstance(windows, Iterable) and not isinstance(windows, str | bytes):
+        yield from map(_as_ids, _plain_rows(windows))
+    elif isinstance(windows, Iterable) and not isinstance(windows, str | bytes | Mapping):
         for part in windows:
             yield from _rows(part)
     else:
@@ -86,8 +83,11 @@ def _plain_rows(value: Any) -> Iterator[Tensor]:
         raise SparseGPTError(f"{EXPECTED}; found {_shown(value)}") from error
     if ids.ndim not in (1, 2):
         raise SparseGPTError(f"{EXPECTED}; found {_shown(value)}")
-    ids = _as_ids(ids)
     yield from (ids if ids.ndim == 2 else [ids])
+
+
+def _lengths(rows: list[Tensor]) -> str:
+    return ", ".join(map(str, sorted({len(row) for row in rows})))
 
 
 def _as_ids(ids: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _as_ids(ids: Tensor) -> Tensor:
 
 
 def _check(windows: Tensor, decoder: DecoderModel) -> None:
-    known, limit = decoder.vocabulary, position_limit(decoder.model.config)
+    known, limit = decoder.vocabulary, decoder.positions
     if windows.min() < 0 or windows.max() >= known:
         raise SparseGPTError(
             f"expected token ids below {known}, found {int(windows.min())} to {int(windows.max())}: "

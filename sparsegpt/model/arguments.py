@@ -37,9 +37,15 @@ def with_own_objects(value: Value) -> Value:
     return _rebuilt(value, {}, (), lambda tensor, path: tensor)
 
 
-def is_shared_store(value: Any) -> bool:
-    """Whether blocks may write to an argument: a mapping, or another object that is no plain data."""
-    return isinstance(value, MutableMapping) or (hasattr(value, "__dict__") and not _is_constant(value))
+def tensors_within(value: Any) -> int:
+    """How many tensors a nested value holds: more than before once a block has put one in."""
+    if isinstance(value, Tensor):
+        return 1
+    if isinstance(value, Mapping):
+        return sum(map(tensors_within, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(tensors_within, value))
+    return 0 if _is_constant(value) else tensors_within(getattr(value, "__dict__", None) or ())
 
 
 def to_device(value: Any, device: torch.device) -> Any:

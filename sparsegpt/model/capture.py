@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.model.arguments import SharedArguments, to_device, with_own_objects
+from sparsegpt.model.arguments import SharedArguments, tensors_within, to_device, with_own_objects
 from sparsegpt.model.decoder import DecoderModel
 
 
@@ -82,6 +82,14 @@ class ModelInputs:
                 self.enter(tokens)
             self._of_stream[stream, *key] = with_own_objects(self._recorded[key][1])
         return self._of_stream[stream, *key]
+
+    def hands_on(self, stream: str) -> bool:
+        """Whether blocks that ran in a stream have left tensors for later blocks in an object that they share."""
+        return any(
+            tensors_within(calls) != tensors_within(self._recorded[memory, shape][1])
+            for (of, memory, shape), calls in self._of_stream.items()
+            if of == stream
+        )
 
     @torch.no_grad()
     def enter(self, tokens: Tensor) -> Tensor:

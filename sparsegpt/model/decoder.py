@@ -87,6 +87,11 @@ class DecoderModel:
         return len(weight)
 
     @property
+    def positions(self) -> int | None:
+        """The longest sequence it has positions for; None where its configuration does not say."""
+        return position_limit(self.model.config)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         weight = self.embedding.weight

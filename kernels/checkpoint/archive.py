@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.folders import new_folder
+from sparsegpt.files.results import new_result
 from sparsegpt.files.tensor_files import (
     DEFAULT_SHARD_BYTES,
     INDEX,
@@ -145,7 +145,7 @@ def pack_folder(
         plan = _plan(source, tensors)
         if values is not None:
             values = replace(values, dtype=_stored_dtype(tensors))
-        with new_folder(target, overwrite=overwrite) as stage:
+        with new_result(target, "pack", overwrite=overwrite, sources=[source]) as stage:
             with ShardedWriter(stage, _room(tensors, plan), shard_bytes) as writer:
                 packer = _Packer(plan, tensors, writer, values)
                 for tensor in tensors:
@@ -177,7 +177,7 @@ def unpack_folder(
     check_parts(files, packing, packed)
     linears = packing.linears()
     parts = {f"{linear}.{part}" for linear in linears for part in packing.parts}
-    with new_folder(target, overwrite=overwrite) as stage:
+    with new_result(target, "unpack", overwrite=overwrite, sources=[packed]) as stage:
         with (
             ShardedWriter(stage, header_room(files), shard_bytes, checksums=False) as writer,
             OpenTensors(files) as tensors,

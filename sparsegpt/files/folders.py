@@ -1,54 +1,32 @@
 """Folders that appear whole or not at all.
 
-A new folder is written beside its target under a temporary name, flushed to disk and renamed. An old result is moved
-aside first and removed only after the new one has taken its place, so that a full disk, a kill or a power cut leaves
-the old folder or the new one, never half of either.
+A new folder is written beside its target under a temporary name, flushed to disk, and changes names with the old one at
+one instant. Where the system cannot do that, the old one is moved aside first and removed after the new one is there. A
+full disk, a kill or a power cut leaves the old folder or the new one, never half of either.
 """
 
+import ctypes
 import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sparsegpt.errors import SparseGPTError
 
-
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that cannot be written, before hours of work go into what it should hold."""
-    if target.absolute().name in ("", ".."):
-        raise SparseGPTError(f"output {target} has no name of its own: give the folder to write as --out")
-    try:
-        _check_place(target, overwrite=overwrite)
-    except OSError as error:  # a name too long, a folder that may not be read
-        raise SparseGPTError(f"output {target} cannot be used ({error}): choose another --out") from error
-
-
-def _check_place(target: Path, *, overwrite: bool) -> None:
-    if target.is_symlink():
-        raise SparseGPTError(f"output {target} is a symbolic link: give the real folder as --out")
-    if target.exists() and not target.is_dir():
-        raise SparseGPTError(f"output {target} is a file: expected a folder; choose another --out")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise SparseGPTError(f"output folder {target} exists and is not empty: give --overwrite or another --out")
-    if target.is_dir() and not os.access(target, os.W_OK):
-        raise SparseGPTError(f"output folder {target} is not writable: choose another --out")
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise SparseGPTError(f"output folder {target} cannot be made: {parent} is a file; choose another --out")
-    if not os.access(parent, os.W_OK):
-        raise SparseGPTError(f"output folder {target} cannot be made: {parent} is not writable; choose another --out")
+# Of Linux's renameat2(2).
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; when the block ends well it becomes `target`, else it is removed.
 
-    Raises SparseGPTError when the target is in the way or the disk is full.
+    Who may replace what is asked before (results.py). Raises SparseGPTError when the disk is full.
     """
-    check_target(target, overwrite=overwrite)
     target = target.absolute()
     draft = target.with_name(f".{target.name}.{os.getpid()}.writing")
     shutil.rmtree(draft, ignore_errors=True)
@@ -65,8 +43,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 raise SparseGPTError(f"{target} was not written, what was there is untouched: {error}") from error
             raise
         raise SparseGPTError(
-            f"no space left while writing {target}: what was there before is untouched; "
-            "free space or choose another --out"
+            f"no space left while writing {target}: what was there before is untouched; free space or choose another "
+            "output folder"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -87,19 +65,26 @@ def recover(target: Path) -> None:
     Only for one who knows that no other process is writing this target.
     """
     target = target.absolute()
+    bring_back(target)
     for retired in _beside(target, "old"):
-        if not target.exists():
-            retired.rename(target)
-        else:
-            shutil.rmtree(retired, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
     for draft in _beside(target, "writing"):
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def bring_back(target: Path) -> None:
+    """A folder that a killed writer had moved aside stands where it stood again, unless something else is there."""
+    target = target.absolute()
+    if not target.exists() and target.parent.is_dir():
+        for retired in _beside(target, "old")[:1]:
+            retired.rename(target)
 
 
 def _beside(target: Path, kind: str) -> list[Path]:
     """Folders of this target that carry a process id; those of a target `name.more` are none of ours."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.{kind}")
-    return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
+    found = (path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -114,6 +99,9 @@ def _swap(draft: Path, target: Path) -> None:
     """Put draft where target is; the old folder goes last."""
     retired = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(retired, ignore_errors=True)  # of a killed process that had the same id
+    if target.exists() and _exchange(draft, target):
+        flush(target.parent)
+        return  # the draft is the old folder now, and goes
     try:
         if target.exists():
             target.rename(retired)
@@ -126,6 +114,17 @@ def _swap(draft: Path, target: Path) -> None:
             retired.rename(target)
         raise
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change names at one instant, where the system and its file system can; whether it was done.
+
+    Two renames leave a moment without any folder of the name, in which a kill would leave none.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
 
 
 def flush(path: Path) -> None:

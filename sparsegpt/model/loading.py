@@ -167,6 +167,12 @@ def sequence_length(name: str, config: "PretrainedConfig", asked: int | None) ->
     return asked if asked is not None else min(MAX_DEFAULT_SEQUENCE, limit or MAX_DEFAULT_SEQUENCE)
 
 
+def source_folders(name: str) -> tuple[Path, ...]:
+    """The folder that a model is read from, if it is one of this machine's."""
+    folder = Path(_source(name)).expanduser()
+    return (folder,) if folder.is_dir() else ()
+
+
 def _source(name: str) -> str:
     return str(demo_folder()) if name == DEMO else SHORT_NAMES.get(name.lower(), name)
 

@@ -27,7 +27,7 @@ from sparsegpt.kernels.dispatch.packed24 import KERNELS
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
 from sparsegpt.model.export import write_model
-from sparsegpt.model.loading import LoadedModel, load_model
+from sparsegpt.model.loading import LoadedModel, load_model, source_folders
 from sparsegpt.recovery.training import TrainingOutOfMemory
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
 from sparsegpt.run.memory_plan import check_fits
@@ -71,7 +71,9 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     if options.activations not in ACTIVATIONS:
         raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
     with (
-        WorkFolder(options.out, resume=options.resume, overwrite=options.overwrite) as work,
+        WorkFolder(
+            options.out, resume=options.resume, overwrite=options.overwrite, sources=source_folders(options.model)
+        ) as work,
         PeakWatch() as memory,
     ):
         planned = plan_run(options, settings)

@@ -13,15 +13,15 @@ after its last finished block. When the output folder is there, this one goes.
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
@@ -29,7 +29,8 @@ from sparsegpt.driver.progress import Progress
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
-from sparsegpt.files.folders import check_target, flush, is_full_disk, new_folder, recover
+from sparsegpt.files.folders import flush
+from sparsegpt.files.results import check_target, claimed, filled, is_whole, unfinished_folder, writing
 from sparsegpt.files.tensor_files import WEIGHTS, ShardedWriter, header_room, verify_checksums, weight_files
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 STATE = "state.json"
-LOCK = "lock"
-ATTEMPTS = 3  # to get the lock while others remove its folder
+# Names of what runs write into this folder.
+_OWN = re.compile(r"state\.json|\.state\.json\.writing|tensors\.writing|(block|training|distilled)-\d{5}\.safetensors")
 # Of each tensor, this many bytes at its beginning, middle and end go into the model's fingerprint.
 SAMPLE_BYTES = 4096
 
@@ -53,24 +54,22 @@ class WorkFolder(Progress):
     What an earlier run has finished stays until a run that may replace it has begun.
     """
 
-    def __init__(self, target: Path, *, resume: bool, overwrite: bool) -> None:
-        self.target, self.resume, self.overwrite = target.absolute(), resume, overwrite
-        self.folder = _folder_for(target)
-        self.lock = FileLock(self.folder / LOCK)
+    def __init__(self, target: Path, *, resume: bool, overwrite: bool, sources: Sequence[Path] = ()) -> None:
+        """sources: folders that the run reads."""
+        self.target, self.resume, self.overwrite, self.sources = target.absolute(), resume, overwrite, sources
+        self.folder = unfinished_folder(target)
         self.state: dict[str, Any] = {}
         self.replaces = False  # an old result, which `begin` decides
         self._done = False
+        self._claim = ExitStack()
 
     def __enter__(self) -> "WorkFolder":
-        check_target(self.target, overwrite=self.overwrite or self.resume)
-        with _writing(self.folder):
-            self._acquire()
+        check_target(self.target, overwrite=self.overwrite or self.resume, sources=self.sources)
+        self._claim.enter_context(claimed(self.target))
         try:
-            with _writing(self.folder):
-                recover(self.target)
             self._open_state()
         except BaseException:
-            self.lock.release()
+            self._claim.close()
             raise
         return self
 
@@ -78,8 +77,9 @@ class WorkFolder(Progress):
         # As the disk has it: a state can arrive whose writing was refused.
         kept = 0 if self._done else unfinished_blocks(self.target)
         if not kept:
-            self._remove()
-        self.lock.release()
+            with suppress(OSError):
+                self._clear()
+        self._claim.close()
         if isinstance(error, SparseGPTError) and kept and self.state and not isinstance(error, ResumeError):
             raise SparseGPTError(f"{error}; {kept} finished blocks are kept, go on with --resume") from error
 
@@ -108,9 +108,9 @@ class WorkFolder(Progress):
             self.state = {**self.state, "epochs": []} if same_blocks else {}
         self.replaces = self.overwrite or bool(self.state.get("replaces")) or self._is_result(identity)
         if not self.replaces:
-            check_target(self.target, overwrite=False)
+            check_target(self.target, overwrite=False, sources=self.sources)
         self._drop_damaged()
-        with _writing(self.folder):
+        with writing(self.folder):
             if not self.state:
                 self._clear()
         self.save_state(identity=identity, replaces=self.replaces)
@@ -140,7 +140,7 @@ class WorkFolder(Progress):
         """Write the state after an epoch, then say that the epoch is finished; the one before has served."""
         self._write(self._training(epoch), tensors)
         self._save_report(report)
-        with _writing(self.folder):
+        with writing(self.folder):
             self._training(epoch - 1).unlink(missing_ok=True)
 
     def keep_distilled(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ class WorkFolder(Progress):
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Write tensors with their checksums into a file that appears whole."""
         draft = self.folder / "tensors.writing"
-        with _writing(self.folder):
+        with writing(self.folder):
             _remove_path(draft)
             draft.mkdir()
             with ShardedWriter(draft, header_room(tensors)) as writer:
@@ -173,30 +173,16 @@ class WorkFolder(Progress):
     def save_state(self, **changes: Any) -> None:
         """Write the state with these entries changed."""
         state = {**self.state, "version": VERSION, **changes}
-        with _writing(self.folder):
+        with writing(self.folder):
             write_checked(self.folder / STATE, state)
         self.state = state
 
     @contextmanager
     def new_result(self) -> Iterator[Path]:
         """A folder to fill that becomes the target; then everything here goes when the lock is given back."""
-        with new_folder(self.target, overwrite=self.replaces) as draft:
+        with filled(self.target, "run", overwrite=self.replaces, sources=self.sources) as draft:
             yield draft
         self._done = True
-
-    def _acquire(self) -> None:
-        for attempt in range(ATTEMPTS):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock.acquire(timeout=0)
-                return
-            except Timeout as error:
-                raise SparseGPTError(
-                    f"another process is writing {self.target}: wait for it, or choose another --out"
-                ) from error
-            except FileNotFoundError:  # its former user has just removed the folder
-                if attempt + 1 == ATTEMPTS:
-                    raise
 
     def _open_state(self) -> None:
         path = self.folder / STATE
@@ -217,17 +203,11 @@ class WorkFolder(Progress):
             )
 
     def _clear(self) -> None:
-        """Remove all but the lock; the state first, without which nothing else counts."""
-        paths = [path for path in self.folder.iterdir() if path.name != LOCK]
-        for path in sorted(paths, key=lambda path: path.name != STATE):
-            _remove_path(path)
-
-    def _remove(self) -> None:
-        """Remove everything; the lock last, because whoever finds none may begin here."""
-        with suppress(OSError):
-            self._clear()
-            (self.folder / LOCK).unlink(missing_ok=True)
-            self.folder.rmdir()
+        """Remove what runs have written here; the state first, without which nothing else counts."""
+        (self.folder / STATE).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if _OWN.fullmatch(path.name):
+                _remove_path(path)
 
     def _drop_damaged(self) -> None:
         """Forget blocks from the first damaged file on, and all epochs of a training that began after them."""
@@ -249,7 +229,7 @@ class WorkFolder(Progress):
     def _is_result(self, identity: dict[str, Any]) -> bool:
         """Whether the target holds what such a run ends with, to the last byte of its weights."""
         try:
-            if read_checked(self.target / REPORT_NAME).get("identity") != identity:
+            if read_checked(self.target / REPORT_NAME).get("identity") != identity or not is_whole(self.target):
                 return False
             for path in set(weight_files(self.target).values()):
                 verify_checksums(path)
@@ -277,12 +257,8 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 def unfinished_blocks(target: Path) -> int:
     """How many blocks an unfinished run of this output folder has finished."""
     with suppress(SparseGPTError):
-        return len(read_checked(_folder_for(target) / STATE).get("blocks", []))
+        return len(read_checked(unfinished_folder(target) / STATE).get("blocks", []))
     return 0
-
-
-def _folder_for(target: Path) -> Path:
-    return target.absolute().parent / f".{target.absolute().name}.unfinished"
 
 
 def _remove_path(path: Path) -> None:
@@ -290,19 +266,6 @@ def _remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn the system's refusals into one line."""
-    try:
-        yield
-    except Exception as error:
-        if is_full_disk(error):
-            raise SparseGPTError(f"no space left while writing {folder}: free space") from error
-        if isinstance(error, OSError):
-            raise SparseGPTError(f"{folder} cannot be written ({error}): choose another --out") from error
-        raise
 
 
 def fingerprint(model: "PreTrainedModel") -> str:

@@ -202,14 +202,28 @@ def test_resuming_what_is_finished_tells_which_scores_it_lacks(options, text_fil
     assert f"{text_file} through kernels" in warning
 
 
-@pytest.mark.parametrize("name", ["report.json", "model.safetensors"])
-def test_a_finished_result_that_is_damaged_is_not_taken_for_finished(options, name):
-    run(options, SETTINGS)
-    good = weights(options.out)
-    path = options.out / name
+def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[-30] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["report.json", "config.json", "tokenizer_config.json"])
+def test_a_finished_result_whose_texts_have_changed_is_neither_taken_for_finished_nor_replaced(options, name):
+    """Nobody knows whether a disk or its owner has changed it."""
+    run(options, SETTINGS)
+    flip_a_bit(options.out / name)
+    before = (options.out / name).read_bytes()
+    for overwrite in (False, True):
+        with refused(name, "changed since"):
+            run(changed(options, resume=True, overwrite=overwrite), SETTINGS)
+    assert (options.out / name).read_bytes() == before
+
+
+def test_a_finished_result_that_is_damaged_is_not_taken_for_finished(options):
+    run(options, SETTINGS)
+    good = weights(options.out)
+    flip_a_bit(options.out / "model.safetensors")
     with refused("not empty", "--overwrite"):
         run(changed(options, resume=True), SETTINGS)
     run(changed(options, resume=True, overwrite=True), SETTINGS)
@@ -218,7 +232,7 @@ def test_a_finished_result_that_is_damaged_is_not_taken_for_finished(options, na
 
 def test_a_kill_between_the_result_and_the_clearing_up_is_finished_on_resume(options, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "_remove", lambda self: None)
+        patch.setattr(WorkFolder, "_clear", lambda self: None)
         run(options, SETTINGS)
     assert unfinished_blocks(options.out) == 2
     before = weights(options.out)

@@ -16,6 +16,7 @@ from sparsegpt.driver.reports import BlockReport, LayerReport, PruneReport
 from sparsegpt.files.checked_json import read_checked, write_checked, write_json
 from sparsegpt.files.folders import new_folder, recover
 from sparsegpt.files.mapped import is_mapped
+from sparsegpt.files.results import MARKER, new_result
 from sparsegpt.run.work_folder import WorkFolder, unfinished_blocks
 from sparsegpt.settings.prune_settings import resolve_settings
 from tests.support import refused
@@ -102,7 +103,7 @@ def test_a_done_run_holds_the_folder_to_its_end_and_leaves_nothing(target, tmp_p
             (draft / "file").write_text("new")
         with refused("another process"):
             opened(target, overwrite=True).__enter__()
-    assert {path.name for path in tmp_path.rglob("*")} == {"out", "file"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "file", MARKER}
 
 
 def test_a_result_that_cannot_be_written_leaves_the_blocks_and_says_so(target):
@@ -185,8 +186,8 @@ def test_overwrite_starts_over_once_it_begins_and_not_before(target):
 
 
 def test_what_overwrite_allowed_is_still_allowed_when_the_run_goes_on(target):
-    target.mkdir()
-    (target / "old").write_text("old")
+    with new_result(target, "test", overwrite=False) as draft:
+        (draft / "old").write_text("old")
     with refused("not empty", "--overwrite"):
         unfinished(target, 1)
     with refused("not empty", "--overwrite"):
@@ -201,9 +202,21 @@ def test_a_result_that_appeared_meanwhile_is_not_replaced(target):
     unfinished(target, 1)
     target.mkdir()
     (target / "other").write_text("of somebody else")
-    with refused("not empty", "--overwrite"):
+    with refused("was not written by this program"):
         unfinished(target, 0, resume=True)
     assert unfinished_blocks(target) == 1
+
+
+def test_what_a_run_did_not_write_into_the_work_folder_stays_there(target):
+    folder = unfinished(target, 1)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "photos").mkdir()
+    with opened(target, overwrite=True) as work:
+        work.begin(IDENTITY, PruneReport(SETTINGS))
+        with work.new_result() as draft:
+            (draft / "file").write_text("new")
+    assert {path.name for path in folder.iterdir()} >= {"notes.txt", "photos"}
+    assert not list(folder.glob("*.safetensors"))
 
 
 # Damage
@@ -347,6 +360,6 @@ def test_the_leftovers_of_a_killed_process_with_the_same_id_are_no_obstacle(targ
     target.mkdir()
     for kind in ("old", "writing"):
         (tmp_path / f".out.{os.getpid()}.{kind}" / "part").mkdir(parents=True)
-    with new_folder(target, overwrite=True) as draft:
+    with new_folder(target) as draft:
         (draft / "file").write_text("new")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]

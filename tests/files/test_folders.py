@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from sparsegpt import SparseGPTError
 from sparsegpt.files import folders
 from sparsegpt.files.checked_json import write_json
-from sparsegpt.files.folders import check_target, new_folder
+from sparsegpt.files.folders import new_folder
 from tests.support import refused
 
 
@@ -33,8 +33,8 @@ def contents(folder: Path) -> dict[str, str]:
 OLD = {"weights": "old", "part/deep": "old too"}
 
 
-def write_new(target: Path, *, overwrite: bool = True, fail: BaseException | None = None) -> None:
-    with new_folder(target, overwrite=overwrite) as draft:
+def write_new(target: Path, *, fail: BaseException | None = None) -> None:
+    with new_folder(target) as draft:
         (draft / "weights").write_text("new")
         (draft / "sub").mkdir()
         (draft / "sub" / "file").write_text("new too")
@@ -76,7 +76,7 @@ def test_relative_targets_are_taken_from_where_the_work_began(tmp_path, monkeypa
 
 def test_an_empty_folder_may_be_filled(tmp_path):
     (tmp_path / "result").mkdir()
-    write_new(tmp_path / "result", overwrite=False)
+    write_new(tmp_path / "result")
     assert contents(tmp_path / "result") == NEW
 
 
@@ -104,7 +104,7 @@ FULL_DISK = [
 
 @pytest.mark.parametrize("failure", FULL_DISK, ids=lambda failure: type(failure).__name__)
 def test_a_full_disk_is_one_clear_line_and_leaves_the_old_folder(old, failure):
-    with refused("no space left", str(old), "--out"):
+    with refused("no space left", str(old), "another output folder"):
         write_new(old, fail=failure)
     assert contents(old) == OLD
     assert only_entry(old)
@@ -128,8 +128,32 @@ def test_a_disk_that_fills_up_while_flushing_leaves_the_old_folder(old, monkeypa
     assert only_entry(old)
 
 
+@pytest.fixture(params=["exchange", "renames"])
+def way(request, monkeypatch):
+    """At one instant where the system can do that, else one rename after the other."""
+    if request.param == "renames":
+        monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
+    return request.param
+
+
+def test_either_way_the_new_folder_is_there_and_the_old_one_is_gone(old, way):
+    write_new(old)
+    assert contents(old) == NEW
+    assert only_entry(old)
+
+
+def test_linux_exchanges_the_two_names_at_one_instant(old, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    if not folders._exchange(old, other):
+        pytest.skip("this file system cannot exchange names")
+    assert contents(other) == OLD
+    assert not contents(old)
+
+
 @pytest.mark.parametrize("interruption", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 def test_a_failing_rename_brings_the_old_folder_back(old, monkeypatch, interruption):
+    monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
     real = Path.rename
 
     def rename(self, target):
@@ -161,51 +185,21 @@ def test_every_file_is_flushed_before_the_folder_takes_its_place(tmp_path, monke
     assert flushed[-1] == tmp_path.name
 
 
-# Targets in the way
-
-
-def test_a_folder_with_something_in_it_is_refused_without_overwrite(old):
-    for refuse in (lambda: check_target(old, overwrite=False), lambda: write_new(old, overwrite=False)):
-        with refused(str(old), "not empty", "--overwrite"):
-            refuse()
+def test_what_a_killed_writer_moved_aside_comes_back(old):
+    old.rename(old.with_name(".result.123.old"))
+    old.with_name(".result.124.writing").mkdir()
+    folders.recover(old)
     assert contents(old) == OLD
-    check_target(old, overwrite=True)
+    assert only_entry(old)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_as_target_is_refused(tmp_path, overwrite):
-    target = tmp_path / "result"
-    target.write_text("precious")
-    with refused(str(target), "is a file"):
-        check_target(target, overwrite=overwrite)
-    assert target.read_text() == "precious"
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_symbolic_link_as_target_is_refused(tmp_path, overwrite, exists):
-    real = tmp_path / "real"
-    if exists:
-        real.mkdir()
-    link = tmp_path / "result"
-    link.symlink_to(real)
-    with refused(str(link), "symbolic link"):
-        check_target(link, overwrite=overwrite)
-    assert link.is_symlink()
-
-
-def test_a_file_among_the_parents_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with refused("file"):
-        check_target(tmp_path / "file" / "result", overwrite=False)
-
-
-def test_a_parent_that_cannot_be_written_is_refused(tmp_path):
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    tmp_path.chmod(0o500)
-    with refused("not writable"):
-        check_target(tmp_path / "a" / "result", overwrite=False)
+def test_of_two_results_the_one_in_its_place_stays(old):
+    retired = old.with_name(".result.123.old")
+    retired.mkdir()
+    (retired / "weights").write_text("older")
+    folders.recover(old)
+    assert contents(old) == OLD
+    assert only_entry(old)
 
 
 def test_json_is_valid_and_keeps_numbers_that_json_does_not_know(tmp_path):

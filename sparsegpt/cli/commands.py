@@ -56,7 +56,15 @@ def _all_commands(
 def main() -> None:
     """Run the command line; every refusal is one line on stderr and exit code 1."""
     try:
+        _check_words(sys.argv)
         app(prog_name=NAME)
     except SparseGPTError as error:
         say(str(error))
         sys.exit(1)
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse bytes that are no text: safetensors opens no such path, and no report could name it."""
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise SparseGPTError(f"{word!a} is not UTF-8 text: give the file another name")

@@ -25,20 +25,20 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except SparseGPTError as error:
-            named = _settings_of(error)
-            flags = [parameter.opts[0] for parameter in self.params if parameter.name in named]
-            if not flags:
+            flags = {parameter.name: parameter.opts[0] for parameter in self.params}
+            advice = [flags[name] for name in _settings_of(error) if name in flags]
+            if not advice:
                 raise
-            raise SparseGPTError(f"{error} ({', '.join(flags)})") from error
+            raise SparseGPTError(f"{error} ({', '.join(advice)})") from error
 
 
-def _settings_of(error: BaseException | None) -> set[str]:
-    """Of an error and of those that it was raised from."""
-    named: set[str] = set()
+def _settings_of(error: BaseException | None) -> list[str]:
+    """The settings that an error names, and those that it was raised from."""
+    named: dict[str, None] = {}
     while error is not None:
-        named.update(getattr(error, "settings", ()))
+        named |= dict.fromkeys(getattr(error, "settings", ()))
         error = error.__cause__
-    return named
+    return list(named)
 
 
 def parameters(source: type, preset: Mapping[str, str] | None = None) -> list[Parameter]:
@@ -46,23 +46,19 @@ def parameters(source: type, preset: Mapping[str, str] | None = None) -> list[Pa
 
     preset: what a preset gives for fields, in words. Such an option is None unless it is given.
     """
-    types, found = get_type_hints(source), []
-    for setting in fields(source):
-        if (told := option_of(setting)) is not None:
-            default, shown = _default(setting, told)
-            if preset and setting.name in preset:
-                default, shown = None, preset[setting.name]
-            kind = told.typed or types[setting.name]
-            kind = kind | None if default is None else kind
-            found.append(
-                Parameter(
-                    setting.name,
-                    Parameter.KEYWORD_ONLY,
-                    annotation=Annotated[kind, _info(setting.name, told, shown)],
-                    default=default,
-                )
-            )
-    return found
+    types, presets = get_type_hints(source), preset or {}
+    return [
+        _parameter(setting, told, types[setting.name], presets.get(setting.name))
+        for setting in fields(source)
+        if (told := option_of(setting)) is not None
+    ]
+
+
+def _parameter(setting: "Field[Any]", told: Option, kind: Any, preset: str | None) -> Parameter:
+    default, shown = _default(setting, told) if preset is None else (None, preset)
+    kind = told.typed or kind
+    annotation = Annotated[kind | None if default is None else kind, _info(setting.name, told, shown)]
+    return Parameter(setting.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _default(setting: "Field[Any]", told: Option) -> tuple[Any, str | bool]:

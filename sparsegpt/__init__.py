@@ -11,6 +11,7 @@ from sparsegpt.kernels.hf.registration import register_with_transformers
 from sparsegpt.solvers import Pruned, prune_weight
 from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
 from sparsegpt.solvers.masks import layer_mask
+from sparsegpt.solvers.methods import Copies, Method
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NM",
+    "Copies",
     "DampedHessian",
     "HessianAccumulator",
+    "Method",
     "PruneReport",
     "Pruned",
     "SparseGPTError",

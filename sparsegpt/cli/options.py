@@ -57,7 +57,9 @@ def parameters(source: type, preset: Mapping[str, str] | None = None) -> list[Pa
 def _parameter(setting: "Field[Any]", told: Option, kind: Any, preset: str | None) -> Parameter:
     default, shown = _default(setting, told) if preset is None else (None, preset)
     kind = told.typed or kind
-    annotation = Annotated[kind | None if default is None else kind, _info(setting.name, told, shown)]
+    if default is None:
+        kind = kind | None
+    annotation: Any = Annotated[kind, _info(setting.name, told, shown)]
     return Parameter(setting.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

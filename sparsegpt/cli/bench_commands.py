@@ -5,10 +5,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from sparsegpt.cli.console import open_console, say, silence_libraries
 from sparsegpt.cli.options import (
@@ -24,6 +23,9 @@ from sparsegpt.cli.options import (
 )
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.run.options import KERNEL_NAMES, default_data
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 bench = typer.Typer(help="Measurements, each side by side in one run.", no_args_is_help=True)
 
@@ -264,7 +266,7 @@ def _print_failed(products: Sequence[dict[str, Any]]) -> None:
         say(f"{failed['kernel']} failed at {case}: {failed['reason']}")
 
 
-def _print_rows(rows: Sequence[Any], table: Table, *, as_json: bool) -> None:
+def _print_rows(rows: Sequence[Any], table: "Table", *, as_json: bool) -> None:
     """Measurements for a program, one JSON object a line, or for a person."""
     if as_json:
         for row in rows:

@@ -1,17 +1,21 @@
 """How the command line speaks: its console, its one line of refusal, and libraries that keep silent."""
 
 import sys
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDTH_OF_A_FILE = 160
 
 
-def open_console() -> Console:
+def open_console() -> "Console":
     """Colours and bars on a terminal; plain lines anywhere else.
 
     Names and paths that a user gives are printed as they are: `[x]` is no markup and `:x:` no emoji.
     """
+    from rich.console import Console
+
     console = Console(highlight=False, markup=False, emoji=False)
     if console.is_terminal:
         return console

@@ -68,7 +68,7 @@ def _default(setting: "Field[Any]", told: Option) -> tuple[Any, str | bool]:
     if told.unset:
         return None, told.unset
     default = told.default if setting.default is MISSING else setting.default
-    if setting.default is MISSING and told.default is None:
+    if setting.default is MISSING and default is None:
         return Parameter.empty, False
     return default, "off" if default is False else True
 
@@ -93,12 +93,12 @@ def _info(name: str, told: Option, shown: str | bool) -> OptionInfo:
 def takes(*options: Parameter) -> Callable[[Function], Function]:
     """Give a function of `**arguments` the signature that typer reads: these options, group by group."""
 
-    def place(parameter: Parameter) -> tuple[int, bool]:
+    def rank(parameter: Parameter) -> tuple[int, bool]:
         (info,) = parameter.annotation.__metadata__
         return list(Group).index(info.rich_help_panel), parameter.default is not Parameter.empty
 
     def dress(function: Function) -> Function:
-        function.__dict__["__signature__"] = inspect.Signature(sorted(options, key=place))
+        function.__dict__["__signature__"] = inspect.Signature(sorted(options, key=rank))
         return function
 
     return dress
@@ -118,7 +118,6 @@ def _shared(name: str, shown: str | bool | None = None) -> OptionInfo:
 
 Model = Annotated[str, _shared("model")]
 Calibration = Annotated[str | None, _shared("calibration")]
-Evaluation = Annotated[str | None, _shared("evaluate")]
 Samples = Annotated[int, _shared("samples")]
 Length = Annotated[int | None, _shared("sequence_length")]
 WindowLength = Annotated[int, _shared("sequence_length", shown=True)]

@@ -1,22 +1,26 @@
-"""The README's promises: its commands run one after another, its Python runs, its flags exist."""
+"""What README and docs/ promise: their commands and their Python run from top to bottom, flags and links exist."""
 
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import typer.main
 
 from sparsegpt.cli import commands as cli
 from tests.architectures import architecture_table
 from tests.support import CHILD_ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PREFIX = re.compile(r"^(?:\$ )?(?:\S*python3? -m )?sparsegpt ")
-# A reader's own model cannot be had here: of `--model`, only what an earlier command wrote, and the demo.
-LOCAL = re.compile(r"--model (?!demo\b|pruned/)|bench ")
+# In the order in which they are read: what one page writes, a later one may use.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENGINE = re.compile(r"^(?:\$ )?(?:\S*python3? -m )?sparsegpt ")
+# A reader's own model cannot be had here: of `--model`, what an earlier command wrote, the demo, and one that is only
+# planned for. A benchmark takes minutes, and completion is installed in the home folder.
+ELSEWHERE = re.compile(r"--model (?!demo\b|pruned/|opt-175b\b)|bench |--install-completion")
 # Less text than a reader would take, for the same commands.
 SHORTER = {
     "run": ["--samples", "8", "--seqlen", "64", "--eval", "none"],
@@ -25,85 +29,159 @@ SHORTER = {
 }
 
 
-def fenced(language: str) -> list[str]:
-    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+class Block(NamedTuple):
+    """A fenced block of a page. file: the name in its first line, as `# mix.toml`, or ""."""
+
+    language: str
+    code: str
+    file: str
 
 
-def commands() -> list[str]:
-    """The arguments of every command that calls the engine in a shell block, continued lines joined."""
-    text = "\n".join(fenced("(?:sh|bash|console)")).replace("\\\n", " ")
-    lines = [line.split("  #")[0].strip() for line in text.split("\n")]
-    return [PREFIX.sub("", line) for line in lines if PREFIX.match(line)]
+def blocks_of(page: Path) -> list[Block]:
+    found = []
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```$", text_of(page), flags=re.MULTILINE | re.DOTALL):
+        name = re.match(r"# (\S+\.(?:py|toml))\n", code)
+        found.append(Block(language, code, name[1] if name else ""))
+    return found
 
 
-needs_text = pytest.mark.skipif(README.count("\n") < 10, reason="the README is not written yet")
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A folder in which the commands on the demo model have run one after another, as a reader runs them."""
-    folder = tmp_path_factory.mktemp("readme")
-    runnable = [command for command in commands() if not LOCAL.search(command)]
-    assert runnable
-    for recipe in fenced("toml"):  # the first line is the file's name
-        (folder / recipe.split("\n")[0].removeprefix("# ")).write_text(recipe)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for command in runnable:
-            words = shlex.split(command)
+def calls(block: Block) -> list[list[str]]:
+    """The arguments of every command of a shell block that calls the engine, continued lines joined."""
+    if block.language not in ("sh", "bash", "console"):
+        return []
+    lines = block.code.replace("\\\n", " ").split("\n")
+    return [shlex.split(ENGINE.sub("", line), comments=True) for line in lines if ENGINE.match(line)]
+
+
+def name_of(value: object) -> str:
+    return str(value.relative_to(ROOT)) if isinstance(value, Path) else " ".join(value)
+
+
+ALL_CALLS = [(page, words) for page in PAGES for block in blocks_of(page) for words in calls(block)]
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+class Reader:
+    """Does in one folder what the pages say, block by block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.read: set[Path] = set()
+
+    def read_up_to(self, page: Path) -> None:
+        """The page, and before it those that come first."""
+        for earlier in PAGES[: PAGES.index(page) + 1]:
+            if earlier not in self.read:
+                self.read.add(earlier)
+                for block in blocks_of(earlier):
+                    self.do(block)
+
+    def do(self, block: Block) -> None:
+        if block.file:
+            (self.folder / block.file).write_text(block.code, encoding="utf-8")
+        if block.language == "python":
+            self.execute(["-c", block.code] if not block.file else [block.file])
+        for words in calls(block):
+            if not ELSEWHERE.search(" ".join(words)):
+                self.command(words)
+
+    def execute(self, arguments: list[str]) -> None:
+        """Python in a process of its own, as the block's imports may be what it shows."""
+        options = {"cwd": self.folder, "env": CHILD_ENVIRONMENT, "capture_output": True, "text": True}
+        result = subprocess.run([sys.executable, *arguments], check=False, **options)
+        assert result.returncode == 0, result.stderr
+
+    def command(self, words: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
             patch.setattr(sys, "argv", ["sparsegpt", *words, *SHORTER.get(words[0], [])])
             try:
                 cli.main()
             except SystemExit as ended:
-                assert not ended.code, command
-    return folder
+                assert not ended.code, " ".join(words)
 
 
-@needs_text
-def test_commands_on_the_demo_model_run_one_after_another(done):
-    assert (done / "pruned/demo/report.json").is_file()
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    return Reader(tmp_path_factory.mktemp("reader"))
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_and_flag_exists(command):
+@each_page
+def test_a_page_works_from_top_to_bottom(page, reader):
+    reader.read_up_to(page)
+
+
+def test_what_the_readme_writes_is_there(reader):
+    reader.read_up_to(PAGES[0])
+    assert (reader.folder / "pruned/demo/report.json").is_file()
+    assert {"sh", "python"} <= {block.language for block in blocks_of(PAGES[0])}
+
+
+@pytest.mark.parametrize(("page", "words"), ALL_CALLS, ids=name_of)
+def test_every_command_and_flag_exists(page, words):
     """Also of commands that need the Hub or a GPU."""
-    import typer.main
-
-    words = shlex.split(command)
-    found = typer.main.get_command(cli.app)
-    while hasattr(found, "commands"):
+    found, words = typer.main.get_command(cli.app), list(words)
+    while hasattr(found, "commands") and not words[0].startswith("-"):
         found = found.commands[words.pop(0)]
-    flags = {flag for parameter in found.params for flag in parameter.opts}
-    assert {word.split("=")[0] for word in words if word.startswith("--")} <= flags
+    flags = {flag for parameter in found.params for flag in parameter.opts} | {"-h", "--help"}
+    assert {word.split("=")[0] for word in words if re.match("--?[a-z]", word)} <= flags
 
 
-@needs_text
-def test_there_is_a_python_example():
-    assert fenced("python")
+@each_page
+def test_targets_of_make_exist(page):
+    shell = "".join(block.code for block in blocks_of(page) if block.language in ("sh", "bash", "console"))
+    wanted = re.findall(r"^(?:\$ )?make ([\w-]+)", shell, flags=re.MULTILINE)
+    wanted += re.findall(r"`make ([\w-]+)", text_of(page))
+    assert set(wanted) <= set(re.findall(r"^([\w-]+):", text_of(ROOT / "Makefile"), flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("code", fenced("python"))
-def test_python_examples_run(code, done):
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=done, env=CHILD_ENVIRONMENT, check=False
+@each_page
+def test_blocks_are_of_languages_that_are_tested(page):
+    """What is not run is called text."""
+    assert {block.language for block in blocks_of(page)} <= {"sh", "bash", "console", "python", "toml", "text"}
+    assert text_of(page).count("```") == 2 * len(blocks_of(page))
+    assert all(block.file for block in blocks_of(page) if block.language == "toml")
+
+
+@each_page
+def test_no_place_holder_is_left(page):
+    assert not re.findall(r"@@\w+@@|TODO|FIXME", text_of(page))
+
+
+def prose(page: Path) -> str:
+    """A page without its code, in which brackets mean something else."""
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to headings of a page are called: small letters and hyphens, without punctuation."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL), re.M
     )
-    assert result.returncode == 0, result.stderr
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@needs_text
-def test_no_place_holder_is_left():
-    assert not re.findall(r"@@\w+@@|TODO|FIXME", README)
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)", prose(page)):
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
 
 
-@needs_text
-def test_links_to_files_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
-    assert not [target for target in targets if not (ROOT / target).exists()]
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w[^)#]*)", text_of(PAGES[0])))
+    assert linked >= {name_of(page) for page in PAGES[1:]}
 
 
-@needs_text
 def test_the_table_of_architectures_is_that_of_the_code():
     """`python -m tests.architectures` prints it."""
-    found = re.search(r"<!-- architectures -->\n(.*?)\n<!-- /architectures -->", README, flags=re.DOTALL)
+    page = text_of(ROOT / "docs/architectures.md")
+    found = re.search(r"<!-- architectures -->\n(.*?)\n<!-- /architectures -->", page, flags=re.DOTALL)
     assert found
     assert found[1] == architecture_table()

@@ -5,26 +5,45 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from sparsegpt.cli.options import KERNEL_NAMES, Device, EvalWindows, Model, open_console, silence_libraries
+from sparsegpt.cli.console import open_console, say, silence_libraries
+from sparsegpt.cli.options import (
+    AsJson,
+    Calibration,
+    Command,
+    Device,
+    EvalWindows,
+    Model,
+    Samples,
+    Seed,
+    WindowLength,
+)
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.run.options import KERNEL_NAMES, default_data
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 bench = typer.Typer(help="Measurements, each side by side in one run.", no_args_is_help=True)
 
+Shapes = Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")]
+Tokens = Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")]
+Patterns = Annotated[str, typer.Option(help="Patterns, comma-separated.")]
 
-@bench.command(name="solver")
+
+@bench.command("solver", cls=Command)
 def bench_solver_command(
     device: Device = "auto",
     sizes: Annotated[
         str, typer.Option(help="Layers as ROWSxCOLUMNS, comma-separated.")
     ] = "768x768,2048x2048,4096x4096,8192x2048",
-    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,0.5",
+    patterns: Patterns = "2:4,0.5",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of which the fastest counts.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The textbook column loop against this engine's solvers: time, ratio, loss."""
     from sparsegpt.eval.bench.solver import bench_solver
@@ -35,45 +54,50 @@ def bench_solver_command(
     _print_rows(rows, solver_table(rows), as_json=as_json)
 
 
-@bench.command(name="pipeline")
+@bench.command("pipeline", cls=Command)
 def bench_pipeline_command(
     model: Model = "demo",
-    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    sequence_length: WindowLength = 256,
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """One Hessian and one pass per shared input against one of each per linear: seconds and peak memory."""
     from sparsegpt.eval.bench.pipeline import bench_pipeline
     from sparsegpt.eval.bench.tables import pipeline_table
-    from sparsegpt.run.options import default_data
 
-    rows = bench_pipeline(model, calib or default_data(model, "calibration"), samples, seqlen, device)
+    rows = bench_pipeline(model, calibration or default_data(model, "calibration"), samples, sequence_length, device)
     _print_rows(rows, pipeline_table(rows), as_json=as_json)
 
 
-@bench.command(name="quality")
+@bench.command("quality", cls=Command)
 def bench_quality_command(
     model: Model = "demo",
-    calib: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
-    evaluate: Annotated[str | None, typer.Option("--eval", help="Evaluation text.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the calibration windows.")] = 0,
+    calibration: Calibration = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--eval", help="Evaluation text, as in --calib.", show_default="pydoc for the demo, else wikitext2"
+        ),
+    ] = None,
+    samples: Samples = 128,
+    sequence_length: WindowLength = 256,
+    seed: Seed = 0,
     eval_windows: EvalWindows = None,
-    methods: Annotated[str | None, typer.Option(help="Rows of the ladder, comma-separated; default all.")] = None,
-    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4,4:8,0.5,0.6,0.7",
+    methods: Annotated[
+        str | None, typer.Option(help="Rows of the ladder, comma-separated.", show_default="all")
+    ] = None,
+    patterns: Patterns = "2:4,4:8,0.5,0.6,0.7",
     device: Device = "auto",
     out: Annotated[
         Path, typer.Option(help="Figure to write, as .png and .svg; rows are kept beside it as .json.")
     ] = Path("quality.png"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Perplexity of every method at every sparsity, as a table and a figure; what was measured before is kept."""
     from sparsegpt.eval.bench.quality import LADDER, QualityBench, draw
     from sparsegpt.eval.bench.tables import quality_table
-    from sparsegpt.run.options import default_data
 
     silence_libraries()
     chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
@@ -81,10 +105,10 @@ def bench_quality_command(
         raise SparseGPTError(f"--methods {unknown[0]!r} is not known: choose from {', '.join(LADDER)}")
     job = QualityBench(
         model,
-        calib or default_data(model, "calibration"),
+        calibration or default_data(model, "calibration"),
         evaluate or default_data(model, "evaluation"),
         samples,
-        seqlen,
+        sequence_length,
         seed,
         device,
         eval_windows,
@@ -100,13 +124,13 @@ def bench_quality_command(
     print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr)
 
 
-@bench.command(name="kernels")
+@bench.command("kernels", cls=Command)
 def bench_kernels_command(
     device: Device = "auto",
-    shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = "14336x4096,4096x14336",
-    tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,16,64",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 31,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    shapes: Shapes = "14336x4096,4096x14336",
+    tokens: Tokens = "1,4,16,64",
+    rounds: Rounds = 31,
+    as_json: AsJson = False,
 ) -> None:
     """Every 2:4 kernel against the library's dense product: time, bandwidth, speed-up and its ceiling."""
     from sparsegpt.eval.bench.kernels import bench_kernels
@@ -125,12 +149,10 @@ def bench_kernels_command(
 
 def tune(
     device: Device = "auto",
-    shapes: Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")] = (
-        "1024x1024,2048x2048,4096x4096,14336x4096,4096x14336"
-    ),
-    tokens: Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")] = "1,4,8,16,32,64,256,1024",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 7,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    shapes: Shapes = "1024x1024,2048x2048,4096x4096,14336x4096,4096x14336",
+    tokens: Tokens = "1,4,8,16,32,64,256,1024",
+    rounds: Rounds = 7,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the 2:4 kernels on this machine and keep what won: `--kernels auto` goes by it from then on."""
     import torch
@@ -159,7 +181,7 @@ def tune(
     print(f"kept in {remember(rows)}", file=sys.stderr)
 
 
-@bench.command(name="decode")
+@bench.command("decode", cls=Command)
 def bench_decode_command(
     dense: Annotated[Path, typer.Argument(help="The pruned model folder.")],
     packed: Annotated[Path, typer.Argument(help="Its packed form.")],
@@ -167,7 +189,7 @@ def bench_decode_command(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     kernels: Annotated[str, typer.Option(help=KERNEL_NAMES)] = "auto",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a round.")] = 48,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A whole model generating, batch size 1, packed beside dense: tokens per second and memory."""
     from sparsegpt.eval.bench.kernels import bench_decode
@@ -177,17 +199,17 @@ def bench_decode_command(
     silence_libraries()
     if dtype not in DTYPES:
         raise SparseGPTError(f"dtype {dtype!r} is not known: expected {', '.join(DTYPES)}")
-    place = str(pick_device(device))
-    rows = bench_decode(dense, packed, device=place, dtype=DTYPES[dtype], kernels=kernels, new_tokens=new_tokens)
+    target = str(pick_device(device))
+    rows = bench_decode(dense, packed, device=target, dtype=DTYPES[dtype], kernels=kernels, new_tokens=new_tokens)
     _print_rows(rows, decode_table(rows), as_json=as_json)
 
 
-@bench.command(name="memory")
+@bench.command("memory", cls=Command)
 def bench_memory_command(
     blocks: Annotated[str, typer.Option(help="Numbers of blocks, comma-separated.")] = "12,24",
     presets: Annotated[str, typer.Option(help="Presets, comma-separated.")] = "paper,default",
-    patterns: Annotated[str, typer.Option(help="Patterns, comma-separated.")] = "2:4",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    patterns: Patterns = "2:4",
+    as_json: AsJson = False,
 ) -> None:
     """Private memory of whole runs on synthetic models of equal blocks, 122 MiB each, beside the plan's prediction."""
     from sparsegpt.eval.bench.memory import bench_memory
@@ -197,7 +219,7 @@ def bench_memory_command(
     _print_rows(rows, memory_table(rows), as_json=as_json)
 
 
-@bench.command(name="gpu")
+@bench.command("gpu", cls=Command)
 def bench_gpu_command(
     device: Device = "cuda",
     out: Annotated[Path, typer.Option(help="Folder for the JSON, the tables and the logs.")] = Path("bench-gpu"),
@@ -241,10 +263,10 @@ def _print_failed(products: Sequence[dict[str, Any]]) -> None:
     """Products that were wrong or did not run, one a line."""
     for failed in products:
         case = "{rows} x {columns}, {tokens} tokens, {dtype}".format_map(failed)
-        print(f"sparsegpt: {failed['kernel']} failed at {case}: {failed['reason']}", file=sys.stderr)
+        say(f"{failed['kernel']} failed at {case}: {failed['reason']}")
 
 
-def _print_rows(rows: Sequence[Any], table: Table, *, as_json: bool) -> None:
+def _print_rows(rows: Sequence[Any], table: "Table", *, as_json: bool) -> None:
     """Measurements for a program, one JSON object a line, or for a person."""
     if as_json:
         for row in rows:

@@ -1,5 +1,10 @@
-"""What a person sees: progress, tables and warnings, by rich; plain lines when the output is not a terminal."""
+"""What a person sees: progress, tables and warnings, by rich; plain lines when the output is not a terminal.
 
+The console is that of `console.open_console`, which reads no markup in what it is given.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -45,12 +50,12 @@ class RunDisplay(Listener):
     def stage(self, text: str) -> None:
         """Name the part of the work that begins."""
         if not self.quiet:
-            self.console.print(text)
+            print_line(self.console, text)
 
     def scored(self, which: str, score: TextScore) -> None:
         """Show one score."""
         if not self.quiet:
-            self.console.print(f"  {which} perplexity on {score.data}: {score.perplexity:.4g}")
+            print_line(self.console, f"  {which} perplexity on {score.data}: {score.perplexity:.4g}")
 
     def block(self, report: BlockReport) -> None:
         """Move the bar, or print a line where there is none."""
@@ -59,22 +64,46 @@ class RunDisplay(Listener):
                 self.task = self.progress.add_task("blocks", total=report.blocks, error=0.0)
             self.progress.update(self.task, advance=1, error=report.relative_error)
         elif not self.quiet:
-            self.console.print(
+            print_line(
+                self.console,
                 f"  block {report.index + 1}/{report.blocks}: relative error {report.relative_error:.4f}, "
-                f"{report.seconds:.1f} s"
+                f"{report.seconds:.1f} s",
             )
 
     def epoch(self, report: EpochReport) -> None:
         """Print what the held-out windows say."""
         if not self.quiet:
-            self.console.print(f"  epoch {report.epoch}/{report.epochs}: divergence {report.loss:.4f} nats a token")
+            text = f"  epoch {report.epoch}/{report.epochs}: divergence {report.loss:.4f} nats a token"
+            print_line(self.console, text)
 
     def layer(self, report: LayerReport) -> None:
         """Single layers are left to the report."""
 
     def warn(self, text: str) -> None:
         """Loud, even with --quiet."""
-        self.console.print(f"WARNING: {text}", style="bold red")
+        print_warning(self.console, text)
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """One line, which a terminal may wrap and a file keeps whole."""
+    console.print(text, style=style, soft_wrap=True)
+
+
+def print_warning(console: Console, text: str) -> None:
+    """What nobody must overlook."""
+    print_line(console, f"WARNING: {text}", style="bold red")
+
+
+def print_scores(console: Console, scores: Sequence[TextScore], length: int) -> None:
+    """The lines of `eval`: a model's scores on texts, in windows of `length` tokens."""
+    for score in scores:
+        print_line(
+            console,
+            f"{score.data}: perplexity {score.perplexity:.4f}, {score.bits_per_byte:.4f} bits per byte "
+            f"({score.windows} windows of {length} tokens)",
+        )
+        if score.alarm:
+            print_warning(console, score.alarm)
 
 
 def print_plan(console: Console, model: str, planned: Plan) -> None:
@@ -89,38 +118,36 @@ def print_plan(console: Console, model: str, planned: Plan) -> None:
     console.print(table)
 
 
-def print_report(console: Console, report: dict[str, Any]) -> None:
-    """The closing tables of a run."""
+def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
+    """The closing tables of a run, and where its result lies."""
     if report["perplexity"]:
-        table = Table(
-            "data",
-            "model",
-            "perplexity",
-            "bits per byte",
-            "tokens/s",
-            title=f"{report['model']} at {report['sparsity']}",
-        )
-        for data, by_model in report["perplexity"].items():
-            for which, perplexity in by_model.items():
-                bits, speed = report["bits_per_byte"][data][which], report["tokens_per_second"][data][which]
-                table.add_row(data, which, f"{perplexity:.4f}", f"{bits:.4f}", f"{speed:.0f}")
-        console.print(table)
-    worst = sorted(report["layers"], key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS]
-    table = Table(
-        "layer", "shape", "zeros", "relative error", title=f"{len(report['layers'])} layers pruned, the worst:"
-    )
-    for layer in worst:
-        shape = " x ".join(map(str, layer["shape"]))
-        table.add_row(layer["name"], shape, f"{layer['zeros']:.1%}", f"{layer['relative_error']:.4f}")
-    console.print(table)
+        console.print(_score_table(report))
+    console.print(_worst_layers(report["layers"]))
     seconds = ", ".join(f"{part} {value:.1f}" for part, value in report["seconds"].items())
     memory = f"{report['peak_memory_bytes'] / 2**20:.0f} MiB"
     if "peak_gpu_memory_bytes" in report:
         memory += f", GPU {report['peak_gpu_memory_bytes'] / 2**20:.0f} MiB"
-    console.print(
-        f"zeros in pruned linears {1 - report['density_of_pruned_linears']:.2%}; "
-        f"seconds: {seconds}; peak memory {memory}"
-    )
+    zeros = 1 - report["density_of_pruned_linears"]
+    print_line(console, f"zeros in pruned linears {zeros:.2%}; seconds: {seconds}; peak memory {memory}")
+    print_line(console, f"saved {out}")
+
+
+def _score_table(report: dict[str, Any]) -> Table:
+    columns = ("data", "model", "perplexity", "bits per byte", "tokens/s")
+    table = Table(*columns, title=f"{report['model']} at {report['sparsity']}")
+    for data, by_model in report["perplexity"].items():
+        for which, perplexity in by_model.items():
+            bits, speed = report["bits_per_byte"][data][which], report["tokens_per_second"][data][which]
+            table.add_row(data, which, f"{perplexity:.4f}", f"{bits:.4f}", f"{speed:.0f}")
+    return table
+
+
+def _worst_layers(layers: list[dict[str, Any]]) -> Table:
+    table = Table("layer", "shape", "zeros", "relative error", title=f"{len(layers)} layers pruned, the worst:")
+    for layer in sorted(layers, key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS]:
+        shape = " x ".join(map(str, layer["shape"]))
+        table.add_row(layer["name"], shape, f"{layer['zeros']:.1%}", f"{layer['relative_error']:.4f}")
+    return table
 
 
 def print_findings(console: Console, findings: list[TensorFinding]) -> None:

@@ -1,39 +1,136 @@
-"""What the commands share: option types, the console, quiet libraries."""
+"""Options of commands, made from the fields of dataclasses that say how they are given (settings/option.py)."""
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from inspect import Parameter
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
-from rich.console import Console
+from typer.core import TyperCommand
+from typer.models import OptionInfo
 
-Model = Annotated[str, typer.Option(help="Hub id, folder, short name such as opt-1.3b, or the embedded demo.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[
-    str, typer.Option(help="auto, float32, float16 or bfloat16; auto is float32 on a CPU, else the file's.")
-]
-Length = Annotated[
-    int | None, typer.Option("--seqlen", min=2, help="Tokens a window; default min(2048, the model's limit).")
-]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows scored in one forward pass.")]
-EvalWindows = Annotated[
-    int | None, typer.Option(min=1, help="Score at most so many windows of each text; default the published number.")
-]
-BosChoice = Annotated[
-    str, typer.Option(help="Beginning-of-sequence token before each scored window: auto, always, never.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new is whole.")]
-KERNEL_NAMES = "auto, dense, resident, cpu, portable, mma_sp, wgmma_sp, cutlass or cusparselt"
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.run.options import RunOptions
+from sparsegpt.settings.option import Group, Option, option_of
+
+Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def open_console() -> Console:
-    """Colours and bars on a terminal; plain, unwrapped lines anywhere else."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160, no_color=True)
+class Command(TyperCommand):
+    """A command that adds to a refusal the flags of the settings that it names."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SparseGPTError as error:
+            flags = {parameter.name: parameter.opts[0] for parameter in self.params}
+            advice = [flags[name] for name in _settings_of(error) if name in flags]
+            if not advice:
+                raise
+            raise SparseGPTError(f"{error} ({', '.join(advice)})") from error
 
 
-def silence_libraries() -> None:
-    """Progress bars and advice of transformers would break the display; its errors still come through."""
-    import transformers
+def _settings_of(error: BaseException | None) -> list[str]:
+    """The settings that an error names, and those that it was raised from."""
+    named: dict[str, None] = {}
+    while error is not None:
+        named |= dict.fromkeys(getattr(error, "settings", ()))
+        error = error.__cause__
+    return list(named)
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+
+def parameters(source: type, preset: Mapping[str, str] | None = None) -> list[Parameter]:
+    """A parameter for each field of a dataclass that is an option.
+
+    preset: what a preset gives for fields, in words. Such an option is None unless it is given.
+    """
+    types, presets = get_type_hints(source), preset or {}
+    return [
+        _parameter(setting, told, types[setting.name], presets.get(setting.name))
+        for setting in fields(source)
+        if (told := option_of(setting)) is not None
+    ]
+
+
+def _parameter(setting: "Field[Any]", told: Option, kind: Any, preset: str | None) -> Parameter:
+    default, shown = _default(setting, told) if preset is None else (None, preset)
+    kind = told.typed or kind
+    if default is None:
+        kind = kind | None
+    annotation: Any = Annotated[kind, _info(setting.name, told, shown)]
+    return Parameter(setting.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _default(setting: "Field[Any]", told: Option) -> tuple[Any, str | bool]:
+    """Default of an option, and how the help shows it: True for the value itself."""
+    if told.unset:
+        return None, told.unset
+    default = told.default if setting.default is MISSING else setting.default
+    if setting.default is MISSING and default is None:
+        return Parameter.empty, False
+    return default, "off" if default is False else True
+
+
+def _info(name: str, told: Option, shown: str | bool) -> OptionInfo:
+    def check(value: Any) -> Any:  # typer's own maximum would fill a column of the help with 19 digits
+        if told.maximum is not None and value is not None and value > told.maximum:
+            raise typer.BadParameter(f"{value} is more than {told.maximum}.")
+        return value
+
+    info: OptionInfo = typer.Option(
+        told.flag or f"--{name.replace('_', '-')}",
+        help=told.help,
+        min=told.minimum,
+        callback=check,
+        rich_help_panel=told.group,
+        show_default=shown,
+    )
+    return info
+
+
+def takes(*options: Parameter) -> Callable[[Function], Function]:
+    """Give a function of `**arguments` the signature that typer reads: these options, group by group."""
+
+    def rank(parameter: Parameter) -> tuple[int, bool]:
+        (info,) = parameter.annotation.__metadata__
+        return list(Group).index(info.rich_help_panel), parameter.default is not Parameter.empty
+
+    def dress(function: Function) -> Function:
+        function.__dict__["__signature__"] = inspect.Signature(sorted(options, key=rank))
+        return function
+
+    return dress
+
+
+def given(source: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a call's arguments that are options of this dataclass."""
+    return {setting.name: arguments[setting.name] for setting in fields(source) if option_of(setting) is not None}
+
+
+def _shared(name: str, shown: str | bool | None = None) -> OptionInfo:
+    """An option of `run` for another command, whose own signature says the default."""
+    (told,) = (option_of(setting) for setting in fields(RunOptions) if setting.name == name)
+    assert told is not None
+    return _info(name, told, shown or told.unset or True)
+
+
+Model = Annotated[str, _shared("model")]
+Calibration = Annotated[str | None, _shared("calibration")]
+Samples = Annotated[int, _shared("samples")]
+Length = Annotated[int | None, _shared("sequence_length")]
+WindowLength = Annotated[int, _shared("sequence_length", shown=True)]
+Seed = Annotated[int, _shared("seed")]
+EvalWindows = Annotated[int | None, _shared("eval_windows")]
+BosChoice = Annotated[str, _shared("bos")]
+Device = Annotated[str, _shared("device")]
+Dtype = Annotated[str, _shared("dtype")]
+BatchSize = Annotated[int | None, _shared("batch_size")]
+Overwrite = Annotated[bool, _shared("overwrite", shown="off")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=Group.OUTPUT, show_default="off")]
+
+
+def data_names(text: str) -> tuple[str, ...]:
+    """The texts of a comma-separated list; none for "none"."""
+    return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())

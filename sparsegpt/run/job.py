@@ -31,7 +31,8 @@ from sparsegpt.model.loading import LoadedModel, load_model, source_folders
 from sparsegpt.recovery.training import TrainingOutOfMemory
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
 from sparsegpt.run.memory_plan import check_fits
-from sparsegpt.run.options import RunOptions, free_gpu_memory, memory_is_scarce, plan_run
+from sparsegpt.run.options import RunOptions
+from sparsegpt.run.planning import free_gpu_memory, memory_is_scarce, plan_run
 from sparsegpt.run.work_folder import ResumeError, WorkFolder, fingerprint
 from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
 from sparsegpt.settings.selection import name_filter, parse_blocks

@@ -1,18 +1,15 @@
-"""What a run is told besides how to prune, and what follows from that before anything is loaded: its plan."""
+"""What a run is told besides how to prune, each option written once: name, type, default and help."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from sparsegpt.settings.option import Group, option
+from sparsegpt.sparsity import NM, Sparsity
 
-from sparsegpt.model.loading import DEMO, dtypes_for, load_config, pick_device, sequence_length
-from sparsegpt.run.memory import available_memory
-from sparsegpt.run.memory_plan import PUBLISHED, Plan, Workload, plan, published_config, shape_of
-from sparsegpt.settings.prune_settings import PruneSettings
-
-# Freed memory goes back at once where a run may need more than this share of what is available: it then stays within
-# its plan, and takes up to half as long again.
-SCARCE = 1 / 3
+MODEL, SELECTION, MACHINE, OUTPUT = Group.MODEL, Group.SELECTION, Group.MACHINE, Group.OUTPUT
+KERNEL_NAMES = "auto, dense, resident, cpu, portable, mma_sp, wgmma_sp, cutlass or cusparselt"
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -20,77 +17,138 @@ class RunOptions:
     """What to run on and where to put it; how to prune is in PruneSettings.
 
     only, skip, blocks: which linears to prune, by regular expressions on their names and by ranges of blocks.
-    sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty; eval_windows: score
-    at most so many windows of each. resume: go on with the unfinished run of this folder. activations: "memory" or
-    "disk"; scratch: the folder for them and for weights that must be converted, by default beside `out`. micro_batch:
-    calibration windows of one forward pass. gpu_memory: plan for a GPU with so many GB instead of `device`. kernels:
-    with a name, the pruned 2:4 linears are packed in memory and scored once more through these kernels.
+    sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty. resume: go on with
+    the unfinished run of this folder. scratch: the folder for activations in files and for weights that must be
+    converted, by default beside `out`. gpu_memory: plan for a GPU with so many GB instead of `device`. kernels: with a
+    name, the pruned 2:4 linears are packed in memory and scored once more through these kernels.
     """
 
-    model: str
-    calibration: str
-    evaluate: tuple[str, ...]
-    out: Path
-    samples: int = 128
-    sequence_length: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int | None = None
-    eval_windows: int | None = None
-    bos: str = "auto"
-    only: str | None = None
-    skip: str | None = None
-    blocks: str | None = None
-    include_head: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    activations: str = "memory"
-    scratch: Path | None = None
-    micro_batch: int | None = None
-    gpu_memory: float | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    kernels: str | None = None
+    model: str = field(
+        metadata=option("Hub id, folder, short name such as opt-1.3b, or the embedded demo.", MODEL, default="demo")
+    )
+    calibration: str = field(
+        metadata=option(
+            "Calibration text: wikitext2, ptb, c4, pydoc, a file or a folder.",
+            MODEL,
+            flag="--calib",
+            unset="pydoc for the demo, else c4",
+        )
+    )
+    evaluate: tuple[str, ...] = field(
+        metadata=option(
+            "Texts to score on, as in --calib, comma-separated; none for none.",
+            MODEL,
+            flag="--eval",
+            typed=str,
+            unset="pydoc for the demo, else wikitext2",
+        )
+    )
+    out: Path = field(
+        metadata=option(
+            "Folder to write.", OUTPUT, unset="pruned/<model>-<sparsity>, such as pruned/demo-2of4 or pruned/demo-50pct"
+        )
+    )
+    samples: int = field(default=128, metadata=option("Calibration windows.", MODEL, minimum=1))
+    sequence_length: int | None = field(
+        default=None,
+        metadata=option("Tokens a window.", MODEL, flag="--seqlen", minimum=2, unset="2048, or the model's limit"),
+    )
+    seed: int = field(
+        default=0, metadata=option("Draws the calibration windows.", MODEL, minimum=0, maximum=LARGEST_SEED)
+    )
+    eval_windows: int | None = field(
+        default=None,
+        metadata=option(
+            "Score at most so many windows of each text.", MODEL, minimum=1, unset="256 of c4, all of other texts"
+        ),
+    )
+    bos: str = field(
+        default="auto",
+        metadata=option("Beginning-of-sequence token before each scored window: auto, always or never.", MODEL),
+    )
+    revision: str | None = field(
+        default=None, metadata=option("Branch, tag or commit of a Hub model.", MODEL, unset="main")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=option("Run code that comes with the model. Only if you trust it.", MODEL)
+    )
+    only: str | None = field(
+        default=None,
+        metadata=option("Prune only modules whose full name matches this regex.", SELECTION, unset="all linears"),
+    )
+    skip: str | None = field(
+        default=None,
+        metadata=option("Leave modules dense whose full name matches this regex.", SELECTION, unset="none"),
+    )
+    blocks: str | None = field(
+        default=None,
+        metadata=option(
+            "Prune in these blocks alone, half-open ranges: 0:12, or 3, or :4,20: for both.", SELECTION, unset="all"
+        ),
+    )
+    include_head: bool = field(
+        default=False,
+        metadata=option(
+            "lm_head: prune the output layer too.", SELECTION, flag="--include", typed=str, unset="the blocks alone"
+        ),
+    )
+    device: str = field(default="auto", metadata=option("auto, cpu, cuda or cuda:N.", MACHINE))
+    dtype: str = field(
+        default="auto",
+        metadata=option("auto, float32, float16 or bfloat16; auto is float32 on a CPU, else the file's.", MACHINE),
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata=option("Windows scored in one forward pass.", MACHINE, minimum=1, unset="about 4096 tokens"),
+    )
+    micro_batch: int | None = field(
+        default=None,
+        metadata=option(
+            "Calibration windows of one forward pass.",
+            MACHINE,
+            minimum=1,
+            unset="about 4096 tokens; on a GPU by its memory",
+        ),
+    )
+    activations: str = field(
+        default="memory", metadata=option("Where activations live between blocks: memory or disk.", MACHINE)
+    )
+    scratch: Path | None = field(
+        default=None, metadata=option("Folder for large temporary files.", MACHINE, unset="beside --out")
+    )
+    gpu_memory: float | None = field(
+        default=None,
+        metadata=option("With --plan: for a GPU with so many GB.", MACHINE, minimum=1, unset="what --device has free"),
+    )
+    overwrite: bool = field(default=False, metadata=option("Replace what is there, once the new is whole.", OUTPUT))
+    resume: bool = field(default=False, metadata=option("Go on with the unfinished run of this folder.", OUTPUT))
+    kernels: str | None = field(
+        default=None,
+        metadata=option(
+            f"2:4 only: score once more through packed kernels; {KERNEL_NAMES}.", OUTPUT, unset="no such score"
+        ),
+    )
 
 
 def default_data(model: str, role: str) -> str:
     """The text used when none is named: pydoc for the demo, else c4 to calibrate and wikitext2 to evaluate."""
+    from sparsegpt.model.loading import DEMO
+
     if model == DEMO:
         return "pydoc"
     return "c4" if role == "calibration" else "wikitext2"
 
 
-def memory_is_scarce(options: RunOptions, planned: Plan) -> bool:
-    """Whether to keep to the plan rather than be quick; who keeps activations in files has said so."""
-    available = available_memory()
-    return options.activations == "disk" or (available is not None and planned.total("memory") > SCARCE * available)
+def default_folder(model: str, sparsity: Sparsity) -> Path:
+    """Where a run writes when nothing is named: pruned/demo-2of4, pruned/demo-50pct, pruned/demo-33.3pct-per-row.
+
+    The name has no character that a shell, a URL or another file system reads in its own way.
+    """
+    name = re.sub(r"[^\w.\-]", "-", Path(model.rstrip("/")).name) or "model"
+    return Path("pruned") / f"{name}-{_pattern_name(sparsity)}"
 
 
-def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
-    """What the run will need, from the model's configuration alone; nothing is loaded."""
-    if options.model in PUBLISHED:
-        config = published_config(options.model)
-    else:
-        config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    gpu_memory = free_gpu_memory(options)
-    place = torch.device("cpu" if gpu_memory is None else "cuda")
-    stored, computing = dtypes_for(config, options.dtype, place)
-    work = Workload(
-        samples=options.samples,
-        sequence_length=sequence_length(options.model, config, options.sequence_length),
-        computing=computing,
-        gpu_memory=gpu_memory,
-        activations=options.activations,
-        micro_batch=options.micro_batch,
-        scored=bool(options.evaluate),
-    )
-    return plan(shape_of(config, stored), settings, work)
-
-
-def free_gpu_memory(options: RunOptions) -> int | None:
-    """Bytes free on the GPU that will compute; None when the CPU does."""
-    if options.gpu_memory is not None:
-        return int(options.gpu_memory * 1e9)
-    device = pick_device(options.device)
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+def _pattern_name(sparsity: Sparsity) -> str:
+    if isinstance(sparsity, NM):
+        return f"{sparsity.n}of{sparsity.m}"
+    return f"{100 * sparsity.fraction:.6g}pct" + ("-per-row" if sparsity.per_row else "")

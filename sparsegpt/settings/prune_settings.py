@@ -7,9 +7,11 @@ linears that they match.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.settings.option import Group, option
 from sparsegpt.settings.selection import compile_regex
 from sparsegpt.solvers.layer import BLOCK_SIZE, check_block_size
 from sparsegpt.solvers.methods import Method, parse_method
@@ -41,12 +43,35 @@ class LinearSettings:
     a layer is asked to undo.
     """
 
-    sparsity: Sparsity
-    method: str | Method = "admm"
-    damping: float | None = None
-    block_size: int = BLOCK_SIZE
-    error_correction: float = 0.0
-    residual_correction: float = 0.0
+    sparsity: Sparsity = field(
+        metadata=option(
+            'Pattern "n:m" (keep n of m), or share of zeros: 2:4, 0.5, 50%, 50%/row.', Group.PATTERN, typed=str
+        )
+    )
+    method: str | Method = field(
+        default="admm",
+        metadata=option(
+            "magnitude, wanda, sparsegpt, each also with +refit, admm, or a method of yours as module:name.",
+            Group.PATTERN,
+            typed=str,
+        ),
+    )
+    damping: float | None = field(
+        default=None,
+        metadata=option("Share of the mean diagonal added to the Hessian.", Group.PATTERN, unset="by sample size"),
+    )
+    block_size: int = field(
+        default=BLOCK_SIZE,
+        metadata=option("Columns that share a threshold (sparsegpt, fractions).", Group.PATTERN),
+    )
+    error_correction: float = field(
+        default=0.0,
+        metadata=option("Share of upstream errors that each layer undoes, 0 to 1.", Group.RECOVERY),
+    )
+    residual_correction: float = field(
+        default=0.0,
+        metadata=option("Share of the residual stream's drift that projections undo, 0 to 1.", Group.RECOVERY),
+    )
 
     def __post_init__(self) -> None:
         method = parse_method(self.method)
@@ -134,13 +159,34 @@ class PruneSettings(LinearSettings):
     """
 
     order: Order = "input"
-    allocation: str = "uniform"
-    reconstruct: int = 0
-    look_ahead: int = 0
-    learning_rate: float = 5e-4
-    distill: int = 0
-    distill_rate: float = 1e-4
-    recipe: tuple[Rule, ...] = ()
+    allocation: str = field(
+        default="uniform",
+        metadata=option("How a fraction is spread over the blocks: uniform or owl (by outliers).", Group.PATTERN),
+    )
+    reconstruct: int = field(
+        default=0, metadata=option("Epochs of block-wise training of the kept weights.", Group.RECOVERY)
+    )
+    look_ahead: int = field(
+        default=0,
+        metadata=option("The training compares outputs so many dense blocks further on.", Group.RECOVERY),
+    )
+    learning_rate: float = field(
+        default=5e-4, metadata=option("Learning rate of the block-wise training.", Group.RECOVERY)
+    )
+    distill: int = field(
+        default=0,
+        metadata=option("Epochs of training all kept weights on the dense model's predictions.", Group.RECOVERY),
+    )
+    distill_rate: float = field(default=1e-4, metadata=option("Learning rate of the distillation.", Group.RECOVERY))
+    recipe: tuple[Rule, ...] = field(
+        default=(),
+        metadata=option(
+            "TOML file with rules for single layers: sparsity, method, skip and more.",
+            Group.SELECTION,
+            typed=Path,
+            unset="no rules",
+        ),
+    )
     asked: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:

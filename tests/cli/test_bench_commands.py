@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsegpt.cli import options as cli_options
 from sparsegpt.kernels.dispatch import measured
 from sparsegpt.kernels.dispatch import packed24 as dispatch
 from sparsegpt.kernels.dispatch.measured import ANY, machine_name
 from sparsegpt.kernels.format.pack import pack
+from sparsegpt.run.options import KERNEL_NAMES
 
 HERE = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_kernels_that_fail_are_named_beside_the_measurements_of_the_others(run_c
 
 
 def test_the_help_names_every_kernel():
-    assert re.split(r", | or ", cli_options.KERNEL_NAMES) == list(dispatch.KERNELS)
+    assert re.split(r", | or ", KERNEL_NAMES) == list(dispatch.KERNELS)
 
 
 def test_tune_measures_and_remembers(run_cli, tmp_path, monkeypatch):

@@ -152,16 +152,19 @@ def test_the_package_runs_as_a_module_in_a_process_of_its_own(llama_folder, text
     assert process.returncode == 0, err
     assert err == ""
     assert "\x1b" not in out
-    assert "saved pruned/tiny-llama-0.5" in out  # the default folder
-    assert (tmp_path / "pruned" / "tiny-llama-0.5" / "report.json").is_file()
+    assert "saved pruned/tiny-llama-50pct" in out  # the default folder
+    assert (tmp_path / "pruned" / "tiny-llama-50pct" / "report.json").is_file()
 
 
-@pytest.mark.parametrize("sparsity", ["2:4", "0.5", "50%/row"])
-def test_the_default_folder_is_one_folder_named_after_model_and_sparsity(prune, tmp_path, monkeypatch, sparsity):
+@pytest.mark.parametrize(
+    ("sparsity", "name"), [("2:4", "2of4"), ("0.5", "50pct"), ("50%", "50pct"), ("33.3%/row", "33.3pct-per-row")]
+)
+def test_the_default_folder_is_named_after_model_and_sparsity(prune, tmp_path, monkeypatch, sparsity, name):
     monkeypatch.chdir(tmp_path)
-    assert prune(sparsity=sparsity, out=None).code == 0
+    outcome = prune(sparsity=sparsity, out=None)
+    assert outcome.code == 0
+    assert outcome.out.endswith(f"saved pruned/tiny-llama-{name}\n")
     [folder] = (tmp_path / "pruned").iterdir()
-    assert folder.name.startswith("tiny-llama-")
     assert (folder / "report.json").is_file()
 
 

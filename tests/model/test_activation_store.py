@@ -7,9 +7,10 @@ from sparsegpt import prune_model
 from sparsegpt.files.mapped import is_mapped
 from sparsegpt.model.streams import ActivationStore
 from sparsegpt.run import job as run_module
-from sparsegpt.run import options as run_options
+from sparsegpt.run import planning
 from sparsegpt.run.job import run
-from sparsegpt.run.options import RunOptions, plan_run
+from sparsegpt.run.options import RunOptions
+from sparsegpt.run.planning import plan_run
 from sparsegpt.settings.prune_settings import resolve_settings
 from tests.support import random_windows, save_model, tiny_model, weights_of, write_text
 
@@ -89,6 +90,6 @@ def test_freed_memory_goes_back_at_once_only_where_memory_is_scarce(
     )
     needed = plan_run(options, resolve_settings("2:4")).total("memory")
     monkeypatch.setattr(run_module, "give_back_freed_memory", lambda: called.append(True))
-    monkeypatch.setattr(run_options, "available_memory", lambda: available and available * needed)
+    monkeypatch.setattr(planning, "available_memory", lambda: available and available * needed)
     run(options, resolve_settings("2:4"))
     assert called == [True] * tight

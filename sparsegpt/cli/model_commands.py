@@ -1,0 +1,151 @@
+"""Commands on a model that is there: eval, inspect, pack, unpack."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsegpt.cli.console import open_console, say, silence_libraries
+from sparsegpt.cli.options import (
+    AsJson,
+    BatchSize,
+    BosChoice,
+    Device,
+    Dtype,
+    EvalWindows,
+    Length,
+    Model,
+    Overwrite,
+    data_names,
+)
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.run.options import KERNEL_NAMES, default_data
+from sparsegpt.settings.option import Group
+
+
+def evaluate_model(
+    model: Model = "demo",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts to score on: wikitext2, ptb, c4, pydoc, files or folders, comma-separated.",
+            rich_help_panel=Group.MODEL,
+            show_default="pydoc for the demo, else wikitext2",
+        ),
+    ] = None,
+    sequence_length: Length = None,
+    eval_windows: EvalWindows = None,
+    bos: BosChoice = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Pack the 2:4 linears in memory; {KERNEL_NAMES}.",
+            rich_help_panel=Group.MACHINE,
+            show_default="as the folder is",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity and bits per byte of a model, dense or pruned, by the published protocol."""
+    from sparsegpt.cli.display import print_scores
+    from sparsegpt.eval.perplexity import score_text
+    from sparsegpt.model.loading import load_model
+
+    silence_libraries()
+    loaded = load_model(model, dtype=dtype, device=device)
+    length = loaded.sequence_length(sequence_length)
+    if kernels is not None:
+        say(_use_kernels(loaded.model, kernels))
+    scores = [
+        score_text(
+            loaded.model, loaded.tokenizer, name, length, batch_size=batch_size, bos=bos, max_windows=eval_windows
+        )
+        for name in data_names(data or default_data(model, "evaluation"))
+    ]
+    if as_json:
+        print(json.dumps([asdict(score) for score in scores]))
+    else:
+        print_scores(open_console(), scores, length)
+
+
+def _use_kernels(model: Any, kernels: str) -> str:
+    """Pack what is 2:4 and dense in memory, set the kernels of all packed layers, say what was chosen."""
+    from sparsegpt.kernels.hf.in_place import pack_linears
+    from sparsegpt.kernels.layers.linear import explain, set_kernels
+
+    pack_linears(model, kernels=kernels)
+    if not set_kernels(model, kernels):
+        raise SparseGPTError("--kernels: no linear of this model keeps 2:4; prune it with --sparsity 2:4 first")
+    return explain(model)
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A model folder with safetensors files.")],
+    as_json: AsJson = False,
+) -> None:
+    """What is sparse in a model folder; exit code 1 when a promised pattern is broken anywhere."""
+    from sparsegpt.cli.display import print_findings
+    from sparsegpt.run.inspection import inspect_folder
+
+    findings = inspect_folder(folder)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        print_findings(open_console(), findings)
+    broken = [finding for finding in findings if not finding.ok]
+    if broken:
+        raise SparseGPTError(
+            f"{folder}: {len(broken)} of {len(findings)} weights break their pattern, "
+            f"first {broken[0].name} ({broken[0].problem})"
+        )
+
+
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A model folder pruned to 2:4.")],
+    out: Annotated[Path, typer.Argument(help="The packed folder to write.")],
+    values: Annotated[
+        str | None,
+        typer.Option(help="Round kept values to int8 or int4, to nearest.", show_default="keep every bit"),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale, with --values.", show_default="128")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes, fewer with --values."""
+    from sparsegpt.kernels.checkpoint.archive import pack_folder
+    from sparsegpt.kernels.checkpoint.packed_config import IntegerValues
+
+    if values not in (None, "int8", "int4"):
+        raise SparseGPTError(f"--values {values!r} is not known: expected int8 or int4")
+    if group_size is not None and values is None:
+        raise SparseGPTError("--group-size is for rounded values: give --values int8 or int4 too")
+    integers = IntegerValues(int(values.removeprefix("int"))) if values else None
+    if integers and group_size is not None:
+        integers = replace(integers, group_size=group_size)
+    report = pack_folder(folder, out, values=integers, overwrite=overwrite)
+    before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
+    print(
+        f"packed {len(report.packed)} linears: {before:.1f} -> {after:.1f} MiB ({after / before:.4f}), "
+        f"{len(report.left_dense)} tensors left as they were; wrote {out}"
+        + (f"; values rounded to {integers}: score the packed model" if integers else "")
+    )
+
+
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="A packed folder.")],
+    out: Annotated[Path, typer.Argument(help="The ordinary model folder to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a packed folder back into an ordinary one, dense with zeros, that any server loads.
+
+    Values packed as integers come back rounded: what the integers stand for, not the weights before packing.
+    """
+    from sparsegpt.kernels.checkpoint.archive import unpack_folder
+
+    print(f"unpacked {len(unpack_folder(folder, out, overwrite=overwrite))} linears; wrote {out}")

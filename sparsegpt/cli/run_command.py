@@ -1,0 +1,94 @@
+"""`python -m sparsegpt run`: its options are the fields of PruneSettings, RunOptions and RunCall."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sparsegpt.cli.console import open_console, say, silence_libraries
+from sparsegpt.cli.options import data_names, given, parameters, takes
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.run.options import RunOptions, default_data, default_folder
+from sparsegpt.settings.option import Group, option, option_of
+from sparsegpt.settings.prune_settings import PRESETS, PruneSettings, resolve_settings
+
+
+@dataclass(frozen=True)
+class RunCall:
+    """What the command alone is told."""
+
+    preset: str = field(
+        default="default",
+        metadata=option("paper (the published algorithm), fast, default or best.", Group.PATTERN),
+    )
+    plan: bool = field(default=False, metadata=option("Print what the run would need, and stop.", Group.MACHINE))
+    quiet: bool = field(default=False, metadata=option("Print nothing but warnings and errors.", Group.OUTPUT))
+
+
+def by_preset(preset: str = "default") -> dict[str, str]:
+    """What leaving out an option of pruning means, in words."""
+    found = {}
+    for setting in fields(PruneSettings):
+        if (told := option_of(setting)) is None or setting.name == "sparsity":
+            continue
+        value = PRESETS[preset].get(setting.name, setting.default)
+        varies = any(setting.name in row for row in PRESETS.values())
+        found[setting.name] = (f"{preset} preset: " if varies else "") + (told.unset or str(value))
+    return found
+
+
+@takes(*parameters(RunCall), *parameters(PruneSettings, by_preset()), *parameters(RunOptions))
+def run(**arguments: Any) -> None:
+    """Prune a model, score it before and after, and save it with a report."""
+    from sparsegpt.cli.display import RunDisplay, print_plan, print_report
+    from sparsegpt.run.job import run as run_job
+    from sparsegpt.run.planning import plan_run
+
+    call = RunCall(**given(RunCall, arguments))
+    settings = _settings(call.preset, given(PruneSettings, arguments))
+    options = _options(given(RunOptions, arguments), settings)
+    console = open_console()
+    silence_libraries()
+    if call.plan:
+        print_plan(console, options.model, plan_run(options, settings))
+        return
+    if options.gpu_memory is not None:
+        raise SparseGPTError("--gpu-memory is for planning: add --plan, or leave it out")
+    try:
+        with RunDisplay(console, quiet=call.quiet) as display:
+            report = run_job(options, settings, display)
+    except KeyboardInterrupt:
+        _say_what_is_left(options.out)
+        raise
+    if not call.quiet:
+        print_report(console, report, options.out)
+
+
+def _settings(preset: str, told: dict[str, Any]) -> PruneSettings:
+    from sparsegpt.settings.recipe import read_recipe
+
+    recipe = told.pop("recipe")
+    return resolve_settings(preset=preset, recipe=read_recipe(recipe) if recipe else None, **told)
+
+
+def _options(told: dict[str, Any], settings: PruneSettings) -> RunOptions:
+    """The options of a run, with what follows from the others where nothing was given."""
+    model, include = told["model"], told["include_head"]
+    if include not in (None, "lm_head"):
+        raise SparseGPTError(f"--include {include!r} is not known: only lm_head can be pruned besides the blocks")
+    return RunOptions(
+        **told
+        | {
+            "calibration": told["calibration"] or default_data(model, "calibration"),
+            "evaluate": data_names(told["evaluate"] or default_data(model, "evaluation")),
+            "out": told["out"] or default_folder(model, settings.sparsity),
+            "include_head": include is not None,
+        }
+    )
+
+
+def _say_what_is_left(out: Path) -> None:
+    from sparsegpt.run.work_folder import unfinished_blocks
+
+    finished = unfinished_blocks(out)
+    left = f"{finished} finished blocks are kept, go on with --resume" if finished else "nothing was written"
+    say(f"interrupted {out}; {left}")

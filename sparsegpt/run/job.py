@@ -303,6 +303,7 @@ class _Job:
             progress=self.work,
             report=self.pruned,
             listener=self.listener,
+            verify=self.options.verify,
         )
 
     def score_through_kernels(self, kernels: str, folder: Path) -> None:

@@ -116,6 +116,14 @@ class RunOptions:
     scratch: Path | None = field(
         default=None, metadata=option("Folder for large temporary files.", MACHINE, unset="beside --out")
     )
+    verify: bool = field(
+        default=True,
+        metadata=option(
+            "Compare the blocks, run one by one, with the whole model, before and after.",
+            MACHINE,
+            flag="--verify/--no-verify",
+        ),
+    )
     gpu_memory: float | None = field(
         default=None,
         metadata=option("With --plan: for a GPU with so many GB.", MACHINE, minimum=1, unset="what --device has free"),

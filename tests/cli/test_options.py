@@ -83,6 +83,7 @@ def test_every_option_reaches_its_field(told, tmp_path):
         "overwrite": True,
         "resume": True,
         "kernels": "dense",
+        "verify": False,
     }
     of_pruning = {
         "method": "sparsegpt+refit",
@@ -97,12 +98,12 @@ def test_every_option_reaches_its_field(told, tmp_path):
         "distill": 4,
         "distill_rate": 2e-4,
     }
-    flags = {"calibration": "--calib", "sequence_length": "--seqlen"}
+    flags = {"calibration": "--calib", "sequence_length": "--seqlen", "verify": "--no-verify"}
     words = ["--sparsity", "0.7", "--preset", "fast", "--eval", " ptb, x.txt ,", "--include", "lm_head"]
     words += ["--recipe", str(tmp_path / "mix.toml")]
     for name, value in (of_run | of_pruning).items():
         words.append(flags.get(name, "--" + name.replace("_", "-")))
-        words += [] if value is True else [str(value)]
+        words += [] if isinstance(value, bool) else [str(value)]
     options, settings = told(*words)
     # gpu_memory is for plans: see below
     assert {field.name for field in fields(RunOptions)} == {*of_run, "evaluate", "include_head", "gpu_memory"}
@@ -316,7 +317,7 @@ def test_names_are_printed_as_they_are(run_cli, text_file, tmp_path):
     folder = save_model(tmp_path / "[/bold] :dog:" / "model")
     text = folder / "[red]text.txt"
     text.write_text(text_file.read_text()[:4000])
-    out = folder / ("[x/] " + "long" * 40)
+    out = folder.parent / ("[x/] " + "long" * 40)
     words = ["run", "--model", folder, "--calib", text, "--eval", text, "--samples", 2, "--seqlen", 16, "--out", out]
     outcome = run_cli(*words, "--sparsity", "2:4", "--preset", "fast")
     assert outcome.code == 0, outcome.err

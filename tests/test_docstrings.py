@@ -5,16 +5,31 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sparsegpt": "", "kernels": "kernels", "eval": "eval", "calib_data": "calib_data"}
-# Rooms whose functions begin with shapes, in letters or dots: "[R, C] -> bool [R, C]". Elsewhere, for everything that
-# `sparsegpt.__all__` names, a shape anywhere is enough, and its dimensions may be words: "[samples, sequence_length]".
-STRICT = ("sparsegpt/solvers", "sparsegpt/recovery", "calib_data")
-LETTERS = re.compile(r"\[(?:[A-Z]\w*|\.\.\.)(?:[,\s]+[\w.+ ]+)*\]")
-WORDS = re.compile(r"\[(?:[A-Za-z_]\w*|\.\.\.)(?:[,\s]+[\w.+ ]+)*\]")
+LETTERS = re.compile(r"\[(?:[A-Z.][\w.]*(?:, [\w.+ ]+)*)?\]")
+WORDS = re.compile(r"\[(?:[A-Za-z.][\w.]*(?:, [\w.+ ]+)*)?\]")
+
+
+class Rule(NamedTuple):
+    """What counts as a shape, and whether it must stand in the first paragraph or anywhere."""
+
+    shape: re.Pattern[str]
+    first: bool
+
+
+# In solvers dimensions are letters, "[R, C] -> bool [R, C]"; where windows and hidden states flow they may be words,
+# "[batch, sequence, features]". Of what `sparsegpt.__all__` takes from other rooms a shape anywhere is asked.
+ROOMS = {
+    "sparsegpt/solvers": Rule(LETTERS, True),
+    "sparsegpt/recovery": Rule(WORDS, True),
+    "calib_data": Rule(WORDS, True),
+}
+ANYWHERE = Rule(WORDS, False)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -100,24 +115,23 @@ def tensor_names(trees: list[ast.Module]) -> set[str]:
     return found
 
 
-def faults(one: Documented, tensors: set[str], *, strict: bool) -> list[str]:
+def faults(one: Documented, tensors: set[str], rule: Rule) -> list[str]:
     """What a docstring fails to say."""
     found = []
-    first = one.docstring.split("\n\n")[0]
-    if any(names_in(annotation) & tensors for annotation in one.annotations) and not (
-        LETTERS.search(first) if strict else WORDS.search(one.docstring)
-    ):
-        found.append(f"{one.name}: shapes, such as [R, C] -> bool [R, C]" + ", in its first paragraph" * strict)
+    searched = one.docstring.split("\n\n")[0] if rule.first else one.docstring
+    on_tensors = any(names_in(annotation) & tensors for annotation in one.annotations)
+    if on_tensors and not rule.shape.search(searched):
+        found.append(f"{one.name}: shapes, such as [R, C] -> bool [R, C]" + ", in its first paragraph" * rule.first)
     raises = any(isinstance(node, ast.Raise) and node.exc is not None for node in one.own)
     if raises and not re.search(r"\bRaises\b", one.docstring):
         found.append(f"{one.name}: what it raises")
     return found
 
 
-def faults_of(source: str, *, strict: bool = True) -> list[str]:
+def faults_of(source: str, rule: Rule = ROOMS["sparsegpt/solvers"]) -> list[str]:
     tree = ast.parse(source)
     tensors = tensor_names([tree])
-    return [fault for one in documented(tree) for fault in faults(one, tensors, strict=strict)]
+    return [fault for one in documented(tree) for fault in faults(one, tensors, rule)]
 
 
 # The files
@@ -127,13 +141,13 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-STRICT_FILES = [path for folder in STRICT for path in sorted((ROOT / folder).glob("*.py"))]
-TENSORS = tensor_names([parse(path) for path in STRICT_FILES])
+RULES = {path: rule for room, rule in ROOMS.items() for path in sorted((ROOT / room).glob("*.py"))}
+TENSORS = tensor_names([parse(path) for path in RULES])
 
 
-@pytest.mark.parametrize("path", STRICT_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", RULES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_functions_on_tensors_begin_with_shapes_and_say_what_they_raise(path):
-    assert not [fault for one in documented(parse(path)) for fault in faults(one, TENSORS, strict=True)]
+    assert not [fault for one in documented(parse(path)) for fault in faults(one, TENSORS, RULES[path])]
 
 
 def file_of(module: str) -> Path:
@@ -174,9 +188,8 @@ def test_everything_exported_states_shapes_and_what_it_raises(name):
     found = home_of(name, PACKAGE)
     assert found, f"{name} is defined nowhere"
     path, node = found
-    strict = path in STRICT_FILES
-    whole = ast.Module([node], [])
-    assert not [fault for one in documented(whole) for fault in faults(one, TENSORS, strict=strict)]
+    rule, whole = RULES.get(path, ANYWHERE), ast.Module([node], [])
+    assert not [fault for one in documented(whole) for fault in faults(one, TENSORS, rule)]
 
 
 # The checker
@@ -248,8 +261,31 @@ def test_the_checker_finds_what_is_missing(before, after, fault):
     assert faults_of(GOOD.replace(before, after)) == [fault]
 
 
+@pytest.mark.parametrize(
+    ("text", "letters", "words"),
+    [
+        ("[R, C]", True, True),
+        ("[..., C]", True, True),
+        ("a scalar []", True, True),
+        ("[...]", True, True),
+        ("[M, K + 1]", True, True),
+        ("[N] or [1, N]", True, True),
+        ("[samples, sequence_length]", False, True),
+        ("[in, in]", False, True),
+        ("in [0, 1]", False, False),
+        ("[[rule]]", False, True),
+        ('[{"modules": 1}]', False, False),
+        ("R x C", False, False),
+    ],
+)
+def test_what_counts_as_a_shape(text, letters, words):
+    assert (bool(LETTERS.search(text)), bool(WORDS.search(text))) == (letters, words)
+
+
 def test_words_and_later_paragraphs_do_where_the_rule_is_loose():
     source = 'def f(x: Tensor) -> None:\n    """Do it.\n\n    x: LongTensor [samples, sequence_length].\n    """\n'
-    assert faults_of(source, strict=False) == []
-    assert len(faults_of(source)) == 1
-    assert len(faults_of(source.replace("[samples, sequence_length]", "in [0, 1]"), strict=False)) == 1
+    words_first = ROOMS["sparsegpt/recovery"]
+    assert faults_of(source, ANYWHERE) == []
+    assert len(faults_of(source, words_first)) == 1
+    assert faults_of(source.replace("Do it", "[batch, sequence]"), words_first) == []
+    assert len(faults_of(source.replace("[samples, sequence_length]", "in [0, 1]"), ANYWHERE)) == 1

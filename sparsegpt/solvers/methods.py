@@ -223,7 +223,7 @@ def _load(text: str) -> Method:
         raise SparseGPTError(f"method {text!r}: module {module!r} has no {name!r}: {hint}")
     found = getattr(loaded, name)
     if not isinstance(found, Method):
-        raise SparseGPTError(f"method {text!r}: expected a sparsegpt.solvers.Method, found {_shown(found)}")
+        raise SparseGPTError(f"method {text!r}: expected a sparsegpt.Method, found {_shown(found)}")
     return found
 
 

@@ -1,6 +1,6 @@
 """Where text comes from: published data sets by name, local files, the topics that CPython carries.
 
-| `--calib` / `--eval` | calibration | evaluation |
+| name | calibration | evaluation |
 |---|---|---|
 | `wikitext2` | train split, joined by blank lines | test split, joined by blank lines |
 | `ptb` | train split, joined by spaces | test split, joined by spaces |
@@ -32,7 +32,7 @@ LOCAL_ALTERNATIVE = "FILE.txt|FILE.jsonl|FILE.parquet, or pydoc"
 
 @dataclass(frozen=True)
 class TextSource:
-    """What `--calib` or `--eval` named, resolved to text."""
+    """A named text, read."""
 
     name: str  # as given: "wikitext2", "pydoc", a path
     documents: tuple[str, ...]
@@ -267,7 +267,7 @@ def _fetch(name: str, data: HubData, split: Split) -> Path:
     except (OSError, EntryNotFoundError) as error:
         raise SparseGPTError(
             f"{name}: the data set {data.repository} is neither in the local cache nor reachable on the Hugging Face "
-            f"Hub; go online once, or give in its place {LOCAL_ALTERNATIVE}"
+            f"Hub; go online once, or give {LOCAL_ALTERNATIVE} instead"
         ) from error
 
 

@@ -61,7 +61,7 @@ class Progress:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Gather text, train tokenizer and model, save both to `--out`, print the held-out figures."""
+    """Gather text, train tokenizer and model, save both, print the held-out figures."""
     settings = parse_arguments(arguments)
     settings.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
@@ -91,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> Settings:
 
 
 def prepare(settings: Settings) -> tuple[Any, list[torch.Tensor]]:
-    """Tokenizer and one token stream (LongTensor) a group; read from `--work` where an earlier start left them."""
+    """Tokenizer and one token stream, LongTensor [tokens], a group; those that an earlier start left, where it did."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder, streams_file = settings.work / "tokenizer", settings.work / "streams.pt"
@@ -163,7 +163,7 @@ def build_model(settings: Settings) -> Any:
 
 
 def train(model: Any, streams: Sequence[torch.Tensor], settings: Settings, evaluate: Callable[[], object]) -> Progress:
-    """Train until the minutes are over; a checkpoint and the held-out figure every now and then."""
+    """Train on streams [tokens] until the minutes are over; now and then a checkpoint and the held-out figure."""
     optimizer = build_optimizer(model, settings)
     checkpoint = settings.work / "checkpoint.pt"
     progress = load_checkpoint(checkpoint, model, optimizer)
@@ -220,7 +220,7 @@ def schedule(step: int, spent: float, warm_up: int) -> float:
 
 
 def shares(spent: float) -> torch.Tensor:
-    """Probability of each group at this share of the training time."""
+    """Probability of each group, [groups], at this share of the training time."""
     return torch.lerp(torch.tensor(SHARES_AT_START), torch.tensor(SHARES_AT_END), spent)
 
 
@@ -233,7 +233,7 @@ def batch_shape(spent: float, settings: Settings) -> tuple[int, int]:
 def draw_batch(
     streams: Sequence[torch.Tensor], probabilities: torch.Tensor, batch: int, length: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Windows at random places of randomly chosen groups: LongTensor [batch, length + 1]."""
+    """Streams [tokens] -> windows from random starts in randomly chosen groups: LongTensor [batch, length + 1]."""
     groups = torch.multinomial(probabilities, batch, replacement=True, generator=generator).tolist()
     starts = torch.rand(batch, generator=generator).tolist()
     windows = []
@@ -244,7 +244,7 @@ def draw_batch(
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, windows: torch.Tensor) -> float:
-    """One AdamW step on next-token cross-entropy; matrix products in bfloat16. Returns the loss in nats."""
+    """[batch, length + 1] -> loss in nats: one AdamW step on next-token cross-entropy, matrix products in bfloat16."""
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits

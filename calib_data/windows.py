@@ -15,9 +15,9 @@ DRAWS_WITHOUT_A_FIT = 10_000  # documents in a row too short for a window; more 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration windows and what a report needs to name them."""
+    """Calibration windows, LongTensor [samples, sequence_length], and what a report needs to name them."""
 
-    windows: torch.Tensor  # LongTensor [samples, sequence_length]
+    windows: torch.Tensor
     source: str
     seed: int
     token_hash: str  # SHA-256, hexadecimal, of the windows as little-endian int64, row by row
@@ -35,7 +35,7 @@ class Calibration:
 
 
 def draw_windows(source: TextSource, tokenizer: Any, samples: int, sequence_length: int, seed: int) -> Calibration:
-    """`samples` windows of `sequence_length` tokens, the same ones for the same text, tokenizer and seed.
+    """Windows [samples, sequence_length] of tokens, the same ones for the same text, tokenizer and seed.
 
     Every start position of the token stream is equally likely and windows may overlap. Where `source` keeps windows
     within documents (c4), a document is drawn first, again and again until one is long enough, then a position in it.
@@ -44,7 +44,7 @@ def draw_windows(source: TextSource, tokenizer: Any, samples: int, sequence_leng
     if samples < 1 or sequence_length < 1:
         raise SparseGPTError(
             f"expected at least 1 calibration window of at least 1 token, found {samples} of {sequence_length}; "
-            "raise --samples or --seqlen"
+            "raise the samples or the sequence length"
         )
     generator = torch.Generator().manual_seed(seed)
     draw = _windows_within_documents if source.windows_within_documents else _windows_of_stream
@@ -64,7 +64,7 @@ def encode(text: str, tokenizer: Any) -> torch.Tensor:
 
 
 def hash_tokens(windows: torch.Tensor) -> str:
-    """SHA-256, hexadecimal, of the tokens as little-endian int64."""
+    """[samples, sequence_length] -> SHA-256, hexadecimal, of the tokens as little-endian int64."""
     return hashlib.sha256(windows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
@@ -76,7 +76,7 @@ def _windows_of_stream(
     if positions < 1:
         raise SparseGPTError(
             f"{source.name}: expected at least {sequence_length} tokens for one calibration window, "
-            f"found {len(tokens)}; give more text or lower --seqlen"
+            f"found {len(tokens)}; give more text or lower the sequence length"
         )
     starts = torch.randint(positions, (samples, 1), generator=generator)
     return tokens[starts + torch.arange(sequence_length)]
@@ -106,5 +106,5 @@ def _long_document(
         longest = max(longest, len(tokens))
     raise SparseGPTError(
         f"{source.name}: expected a document of {sequence_length} tokens, found none longer than {longest} "
-        f"in {DRAWS_WITHOUT_A_FIT} draws; lower --seqlen"
+        f"in {DRAWS_WITHOUT_A_FIT} draws; lower the sequence length"
     )

@@ -61,9 +61,9 @@ def score(
     bos: int | None = None,
     max_windows: int | None = None,
 ) -> Score:
-    """Cross-entropy of a model on a token stream.
+    """Tokens [N] or [1, N] -> Score: cross-entropy of a model on a stream of them.
 
-    tokens: LongTensor [N] or [1, N]. sequence_length: tokens a window, the beginning-of-sequence token `bos`, which
+    tokens: LongTensor. sequence_length: tokens a window, the beginning-of-sequence token `bos`, which
     is put before each window where given, not counted. batch_size: windows a forward pass. max_windows: at most these.
     Raises SparseGPTError when the stream is shorter than one window or a token lies outside the vocabulary.
     """
@@ -88,12 +88,16 @@ def score(
 
 
 def perplexity(model: "PreTrainedModel", tokens: Tensor, sequence_length: int) -> float:
-    """exp of the mean cross-entropy of `model` on tokens [N] in non-overlapping windows; see `score`."""
+    """Tokens [N] -> perplexity: exp of the mean cross-entropy of `model`, in nats, in non-overlapping windows.
+
+    tokens: LongTensor [N] or [1, N]. sequence_length: tokens a window; of each the model predicts all but the first.
+    Raises SparseGPTError when the stream is shorter than one window or a token lies outside the vocabulary.
+    """
     return score(model, tokens, sequence_length).perplexity
 
 
 def _windows(tokens: Tensor, sequence_length: int, model: "PreTrainedModel") -> Tensor:
-    """The stream cut into [windows, sequence_length]."""
+    """[N] -> [windows, sequence_length], without a remainder that is shorter than a window."""
     stream = tokens.flatten()
     if sequence_length < 2:
         raise SparseGPTError(f"a window of {sequence_length} tokens has nothing to predict: expected at least 2")
@@ -101,7 +105,7 @@ def _windows(tokens: Tensor, sequence_length: int, model: "PreTrainedModel") -> 
     if count == 0:
         raise SparseGPTError(
             f"the text has {len(stream)} tokens, less than one window of {sequence_length}; "
-            "give more text or a shorter --seqlen"
+            "give more text or a shorter sequence length"
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(stream.max()) >= vocabulary:
@@ -113,7 +117,7 @@ def _windows(tokens: Tensor, sequence_length: int, model: "PreTrainedModel") -> 
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> float:
-    """Summed cross-entropy of logits [P, V] against targets [P], in float32, a few positions at a time."""
+    """Logits [P, V], targets [P] -> summed cross-entropy in nats, in float32, a few positions at a time."""
     pieces = zip(logits.split(LOGIT_POSITIONS), targets.split(LOGIT_POSITIONS), strict=True)
     return float(
         sum(nn.functional.cross_entropy(part.float(), target, reduction="sum").double() for part, target in pieces)
@@ -156,6 +160,7 @@ def score_text(
 
     bos: put the tokenizer's beginning-of-sequence token before every window, never, or where the family needs it.
     max_windows: score at most these, from the text's start; None: as many as the protocol says.
+    Raises SparseGPTError for a text or `bos` that is not known, and as `score` does.
     """
     source = load_text(data, "evaluation")
     tokens, text_bytes = evaluation_tokens(source, tokenizer)
@@ -185,7 +190,7 @@ def _bos_token(model: "PreTrainedModel", tokenizer: Any, bos: str) -> int | None
     if not wanted:
         return None
     if tokenizer.bos_token_id is None:
-        raise SparseGPTError("the tokenizer has no beginning-of-sequence token: use --bos never")
+        raise SparseGPTError("the tokenizer has no beginning-of-sequence token: set bos to never")
     return int(tokenizer.bos_token_id)
 
 

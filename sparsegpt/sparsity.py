@@ -10,7 +10,10 @@ EXPECTED = 'expected "n:m" such as 2:4 (keep 2 of every 4), a fraction of zeros 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """A `fraction` of all weights is zero, anywhere in the layer or the same number in every row; 0 <= fraction < 1."""
+    """A `fraction` of all weights is zero, anywhere in the layer or the same number in every row.
+
+    Raises SparseGPTError unless 0 <= fraction < 1.
+    """
 
     fraction: float
     per_row: bool = False
@@ -34,7 +37,7 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NM:
-    """At most `n` of every `m` consecutive inputs are non-zero; 0 < n < m."""
+    """At most `n` of every `m` consecutive inputs are non-zero. Raises SparseGPTError unless 0 < n < m."""
 
     n: int
     m: int
@@ -54,11 +57,11 @@ class NM:
         return 1 - self.n / self.m
 
     def check(self, in_features: int, name: str) -> None:
-        """Raise SparseGPTError unless groups of m tile the layer's inputs."""
+        """Raises SparseGPTError, naming the layer, unless groups of m tile its inputs."""
         if in_features % self.m:
             raise SparseGPTError(
                 f"{name}: {in_features} input features do not divide into groups of {self.m}; "
-                f"choose another pattern than {self} or leave this layer out with --skip"
+                f"choose another pattern than {self} or leave this layer out of what is pruned"
             )
 
 

@@ -20,7 +20,7 @@ from sparsegpt.files.checked_json import REPORT_NAME
 
 HIDDEN, INTERMEDIATE, HEADS = 1536, 4864, 12
 # The words of the calibration text are the tokenizer's whole vocabulary.
-WORDS = [f"w{place}" for place in range(96)]
+WORDS = [f"w{number}" for number in range(96)]
 SAMPLES, LENGTH = 8, 64
 
 
@@ -84,11 +84,11 @@ def write_model_of_equal_blocks(folder: Path, blocks: int) -> int:
         files[f"block-{index}.safetensors"] = names
     for name, tensors in files.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
-    places = {tensor: name for name, tensors in files.items() for tensor in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    file_of = {tensor: name for name, tensors in files.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
     config.num_hidden_layers, config.architectures, config.dtype = blocks, ["LlamaForCausalLM"], torch.float32
     config.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(WORDS)}, unk_token=WORDS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=WORDS[0], eos_token=WORDS[1]).save_pretrained(folder)
     picks = torch.randint(len(WORDS), (4 * SAMPLES * LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -97,7 +97,7 @@ def write_model_of_equal_blocks(folder: Path, blocks: int) -> int:
 
 
 def _run(model: Path, preset: str, pattern: str) -> dict[str, Any]:
-    """A whole run in a process of its own, whose peak is nobody else's."""
+    """A whole run in a process of its own, so that the peak is its own."""
     out = model.with_name(f"{model.name}-{preset}")
     words = (
         f"run --model {model} --calib {model / 'calibration.txt'} --eval none --sparsity {pattern} --preset {preset}"

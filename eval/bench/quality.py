@@ -62,18 +62,18 @@ class QualityBench:
                     yield self._prune(method, pattern)
 
     def read(self, path: Path) -> list[QualityRow]:
-        """The rows that `write` left in a file; none without one. SparseGPTError if they were measured otherwise."""
+        """The rows that `write` left in a file; none without one. Raises SparseGPTError if measured otherwise."""
         if not path.exists():
             return []
         content = read_checked(path)
         there = content.get("bench")
         if not isinstance(there, dict):
-            raise SparseGPTError(f"{path} is no file of this benchmark, which keeps its rows there: give another --out")
+            raise SparseGPTError(f"{path} is no file of this benchmark, which keeps its rows there: give another file")
         for name, value in asdict(self).items():
             if there.get(name) != value:
                 raise SparseGPTError(
                     f"{path} holds rows of another measurement ({name} {there.get(name)} there, {value} now): "
-                    "give another --out or remove it"
+                    "give another file or remove it"
                 )
         return [QualityRow(**row) for row in content["rows"]]
 

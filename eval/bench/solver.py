@@ -1,7 +1,7 @@
 """`bench solver`: the textbook column loop beside this engine's sweep, and admm, on the same layers in one run.
 
 The textbook is Algorithm 1 of the SparseGPT paper written down directly: full inverse between two factorisations, one
-rank-1 update a column inside a block of 128, one product a block behind it.
+rank-1 update a column inside a block of 128, one product a block for what comes after it.
 Dimension key: R out_features, C in_features, K columns of a block.
 """
 
@@ -13,10 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sparsegpt.solvers import METHODS
+from sparsegpt.solvers.admm import admm
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.masks import nm_mask, unstructured_mask
 from sparsegpt.solvers.refit import row_losses
+from sparsegpt.solvers.sparsegpt import sparsegpt
 from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
 
 T = TypeVar("T")
@@ -96,13 +97,12 @@ def _measure(weight: Tensor, hessian: Tensor, pattern: Sparsity, repeats: int) -
         _ = damped.inverse_factor
         return damped
 
-    sweep, search = METHODS["sparsegpt"], METHODS["admm"]
     textbook_factor, textbook_U = best(lambda: textbook_inverse_factor(hessian))
     textbook_solve, textbook = best(lambda: textbook_solve_layer(weight, textbook_U, pattern))
     factor, damped = best(factorise)
-    solve, ours = best(lambda: sweep.solve(weight, damped, pattern, block_size=BLOCK)[0])
-    admm_time, admm = best(lambda: search.solve(weight, factorise(), pattern, block_size=BLOCK)[0])
-    losses = [float(row_losses(weight - pruned, hessian).sum()) for pruned in (textbook, ours, admm)]
+    solve, ours = best(lambda: sparsegpt(weight, damped, pattern, block_size=BLOCK)[0])
+    admm_time, searched = best(lambda: admm(weight, factorise(), pattern, block_size=BLOCK)[0])
+    losses = [float(row_losses(weight - pruned, hessian).sum()) for pruned in (textbook, ours, searched)]
     return SolverRow(
         rows=weight.shape[0],
         columns=weight.shape[1],
@@ -135,7 +135,7 @@ def _wait(device: torch.device) -> None:
 
 
 def textbook_inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse, by way of the inverse itself."""
+    """[C, C] -> upper Cholesky factor [C, C] of the damped inverse, by way of the inverse itself."""
     damped = hessian.diagonal_scatter(hessian.diagonal() + DAMPING * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
@@ -143,7 +143,7 @@ def textbook_inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def textbook_solve_layer(weight: Tensor, U_CC: Tensor, pattern: Sparsity) -> Tensor:
-    """Algorithm 1, column by column. weight [R, C], U [C, C]; returns the pruned weight."""
+    """Weight [R, C], U [C, C] -> pruned weight [R, C]: Algorithm 1, column by column."""
     weight_RC = weight.clone()
     for start in range(0, weight.shape[1], BLOCK):
         end = min(start + BLOCK, weight.shape[1])

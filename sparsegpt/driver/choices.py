@@ -56,7 +56,7 @@ def choose_linears(
     """
     settings, notes = without_residual_correction(settings, decoder.family.uncorrectable)
     widths: dict[str, int] = {}
-    for index in sorted(parse_blocks(only_blocks).places(len(decoder.blocks))):
+    for index in sorted(parse_blocks(only_blocks).indices(len(decoder.blocks))):
         inside = {decoder.prefix(index) + name: shape for name, shape in shapes_of(decoder.blocks[index]).items()}
         widths |= {name: in_features for name, (_, in_features) in inside.items() if select(name)}
     if not widths and not include_head:

@@ -5,9 +5,9 @@ says: the Kullback-Leibler divergence of its next-token distribution from the de
 arXiv:1503.02531, at temperature 1). The masks stay fixed; norms and biases inside the blocks move too.
 
 The dense distributions come from the dense stream, which has reached the end of the model by then. One block at a time
-is at work: a step keeps the hidden states between blocks, then goes from the last block to the first, computes each
+computes: a step keeps the hidden states between blocks, then goes from the last block to the first, computes each
 once more (Chen et al. 2016, arXiv:1604.06174) and takes its Adam step at once, so gradients exist for one block only.
-Weights in float32 and two moments of them are what the whole training keeps: 12 bytes a trained weight.
+The whole training keeps weights in float32 and two moments of them: 12 bytes a trained weight.
 """
 
 import math
@@ -41,7 +41,7 @@ ROWS = 256
 
 
 class Trained(NamedTuple):
-    """A parameter in training, all three of its shape, in float32: its values, Adam's first and second moment."""
+    """A parameter in training, [...] three times, in float32: its values, Adam's first and second moment."""
 
     weight: Tensor
     mean: Tensor
@@ -49,11 +49,11 @@ class Trained(NamedTuple):
 
 
 class Distiller:
-    """The pruned model as a student, one block at work at a time.
+    """The pruned model as a student, of which one block computes at a time.
 
-    Its batches pair tokens [batch, sequence] with the dense model's hidden states behind the last block.
-    pruned: for each block that is trained, the names of its pruned linears, whose zeros stay zeros. The states are
-    where the blocks' parameters are at home, in files if the store keeps activations there.
+    Its batches pair tokens [batch, sequence] with the dense model's hidden states [batch, sequence, features] after the
+    last block. pruned: for each block that is trained, the names of its pruned linears, whose zeros stay zeros. The
+    states lie on the device of the blocks' parameters, in files if the store keeps activations there.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Distiller:
                 }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name; writing into these tensors sets it."""
+        """Everything that training changes, [...] each, by name; writing into these tensors sets it."""
         return {
             f"{index}.{name}.{part}": tensor
             for index, states in self.states.items()
@@ -93,12 +93,12 @@ class Distiller:
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the values that `tensors` had after an epoch; without any, begin anew."""
+        """[...] each, by name: take up the values that `tensors` had after an epoch; without any, begin anew."""
         for name, tensor in self.tensors().items() if tensors else ():
             tensor.copy_(tensors[name])
 
     def step(self, batch: Batch, number: int, rate: float) -> None:
-        """Step `number` (from 1) of Adam on all trained parameters."""
+        """[batch, sequence], [batch, sequence, features]: step `number` (from 1) of Adam on all trained parameters."""
         tokens, dense = batch
         entered = list(self._forward(tokens))
         gradient = self._compare(tokens, entered.pop(), dense)[1]
@@ -108,7 +108,7 @@ class Distiller:
 
     @torch.no_grad()
     def loss(self, batches: list[Batch]) -> float:
-        """Mean divergence in nats a token."""
+        """Batches as in `step`: [batch, sequence], [batch, sequence, features] -> mean divergence in nats a token."""
         total = 0.0
         for tokens, dense in batches:
             *_, hidden = self._forward(tokens)
@@ -117,13 +117,13 @@ class Distiller:
 
     @torch.no_grad()
     def hidden_after(self, tokens: Tensor) -> Tensor:
-        """The student's hidden states behind its last block."""
+        """[batch, sequence] -> the student's hidden states after its last block, [batch, sequence, features]."""
         *_, hidden = self._forward(tokens)
         return hidden
 
     @torch.no_grad()
     def finished(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a trained block, as they are stored."""
+        """The tensors [...] of a trained block by name, as they are stored."""
         block = self.blocks[index]
         with self.residence.visit(block):
             with unfused(block):
@@ -134,7 +134,7 @@ class Distiller:
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor) -> Iterator[Tensor]:
-        """The hidden states in front of each block, and those behind the last, in float32."""
+        """The hidden states before each block, and those after the last, in float32."""
         hidden = self.inputs.enter(tokens).float()
         yield hidden
         calls = self.inputs.calls(tokens, "training")
@@ -147,7 +147,7 @@ class Distiller:
     def _compare(
         self, tokens: Tensor, hidden: Tensor, dense: Tensor, *, with_gradient: bool = True
     ) -> tuple[float, Tensor]:
-        """The divergence at the model's end, and its gradient for the hidden states behind the last block."""
+        """The divergence at the model's end, and its gradient for the hidden states after the last block."""
         leaf = hidden.to(self.residence.dtype).requires_grad_(with_gradient)
         with self.residence.staying():
             with autocast(leaf.device):
@@ -204,10 +204,10 @@ class Distiller:
 def distill(
     distiller: Distiller, batches: list[Batch], epochs: int, rate: float, known: Sequence[float]
 ) -> Iterator[tuple[int, float]]:
-    """Train for some epochs; yields each epoch with its held-out loss in nats a token, epoch 0 before the first step.
+    """Batches as in `Distiller.step`, [batch, ...] -> each epoch with its held-out loss in nats a token.
 
-    known: the losses of the epochs that are finished already, after which the training goes on; `distiller` holds their
-    weights. A tenth of the batches is held out and judges.
+    Epoch 0 is before the first step. known: the losses of the epochs that are finished already, after which the
+    training goes on; `distiller` holds their weights. A tenth of the batches is held out and judges.
     """
     held_out = batches[-held_out_count(len(batches)) :]
     training = batches[: -len(held_out)] or held_out
@@ -227,9 +227,10 @@ def distill(
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
-    """Mean over tokens of KL(wanted || logits) in nats and its gradient for the logits; [batch, sequence, vocabulary].
+    """Logits, wanted [batch, sequence, vocabulary] -> KL(wanted || logits) in nats and its gradient for the logits.
 
-    The gradient of a token's divergence is the difference of the two distributions.
+    The divergence is the mean over tokens; the gradient has the logits' shape. For one token it is the difference of
+    the two distributions.
     """
     gradient, total = torch.empty_like(logits), 0.0
     rows = logits.shape[:-1].numel()
@@ -244,10 +245,11 @@ def divergence(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
 
 
 def adam_step(state: Trained, gradient: Tensor, number: int, rate: float) -> None:
-    """Step `number` (from 1) of Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1), in place."""
+    """[...] each: step `number` (from 1) of Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1), in place."""
     first, second = BETAS
     state.mean.lerp_(gradient, 1 - first)
     state.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    # Both moments start at 0 and are divided by what that took from them.
     root = (state.square / (1 - second**number)).sqrt_().add_(EPSILON)
     state.weight.addcdiv_(state.mean, root, value=-rate / (1 - first**number))
 

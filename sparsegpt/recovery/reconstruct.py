@@ -45,7 +45,7 @@ def reconstruct_block(
     epochs: int,
     learning_rate: float,
 ) -> Reconstruction:
-    """Train `block` in place.
+    """Batches [batch, sequence, ...] -> held-out losses; trains `block` in place.
 
     pruned_linears: names inside the block, whose zeros stay zeros. batches: tokens [batch, sequence], the pruned stream
     before the block [batch, sequence, features], and what should become of it. forward(tokens, hidden): what the block
@@ -91,8 +91,8 @@ def _train(
     before = best = _mean_loss(loss_of, held_out)
     best_state, best_epoch, diverged = _copy(trained), 0, False
     for epoch in range(1, epochs + 1):
-        for place in torch.randperm(len(training), generator=generator).tolist():
-            loss = loss_of(training[place])
+        for index in torch.randperm(len(training), generator=generator).tolist():
+            loss = loss_of(training[index])
             optimizer.zero_grad()
             loss.backward()
             for name, mask in masks.items():
@@ -114,7 +114,7 @@ def _train(
 
 
 def relative_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of ||output - target||^2 / ||target||^2, for [batch, sequence, features].
+    """[batch, sequence, features] twice -> mean over tokens of ||output - target||^2 / ||target||^2, a scalar.
 
     Relative, because a few tokens of most models carry activations hundreds of times larger than all others: their
     plain squared error would be all that the training sees.

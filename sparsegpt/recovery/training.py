@@ -28,7 +28,10 @@ class TrainingOutOfMemory(torch.OutOfMemoryError):
 
 @contextmanager
 def counting_windows(training: str, batches: Sequence[Batch]) -> Iterator[None]:
-    """Work on batches: an out-of-memory error tells their size, as a micro-batch above it was not to blame."""
+    """Work on batches [batch, ...]: an out-of-memory error tells their size, as a larger micro-batch was not to blame.
+
+    Raises TrainingOutOfMemory.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -36,7 +39,7 @@ def counting_windows(training: str, batches: Sequence[Batch]) -> Iterator[None]:
 
 
 def training_batches(tokens: Sequence[Tensor], *others: Sequence[Tensor]) -> list[Batch]:
-    """Micro-batches [batch, sequence, ...] of the same windows, cut into batches of one training step."""
+    """Micro-batches [batch, sequence, ...] of the same windows -> batches of one training step, cut from them."""
     return [
         together
         for micro_batch in zip(tokens, *others, strict=True)
@@ -68,7 +71,7 @@ def in_float32(modules: list[nn.Module]) -> Iterator[None]:
     """All parameters and buffers in float32, and in their own dtypes again afterwards."""
     dtypes = [tensor.dtype for tensor in _tensors(modules)]
     for module in modules:
-        module.float()  # puts new buffers in the place of the old ones
+        module.float()  # replaces buffers by new ones
     try:
         yield
     finally:

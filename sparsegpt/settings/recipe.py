@@ -1,7 +1,7 @@
 r"""Recipes: other settings for some of the linears, by ordered rules in a TOML file.
 
     [[rule]]
-    modules = 'down_proj$'          # a regular expression, searched in full module names as --only and --skip are
+    modules = 'down_proj$'          # a regular expression, searched in full module names
     sparsity = 0.4
     method = "sparsegpt"
 
@@ -42,7 +42,7 @@ KEYS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def read_recipe(path: Path | str) -> tuple[Rule, ...]:
-    """The rules of a TOML file; SparseGPTError names the file, and the rule where it is one rule's fault."""
+    """The rules of a TOML file. Raises SparseGPTError, naming the file, and the rule where it is one rule's fault."""
     try:
         return parse_recipe(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -52,7 +52,7 @@ def read_recipe(path: Path | str) -> tuple[Rule, ...]:
 
 
 def parse_recipe(text: str, source: str = "recipe") -> tuple[Rule, ...]:
-    """The rules of a recipe's text; `source` is how messages call it."""
+    """The rules of a recipe's text; `source` is how messages call it. Raises SparseGPTError as `read_recipe` does."""
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -62,7 +62,10 @@ def parse_recipe(text: str, source: str = "recipe") -> tuple[Rule, ...]:
 
 
 def parse_rules(tables: Any, source: str = "recipe") -> tuple[Rule, ...]:
-    """The rules of plain tables, such as [{"modules": "mlp", "sparsity": "2:4"}]."""
+    """The rules of plain tables, such as [{"modules": "mlp", "sparsity": "2:4"}].
+
+    Raises SparseGPTError, naming the rule, for keys and values that a rule cannot have.
+    """
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise SparseGPTError(f"{source} holds no rules: expected tables headed [[rule]]")
     return tuple(_rule(table, f"{source}: rule {number}") for number, table in enumerate(tables, start=1))
@@ -119,16 +122,17 @@ def choose(settings: PruneSettings, names: Iterable[str]) -> dict[str, LinearSet
 
 def _choice(settings: PruneSettings, name: str) -> LinearSettings | None:
     values = {field.name: getattr(settings, field.name) for field in fields(LinearSettings)}
-    giver = dict.fromkeys(values, -1)  # place of the rule that a value comes from
+    giver = dict.fromkeys(values, -1)  # the index of the matching rule that a value comes from
     matching = [rule for rule in settings.recipe if rule.matches(name)]
     skip = False
-    for place, rule in enumerate(matching):
+    for index, rule in enumerate(matching):
         values |= rule.changes
-        giver |= dict.fromkeys(rule.changes, place)
+        giver |= dict.fromkeys(rule.changes, index)
         skip = skip if rule.skip is None else rule.skip
     if skip:
         return None
     if not parse_method(values["method"]).updates_weights:
+        # Corrections said before the method did not know of it; said with it or after it they are a contradiction.
         values |= {share: 0.0 for share in CORRECTIONS if giver[share] < giver["method"]}
     try:
         return LinearSettings(**values)

@@ -13,7 +13,7 @@ _RANGE = re.compile(r"(?P<first>\d{0,9})(?P<open>:(?P<end>\d{0,9}))?", re.ASCII)
 
 @functools.lru_cache
 def compile_regex(text: str, what: str) -> re.Pattern[str]:
-    """The regular expression `text`; SparseGPTError, beginning with `what`, where it is none."""
+    """The regular expression `text`. Raises SparseGPTError, beginning with `what`, where it is none."""
     try:
         with warnings.catch_warnings():  # what a later Python may read differently, this one reads as ever
             warnings.simplefilter("ignore")
@@ -24,31 +24,32 @@ def compile_regex(text: str, what: str) -> re.Pattern[str]:
 
 
 def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:
-    """Which full module names to prune: those where the regex `only` is found, without those where `skip` is."""
-    wanted, unwanted = (
-        compile_regex(text, flag) if text else None for flag, text in (("--only", only), ("--skip", skip))
-    )
+    """Which full module names to prune: those where the regex `only` is found, without those where `skip` is.
+
+    Raises SparseGPTError where one of them is no regular expression.
+    """
+    wanted, unwanted = (compile_regex(text, what) if text else None for what, text in (("only", only), ("skip", skip)))
     return lambda name: not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))
 
 
 @dataclass(frozen=True)
 class BlockRanges:
-    """Some of a model's decoder blocks: half-open ranges of their places, None for an end that is left out."""
+    """Some of a model's decoder blocks: half-open ranges of their indices, None for an end that is left out."""
 
     text: str
     ranges: tuple[tuple[int | None, int | None], ...]
 
-    def places(self, count: int) -> frozenset[int]:
-        """The places meant in a model of `count` blocks; SparseGPTError for those it does not have."""
+    def indices(self, count: int) -> frozenset[int]:
+        """The blocks meant, of a model with `count` blocks. Raises SparseGPTError for those it does not have."""
         found: set[int] = set()
         for start, end in self.ranges:
-            first, behind = start or 0, count if end is None else end
-            if first >= count or behind > count:
+            first, stop = start or 0, count if end is None else end
+            if first >= count or stop > count:
                 raise SparseGPTError(
-                    f"--blocks {self.text} is out of range: the model has {count} blocks, 0 to {count - 1}; "
+                    f"blocks {self.text} are out of range: the model has {count} blocks, 0 to {count - 1}; "
                     "ranges leave out their end, as in 0:12"
                 )
-            found.update(range(first, behind))
+            found.update(range(first, stop))
         return frozenset(found)
 
 
@@ -65,7 +66,7 @@ def parse_blocks(value: "str | BlockRanges | None") -> BlockRanges:
     for part in value.split(","):
         found = _RANGE.fullmatch(part.strip())
         if not found or not part.strip():
-            raise SparseGPTError(f"--blocks {value!r} is not understood: expected ranges such as 0:12, 3, :4 or 20:")
+            raise SparseGPTError(f"blocks {value!r} are not understood: expected ranges such as 0:12, 3, :4 or 20:")
         first = int(found["first"]) if found["first"] else None
         if not found["open"]:
             assert first is not None
@@ -73,6 +74,6 @@ def parse_blocks(value: "str | BlockRanges | None") -> BlockRanges:
             continue
         end = int(found["end"]) if found["end"] else None
         if end is not None and end <= (first or 0):
-            raise SparseGPTError(f"--blocks {value}: {part.strip()} holds no block, as a range leaves out its end")
+            raise SparseGPTError(f"blocks {value}: {part.strip()} holds no block, as a range leaves out its end")
         ranges.append((first, end))
     return BlockRanges(value, tuple(ranges))

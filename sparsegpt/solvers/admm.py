@@ -2,31 +2,16 @@
 
 After ALPS (Meng et al. 2024, arXiv:2406.07831) and Boza 2024 (arXiv:2401.02938). From SparseGPT's result, with scaled
 columns, alternate
+
     Z <- projection of S to the pattern
     W <- argmin tr((T - W) H (T - W)^T) + rho ||W - (2 Z - S)||^2  =  T + rho (2 Z - S - T) (H + rho)^-1
     S <- S + a (W - Z)                                             (over-relaxation, a falling to 1)
+
 with one rho, then refit the kept weights. S is the sum of the weights and the scaled dual variable, which is S - Z
 (so Eckstein & Bertsekas 1992, with a below 2; the first step may go further, as only four are taken). The scale of a
 column lies between Wanda's and SparseGPT's, sqrt(H_jj) and 1 / sqrt((H^-1)_jj). Written with T taken out, one iteration
 is one product with one inverse. As it only has to lead to a mask, it is a quick product (`solvers.products`) with a
 projection whose count may be off a bit; the last projection is exact.
-
-The schedule was found by coordinate descent over 16 layers each of a 15M- and a 135M-parameter Llama. Geometric mean of
-the relative error at 2:4 and 50%, damping 0.01, int8 products, over 8 and 20 other layers of these:
-
-    | | 15M | 135M |
-    |---|---|---|
-    | SparseGPT | 0.05537, 0.02852 | 0.01047, 0.00441 |
-    | 5, a 1.8 x 2, 1.6, 1.3, 1.0, rho 0.9, scale halfway; 4 of refit | 0.04183, 0.02019 | 0.00631, 0.00240 |
-    | 4, a 2.6, 1.4, 1.3, 1.0, rho 1, scale 0.4; 4 of refit (these) | 0.04187, 0.02021 | 0.00630, 0.00238 |
-    | the same; 3 of refit | 0.04199, 0.02026 | 0.00637, 0.00240 |
-    | 5, a 2.5, 1.5 x 2, 1.2, 1.0; 3 of refit | 0.04166, 0.02012 | 0.00622, 0.00234 |
-    | the same; 4 of refit | 0.04158, 0.02008 | 0.00619, 0.00233 |
-    | 6, a 2.5, 1.5 x 3, 1.2, 1.0; 3 of refit | 0.04149, 0.02003 | 0.00614, 0.00231 |
-
-Errors do not tell all: with the default preset at 2:4 the 135M model has a perplexity of 42.80 and 43.45 (two seeds) in
-the fifth line, 41.87 and 42.86 in the second, and with the first seed 42.16 in the third and 42.06 in the sixth. So the
-refit keeps four steps. Products in float32 lead to the same errors within one in the last digit.
 
 Dimension key: R out_features, C in_features. Weights of the search lie as [C, R].
 """
@@ -43,7 +28,8 @@ from sparsegpt.solvers.sparsegpt import sweep
 from sparsegpt.solvers.strips import transposed
 from sparsegpt.sparsity import NM, Sparsity
 
-# Of a column: Wanda's sqrt(H_jj) to this power, SparseGPT's 1 / sqrt((H^-1)_jj) to the rest of 1.
+# The schedule was found by coordinate descent over layers of a 15M- and a 135M-parameter Llama. Scale of a column:
+# Wanda's sqrt(H_jj) to this power times SparseGPT's 1 / sqrt((H^-1)_jj) to the rest of 1.
 SCALE = 0.4
 RHO = 1.0
 RELAXATIONS = (2.6, 1.4, 1.3, 1.0)
@@ -56,11 +42,12 @@ ASTRAY = 1.005
 
 
 def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """Prune weight [R, C] under the Hessian [C, C]. Returns (weight, mask).
+    """Weight [R, C], Hessian [C, C] -> (weight [R, C], mask bool [R, C], True = kept).
 
     Where the Hessian is almost singular a refit in rounded products can go astray: it is then done again in full
     precision. Non-convex as it is, the search can end above SparseGPT's loss on some layer; the better of both results
     is returned. block_size: of that SparseGPT pass.
+    Raises SparseGPTError, naming the layer, where no damping makes the Hessian positive definite.
     """
     swept, swept_mask, swept_loss = sweep(weight, hessian, pattern, block_size=block_size)
     rounded = quick_dtype(hessian.raw)
@@ -71,6 +58,7 @@ def admm(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_siz
         if loss + _damping_loss(error_RC, hessian) <= ASTRAY * foretold:
             break
     del error_RC
+    # Its own loss costs SparseGPT another product: mostly what is known of it decides.
     at_least = (1 - ROUNDING) * swept_loss - _damping_loss(weight - swept, hessian)
     if loss <= at_least or loss <= _loss(weight - swept, hessian):
         return found, mask
@@ -85,10 +73,11 @@ def search(
     rounded: torch.dtype | None = None,
     rounded_refit: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The alternation from the sparse weights `start` [R, C], and the refit on its mask.
+    """Weight [R, C], Hessian [C, C], start [R, C] -> (weight [R, C], mask bool [R, C], loss []).
 
-    rounded, rounded_refit: what the products of each are rounded to (`products.multiplier`). Returns (weight, mask,
-    loss under the damped Hessian, a scalar, as the steps of the refit have it).
+    The alternation from the sparse weights `start`, and the refit on its mask. rounded, rounded_refit: what products of
+    each are rounded to (`products.multiplier`). loss: under the damped Hessian, as the steps of the refit have it.
+    Raises SparseGPTError, naming the layer, where no damping makes the Hessian positive definite.
     """
     scale_C = hessian.damped_diagonal.pow(SCALE / 2) * hessian.inverse_diagonal.pow((SCALE - 1) / 2)
     hessian.release_factor()
@@ -106,14 +95,14 @@ def search(
 def _alternate(
     weight: Tensor,
     scale_C: Tensor,
-    hessian: ScaledHessian,
+    scaled: ScaledHessian,
     pattern: Sparsity,
     start: Tensor,
     rounded: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """The last Z in scaled columns, and its mask, [R, C] each."""
+    """Weight [R, C], scale [C], start [R, C] -> the last Z in scaled columns [R, C], and its mask bool [R, C]."""
     sparse_RC, mask_RC = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
-    resolvent = multiplier(_resolvent(hessian, RHO), rounded)
+    resolvent = multiplier(_resolvent(scaled, RHO), rounded)
     for parts in _bound_together(weight, pattern):
         shifted = _scaled_columns(start, scale_C, parts)
         _iterate(_scaled_columns(weight, scale_C, parts), shifted, resolvent, pattern)
@@ -149,6 +138,7 @@ def _iterate(targets: list[Tensor], shifted: list[Tensor], resolvent: Multiplier
         for target_CR, shifted_CR in zip(targets, shifted, strict=True):
             sparse_CR = project(shifted_CR)
             change_CR = shifted_CR.lerp(sparse_CR, 2).sub_(target_CR)
+            # Z + (2 Z - S - T) times the resolvent is S + W - Z.
             shifted_CR.lerp_(resolvent.add_times(sparse_CR, change_CR), relaxation)
 
 

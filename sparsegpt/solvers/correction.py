@@ -35,20 +35,20 @@ class DriftAccumulator:
         self.residual: Tensor | None = None
 
     def add_inputs(self, dense: Tensor, pruned: Tensor) -> None:
-        """Add sum (x - x') x'^T for dense and pruned inputs [..., C]."""
+        """[..., C] each: add sum (x - x') x'^T for the dense and the pruned inputs."""
         self.inputs = _add_drift(self.inputs, dense, pruned, pruned)
 
     def add_residual(self, dense: Tensor, pruned: Tensor, inputs: Tensor) -> None:
-        """Add sum (r - r') x'^T for the residual streams [..., R] and the layer's pruned inputs [..., C]."""
+        """[..., R], [..., R], [..., C]: add sum (r - r') x'^T for the residual streams and the pruned inputs."""
         self.residual = _add_drift(self.residual, dense, pruned, inputs)
 
     def release(self) -> None:
-        """Let the sums go: every pull that they give is known."""
+        """Free the sums: every pull that they give is known."""
         self.inputs = self.residual = None
 
 
 def drift_pull(weight: Tensor, drift: DriftAccumulator, error_share: float, residual_share: float) -> Tensor:
-    """a W D + b R in new memory, for weight [R, C] and in its dtype; a, b are the two shares in [0, 1]."""
+    """Weight [R, C] -> a W D + b R, [R, C] in its dtype and new memory; a, b: the two shares, each from 0 to 1."""
     if drift.inputs is not None and error_share:
         pull_RC = (weight @ drift.inputs.to(weight.dtype)).mul_(error_share)
     else:
@@ -59,7 +59,10 @@ def drift_pull(weight: Tensor, drift: DriftAccumulator, error_share: float, resi
 
 
 def corrected_target(weight: Tensor, hessian: DampedHessian, pull: Tensor) -> Tensor:
-    """T = W + pull (H + damping)^-1 for weight [R, C], any dtype, and pull [R, C], whose memory the result takes."""
+    """Weight [R, C] in any dtype, pull [R, C] -> T = W + pull (H + damping)^-1, [R, C] in the memory of the pull.
+
+    Raises SparseGPTError, naming the layer, where no damping makes the Hessian positive definite.
+    """
     for rows in pieces(pull):
         torch.add(weight[rows], hessian.solve(pull[rows]), out=pull[rows])
     return pull
@@ -124,7 +127,8 @@ def remainder(weight: Tensor, target: Tensor, pruned: Tensor, hessian: DampedHes
 
 
 def _add_drift(total: Tensor | None, dense: Tensor, pruned: Tensor, inputs: Tensor) -> Tensor:
-    """total + sum over tokens of (dense - pruned) inputs^T, in float32; the difference is taken before any sum."""
+    """[R, C], [..., R], [..., R], [..., C] -> total + sum over tokens of (dense - pruned) inputs^T, float32 [R, C]."""
+    # The difference is taken before any sum: of two large sums the small drift would be rounding.
     difference_TR, inputs_TC = (dense.float() - pruned.float()).flatten(0, -2), inputs.float().flatten(0, -2)
     if total is None:
         total = inputs_TC.new_zeros(difference_TR.shape[1], inputs_TC.shape[1])

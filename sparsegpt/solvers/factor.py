@@ -21,7 +21,7 @@ TURNED, SEEN = 1 << 18, 512
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Upper U with U^T U = matrix^-1 for a symmetric matrix [C, C]; None where it is not positive definite.
+    """Symmetric [C, C] -> upper U [C, C] with U^T U = matrix^-1; None where the matrix is not positive definite.
 
     The matrix's own memory is used up: a wide layer's Hessian may be larger than its block's weights.
     """
@@ -34,13 +34,14 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
 
 
 def cholesky_in_place(matrix: Tensor) -> Tensor | None:
-    """Lower L [C, C], L L^T = matrix, in a contiguous matrix's own memory; None where it is not positive definite.
+    """Contiguous symmetric [C, C] -> lower L [C, C] with L L^T = matrix, in its own memory; None if not definite.
 
     A CPU works through strips of columns: torch clears the other triangle of what LAPACK returns element by element
     down the columns, which takes as long as the factorisation.
     """
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     for strip in strips(len(matrix), STRIP if matrix.device.type == "cpu" else max(1, len(matrix))):
+        # Left-looking: a strip first takes what all finished columns give it, one product with few rows of them.
         panel, done = matrix[strip.start :, strip], slice(strip.start)
         panel.addmm_(matrix[strip.start :, done], matrix[strip, done].T, alpha=-1)
         corner, below = matrix[strip, strip], matrix[strip.stop :, strip]
@@ -54,7 +55,10 @@ def cholesky_in_place(matrix: Tensor) -> Tensor | None:
 
 
 def invert_lower(lower: Tensor, base: int = INVERTED_AT_ONCE) -> None:
-    """Invert a lower triangular matrix [C, C] in place, by halves, without multiplying by a triangle's zeros."""
+    """Lower triangular [C, C]: inverted in place, by halves, without multiplying by a triangle's zeros.
+
+    base: the width up to which the library inverts.
+    """
     size = lower.shape[0]
     if size <= base:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
@@ -64,6 +68,8 @@ def invert_lower(lower: Tensor, base: int = INVERTED_AT_ONCE) -> None:
     top, bottom, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
     invert_lower(top, base)
     invert_lower(bottom, base)
+    # [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]. B A^-1 needs of B the columns from a strip on, so strips
+    # going forward may overwrite B; a product with D^-1 from the left needs the rows up to a strip: they go backward.
     for strip in strips(half, STRIP):
         corner[:, strip] = corner[:, strip.start :] @ top[strip.start :, strip]
     for strip in reversed(strips(size - half, STRIP)):
@@ -71,7 +77,8 @@ def invert_lower(lower: Tensor, base: int = INVERTED_AT_ONCE) -> None:
 
 
 def square_lower(lower: Tensor) -> Tensor:
-    """L^T L [C, C] in the memory of a lower triangular L, without multiplying by its zeros."""
+    """Lower triangular L [C, C] -> L^T L [C, C] in its own memory, without multiplying by its zeros."""
+    # A strip needs the rows from its own on; earlier strips have written above them alone.
     for strip in strips(len(lower), STRIP):
         rest = lower[strip.start :]
         lower[strip, : strip.stop] = rest[:, strip].T @ rest[:, : strip.stop]
@@ -80,7 +87,7 @@ def square_lower(lower: Tensor) -> Tensor:
 
 
 def _reverse(matrix: Tensor) -> Tensor:
-    """Reverse both axes of a contiguous matrix in place."""
+    """Contiguous [C, C] with both axes reversed, in place: its elements in reverse order."""
     flat = matrix.view(-1)
     half = len(flat) // 2
     for front in strips(half, TURNED):

@@ -4,9 +4,9 @@ A column loop launches several tiny kernels a column; here a program keeps a til
 and walks through its columns alone. Rows are independent once the rule for the mask is given: n:m chooses within the
 tile (KEEP of GROUP, at each group's start, with the weights as updated so far), an unstructured mask comes in ready.
 
-Layout as in `solvers.sparsegpt`: weights lie as [C, R]. Dimension key: K columns of the strip (a power of two),
-R out_features. Numerics are tested in Triton's interpreter and code generation for sm_80 and sm_90 without a GPU; its
-speed on a GPU has not been measured.
+Layout as in `solvers.sparsegpt`: weights lie as [C, R]. Dimension key: K columns of the strip (in the kernel a power of
+two, not all of them in use), R out_features. Numerics are tested in Triton's interpreter, code generation for sm_80 and
+sm_90 without a GPU.
 """
 
 import torch
@@ -59,6 +59,7 @@ def _strip_kernel(
                 in_group = (column >= j) & (column < j + GROUP)
                 kept = tl.where(in_group, (rank < KEEP).to(tl.int32), kept)
         here = column == j
+        # A tile in registers cannot be indexed: a column is read as a sum in which all others are zero.
         current = tl.sum(tl.where(here, weight, 0.0), axis=0)
         stays = tl.sum(tl.where(here, kept, 0), axis=0)
         diagonal = tl.load(factor_ptr + j * factor_stride + j)
@@ -76,11 +77,11 @@ def _strip_kernel(
 def sweep_strip(
     weight: Tensor, error: Tensor, kept: Tensor, factor: Tensor, scale: Tensor, keep: int, group: int
 ) -> None:
-    """Sweep one strip in place.
+    """Weight [K, R], error [K, R], kept bool [K, R], factor [K, K], scale [K]: sweep one strip in place, K <= STRIP.
 
-    weight, error: float32 [k, R] contiguous, k <= STRIP; kept: bool [k, R] contiguous, the mask to follow when group
-    is 0, else written with `keep` of every `group` columns; factor: U [k, k] of these columns with unit column stride;
-    scale: [k] saliency scale. On return pruned weights are zero and `error` holds what is to be moved further right.
+    weight, error: float32, contiguous; kept: contiguous, the mask to follow when group is 0, else written with `keep`
+    of every `group` columns; factor: U of these columns with unit column stride; scale: of the saliency. On return
+    pruned weights are zero and `error` holds what is to be moved further right.
     """
     columns, rows = weight.shape
     with torch.cuda.device_of(weight):

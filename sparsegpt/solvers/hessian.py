@@ -1,6 +1,10 @@
 """The layer Hessian H = sum over tokens of x x^T: accumulation, damping, and its inverse's Cholesky factor.
 
-Dimension key: T tokens, C in_features.
+It comes as four types. HessianAccumulator sums it up; the sum is a plain tensor, which `prune_weight` takes;
+DampedHessian is this tensor with its damping and factor, which a method takes; ScaledHessian is what a DampedHessian is
+once columns are scaled.
+
+Dimension key: T tokens, C in_features, R out_features, K some of the columns.
 """
 
 import functools
@@ -21,7 +25,7 @@ GRAM_BLOCK = 512
 
 
 class HessianAccumulator:
-    """Running H = sum x x^T over the inputs of one layer.
+    """Running H [C, C] = sum x x^T over the inputs of one layer.
 
     add(inputs [..., C]) as often as needed; .hessian is the float32 [C, C] sum, .tokens the number of rows seen.
     """
@@ -31,7 +35,7 @@ class HessianAccumulator:
         self.width, self.device, self.tokens = in_features, self._gram.device, 0
 
     def add(self, inputs: Tensor) -> None:
-        """Add the Gram matrix of inputs [..., C]; any float dtype, moved to the accumulator's device."""
+        """[..., C]: add the Gram matrix of inputs of any float dtype, moved to the accumulator's device."""
         x_TC = inputs.detach().reshape(-1, inputs.shape[-1]).to(self._gram.device)
         if not x_TC.is_cuda:
             x_TC = x_TC.float()  # once, not for every block of columns
@@ -41,20 +45,24 @@ class HessianAccumulator:
 
     @property
     def hessian(self) -> Tensor:
-        """The sum so far, [C, C] float32, symmetric to the bit; a copy, so that more may be added."""
+        """[C, C] float32: the sum so far, symmetric to the bit. A copy: more may be added."""
         return self.take().clone()
 
     def take(self) -> Tensor:
-        """The sum as `hessian` gives it, in the accumulator's own memory: for whoever adds nothing any more."""
+        """[C, C] float32: `hessian` in the accumulator's own memory. Call last: the accumulator is used up."""
         for block in strips(len(self._gram), GRAM_BLOCK):
             self._gram[block, : block.start] = self._gram[: block.start, block].T
+            # A block's own product may differ in the last bit across its diagonal: its upper half says both.
             corner = self._gram[block, block].triu()
             self._gram[block, block] = corner + corner.triu(1).T
         return self._gram
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32, for any input dtype: half-precision products are exact, TF32 is never used."""
+    """[K, T], [T, C] -> float32 [K, C]: left @ right of any float dtype.
+
+    Products of halves are exact, TF32 is never used.
+    """
     with full_precision_matmul():
         product: Tensor
         if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
@@ -77,14 +85,15 @@ def full_precision_matmul() -> Iterator[None]:
 
 
 class DampedHessian:
-    """One shared input's Hessian, with everything the solvers derive from it computed at most once.
+    """One shared input's Hessian [C, C], with everything the solvers derive from it computed at most once.
 
-    hessian: [C, C], symmetric, any positive scale. damping: fraction of mean(diag H) added to the diagonal.
-    Inputs that never fired (H_jj = 0, `dead`) get the mean diagonal, so that they neither break nor bend the rest.
+    hessian: symmetric, any positive scale; `raw` is the same in `dtype`. damping: fraction of mean(diag H) added to the
+    diagonal. Inputs that never fired (H_jj = 0, `dead`, bool [C]) get the mean diagonal, so that they neither break nor
+    bend the rest.
     Raises SparseGPTError, naming the layer, when H has NaN or inf, or when no step of damping makes it positive
     definite (steps: 1x, 10x, 100x of `damping`, in `dtype` and then in float64).
 
-    keep_factor: further layers will ask for the inverse factor; otherwise a solver lets it go after its last use.
+    keep_factor: further layers will ask for the inverse factor; otherwise a solver frees it after its last use.
     """
 
     def __init__(
@@ -95,7 +104,7 @@ class DampedHessian:
         diagonal = self.raw.diagonal()
         if not torch.isfinite(diagonal).all():
             raise SparseGPTError(
-                f"{name}: its inputs contain NaN or infinite activations; try --dtype float32 or bfloat16"
+                f"{name}: its inputs contain NaN or infinite activations; run the model in float32 or bfloat16"
             )
         self.dead = diagonal == 0
         self.mean_diagonal = float(diagonal[~self.dead].mean()) if not self.dead.all() else 1.0
@@ -103,7 +112,7 @@ class DampedHessian:
         self.keep_factor = False
 
     def matrix(self, damping: float) -> Tensor:
-        """H with dead diagonals filled and `damping` times the mean diagonal added, [C, C]."""
+        """[C, C], new: H with dead diagonals filled and `damping` times the mean diagonal added."""
         return self.raw.diagonal_scatter(self._diagonal(damping))
 
     def _diagonal(self, damping: float) -> Tensor:
@@ -116,21 +125,24 @@ class DampedHessian:
 
     @property
     def inverse_factor(self) -> Tensor:
-        """Upper U [C, C] with U^T U = (H + damping)^-1."""
+        """[C, C]: the upper U with U^T U = (H + damping)^-1.
+
+        Raises SparseGPTError, naming the layer, where no step of damping makes H positive definite.
+        """
         return self._factorised[0]
 
     @functools.cached_property
     def inverse_diagonal(self) -> Tensor:
-        """Diagonal of (H + damping)^-1, [C]."""
-        squares_C = torch.zeros_like(self.raw.diagonal())
+        """[C]: the diagonal of (H + damping)^-1. Raises SparseGPTError as `inverse_factor` does."""
+        squares_C = torch.zeros_like(self.raw.diagonal())  # of U's columns, as (U^T U)_jj = |U_:j|^2
         for rows in self.inverse_factor.split(GRAM_BLOCK):
             squares_C += rows.square().sum(0)
         return squares_C
 
     def release_factor(self) -> None:
-        """Let the inverse factor go, unless it is to be kept; what was derived from it stays known.
+        """Free the inverse factor, unless it is to be kept; what was derived from it stays known.
 
-        Whoever asks for it again waits for a second factorisation.
+        Asked for again, it is computed again.
         """
         if not self.keep_factor:
             _ = self.damping, self.inverse_diagonal
@@ -138,16 +150,16 @@ class DampedHessian:
 
     @functools.cached_property
     def damped(self) -> Tensor:
-        """H + damping, positive definite, [C, C]."""
+        """[C, C]: H + damping, positive definite. Raises SparseGPTError as `inverse_factor` does."""
         return self.matrix(self.damping)
 
     @property
     def damped_diagonal(self) -> Tensor:
-        """Diagonal of `damped`, [C], without the matrix."""
+        """[C]: the diagonal of `damped`, without the matrix."""
         return self._diagonal(self.damping)
 
     def solve(self, right: Tensor) -> Tensor:
-        """right @ (H + damping)^-1 for right [R, C]."""
+        """[R, C] -> [R, C]: right @ (H + damping)^-1. Raises SparseGPTError as `inverse_factor` does."""
         return right @ self.inverse_factor.T @ self.inverse_factor
 
     @functools.cached_property
@@ -160,14 +172,14 @@ class DampedHessian:
                     return factor.to(self.raw.dtype), damping
         raise SparseGPTError(
             f"{self.name}: Hessian is not positive definite at damping={self.requested_damping * DAMPING_STEPS[-1]:g}, "
-            "in float64 either; raise --damping or give more calibration samples"
+            "in float64 either; raise the damping or give more calibration samples"
         )
 
 
 class ScaledHessian:
-    """S^-1 (H + damping) S^-1 for a diagonal S = `scale` [C]: rows of it are made when asked for, none are kept.
+    """S^-1 (H + damping) S^-1, [C, C], for a diagonal S = `scale` [C]: rows are made when asked for, none are kept.
 
-    Like a tensor [C, C] it has shape, dtype, device, diagonal() and rows by slices.
+    Like a tensor it has shape, dtype, device, diagonal() and rows by slices.
     """
 
     def __init__(self, hessian: DampedHessian, scale: Tensor) -> None:
@@ -176,11 +188,11 @@ class ScaledHessian:
         self.shape, self.dtype, self.device = hessian.raw.shape, hessian.raw.dtype, hessian.raw.device
 
     def diagonal(self) -> Tensor:
-        """Its diagonal, [C]."""
+        """[C]: its diagonal."""
         return self._diagonal_C
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """New memory with these rows, [K, C]."""
+        """[K, C], new: these rows."""
         part_KC = (self._raw[rows] / self._scale_C).div_(self._scale_C[rows, None])
         part_KC.diagonal(rows.start or 0).copy_(self._diagonal_C[rows])
         return part_KC

@@ -22,10 +22,10 @@ BLOCK_SIZE = 128
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a solver returns.
+    """One pruned layer: weight [R, C], exactly zero where mask, bool [R, C], is False. True = kept.
 
-    weight: [R, C] in the dtype it came in, exactly zero where `mask` is False; mask: bool [R, C], True = kept.
-    loss: tr((W - W') H (W - W')^T). relative_error: loss / tr(W H W^T). damping: what the Hessian really needed.
+    weight: in the dtype it came in. loss: tr((W - W') H (W - W')^T). relative_error: loss / tr(W H W^T), without unit.
+    damping: what the Hessian really needed.
     """
 
     weight: Tensor
@@ -35,6 +35,7 @@ class Pruned:
     damping: float
 
 
+@torch.no_grad()
 def prune_weight(
     weight: Tensor,
     hessian: Tensor,
@@ -46,14 +47,16 @@ def prune_weight(
     dtype: torch.dtype = torch.float32,
     name: str = "layer",
 ) -> Pruned:
-    """Prune one linear layer.
+    """Weight [R, C], Hessian [C, C] -> Pruned: one linear layer by any method.
 
-    weight: [out_features, in_features], any float dtype, kept. hessian: [in, in] = sum over tokens of x x^T, any
-    positive scale, on the weight's device. sparsity: "2:4", "50%", 0.5 or a pattern object. method: a key of METHODS, a
-    Method, or "module:name".
-    damping: fraction of mean(diag H) added to the diagonal. block_size: columns that share one threshold when
-    sparsegpt prunes a fraction. dtype: of the arithmetic. name: how error messages call the layer.
-    Raises SparseGPTError on shapes that do not fit, values that are not finite, or a Hessian beyond repair.
+    weight: [out_features, in_features], any float dtype, which the result keeps. hessian: [in, in] = sum over tokens of
+    x x^T, any positive scale, on the weight's device. sparsity: "2:4", "50%", 0.5 or a pattern object. method: a key of
+    METHODS, a Method, or "module:name". damping: fraction of mean(diag H) added to the diagonal. block_size: columns
+    that share one threshold when sparsegpt prunes a fraction. dtype: of the arithmetic. name: how error messages call
+    the layer. Neither tensor is changed, and no gradients are kept.
+    Raises SparseGPTError, naming the layer, for shapes that do not fit, values that are not finite, and a Hessian that
+    no step of damping makes positive definite; for a sparsity or method that is not known; and for what a method of
+    one's own returns, unless it fits.
     """
     pattern, solver = parse_sparsity(sparsity), parse_method(method)
     _check_shapes(weight, hessian, pattern, block_size, name)
@@ -62,6 +65,7 @@ def prune_weight(
     return prune_layer(weight, DampedHessian(hessian, damping, dtype=dtype, name=name), pattern, solver, block_size)
 
 
+@torch.no_grad()
 def prune_layer(
     weight: Tensor,
     hessian: DampedHessian,
@@ -71,9 +75,12 @@ def prune_layer(
     *,
     target: Tensor | None = None,
 ) -> Pruned:
-    """`prune_weight` for parsed arguments and a Hessian that several layers share.
+    """Weight [R, C], Hessian [C, C] -> Pruned: `prune_weight` for checked arguments, the Hessian shared by layers.
 
     target: [R, C], what the kept weights should imitate instead of `weight` (error correction); None: `weight` itself.
+    The losses that are reported compare with `weight`.
+    Raises SparseGPTError, naming the layer, where the result does not fit the weight's dtype, where no step of damping
+    makes the Hessian positive definite, and for what a method of one's own returns, unless it fits.
     """
     original_RC = weight.to(hessian.raw.dtype)
     target_RC = original_RC if target is None else target.to(hessian.raw.dtype)
@@ -113,7 +120,7 @@ def _check_shapes(weight: Tensor, hessian: Tensor, pattern: Sparsity, block_size
 
 
 def check_block_size(block_size: int, pattern: Sparsity) -> None:
-    """Raise SparseGPTError unless blocks hold whole groups; the default is fine with every pattern, n:m ignores it."""
+    """Raises SparseGPTError unless blocks hold whole groups; the default is fine with every pattern, n:m ignores it."""
     splits_groups = isinstance(pattern, NM) and block_size % pattern.m and block_size != BLOCK_SIZE
     if block_size < 1:
         raise SparseGPTError(f"block size {block_size} must be positive")

@@ -1,8 +1,8 @@
-"""Ways to prune one layer: what a `Method` is, and METHODS, the table behind `--method`: one row a method.
+"""Ways to prune one layer: what a `Method` is, and METHODS, the table of those that have a name: one row a method.
 
 A method says which weights matter (`saliency`), or it does everything itself (`solve`). It also says how much memory it
 takes, so that a run can be planned. Research code makes its own and gives it to `prune_weight`, `prune_model` or, as
-`module:name`, to the command line.
+`module:name`, to the command line and to recipes.
 Dimension key: R out_features, C in_features.
 """
 
@@ -12,7 +12,8 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -52,18 +53,19 @@ REFIT_COPIES = Copies(3.0, 6.0, 5)
 
 @dataclass(frozen=True)
 class Method:
-    """A way to prune one layer. Give either `saliency` or `solve`.
+    """A way to prune one layer: weight [R, C] -> weight [R, C] and mask bool [R, C]. Give either `saliency` or `solve`.
 
     name: as reports call it.
     saliency(weight, hessian): [R, C] -> [R, C]. The least salient weights go, to the exact count of the pattern.
     solve(weight, hessian, pattern, *, block_size): [R, C] -> (weight [R, C], zero where pruned; mask bool [R, C],
     True = kept). weight is float32 or float64, and is what the kept weights should imitate. hessian is a
-    `DampedHessian`, pattern an `NM` or an `Unstructured`; block_size: columns that share one threshold.
+    `DampedHessian`, which other layers may share: it must stay as it is. pattern is an `NM` or an `Unstructured`;
+    block_size: columns that share one threshold.
     updates_weights: the kept weights move, so the method can take corrections.
     per_row: saliencies of a fraction are compared within a row.
     refit: the kept weights are fitted anew on the mask.
     copies: memory at its worst moments.
-    Raises SparseGPTError unless exactly one of the two is given.
+    Raises SparseGPTError unless exactly one of the two functions is given.
     """
 
     name: str
@@ -75,32 +77,50 @@ class Method:
     copies: tuple[Copies, ...] = (Copies(2.3, 5.0),)
 
     def __post_init__(self) -> None:
-        if (self.saliency is None) == (self.solve is None):
-            raise SparseGPTError(f"method {self.name!r}: expected either a saliency or a solve function, and not both")
+        given = [function for function in (self.saliency, self.solve) if function is not None]
+        if len(given) != 1:
+            raise SparseGPTError(
+                f"method {self.name!r}: expected a saliency or a solve function, found {'both' if given else 'neither'}"
+            )
+        if not callable(given[0]):
+            raise SparseGPTError(f"method {self.name!r}: expected a function, found {_shown(given[0])}")
 
     def prune(
         self, weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_size: int
     ) -> tuple[Tensor, Tensor]:
-        """Weight [R, C] -> (weight [R, C], zero where pruned; mask bool [R, C], True = kept), before any refit.
+        """Weight [R, C], Hessian [C, C] -> (weight [R, C], zero where pruned; mask bool [R, C], True = kept).
 
-        Raises SparseGPTError for what a method outside of METHODS returns, unless it fits the pattern.
+        This is before any refit. Raises SparseGPTError, naming the layer, for what a method outside of METHODS returns,
+        unless it fits weight and pattern.
         """
-        if self.solve is not None:
-            found, mask = self.solve(weight, hessian, pattern, block_size=block_size)
-        else:
-            assert self.saliency is not None
-            saliency = self.saliency(weight, hessian)
-            if not self.is_known:
-                self._check_saliency(hessian.name, saliency, weight)
-            by_row = self.per_row and not isinstance(pattern, NM)
-            mask = layer_mask(saliency, replace(pattern, per_row=True) if by_row else pattern)
-            found = weight.masked_fill(~mask, 0)
         if not self.is_known:
+            # A copy: research code may work in place, and the loss is compared with what the weight was.
+            found, mask = self._solved(weight.clone(), hessian, pattern, block_size)
             self._check(hessian.name, found, mask, weight, pattern)
-        return found, mask
+            return found.masked_fill(~mask, 0).contiguous(), mask  # a product with the mask leaves zeros of both signs
+        return self._solved(weight, hessian, pattern, block_size)
+
+    def _solved(
+        self, weight: Tensor, hessian: DampedHessian, pattern: Sparsity, block_size: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.solve is not None:
+            result = self.solve(weight, hessian, pattern, block_size=block_size)
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise self._refusal(hessian.name, "(weight, mask)", _shown(result))
+            return result
+        assert self.saliency is not None
+        saliency = self.saliency(weight, hessian)
+        if not self.is_known:
+            self._check_saliency(hessian.name, saliency, weight)
+        if self.per_row and not isinstance(pattern, NM):
+            pattern = replace(pattern, per_row=True)
+        mask = layer_mask(saliency, pattern)
+        return weight.masked_fill(~mask, 0), mask
 
     def refitted(self) -> "Method":
-        """The same mask, its kept weights fitted anew (solvers/refit.py)."""
+        """The same mask, its kept weights fitted anew (solvers/refit.py); itself, if they are already."""
+        if self.refit:
+            return self
         return replace(
             self,
             name=f"{self.name}{REFITTED}",
@@ -125,17 +145,21 @@ class Method:
             return ""
 
     def _check_saliency(self, layer: str, saliency: Tensor, weight: Tensor) -> None:
-        if not isinstance(saliency, Tensor) or saliency.shape != weight.shape:
-            raise self._refusal(layer, f"a saliency {list(weight.shape)}", _shown(saliency))
+        fits = isinstance(saliency, Tensor) and (saliency.shape, saliency.device) == (weight.shape, weight.device)
+        if not fits or saliency.is_complex() or saliency.dtype == torch.bool:
+            expected = f"a saliency {list(weight.shape)} of real numbers on {weight.device}"
+            raise self._refusal(layer, expected, _shown(saliency))
         if saliency.isnan().any():
             raise self._refusal(layer, "saliencies that can be compared", "NaN among them")
 
     def _check(self, layer: str, found: Tensor, mask: Tensor, weight: Tensor, pattern: Sparsity) -> None:
-        expected = f"a weight {list(weight.shape)} in {weight.dtype}"
-        if not isinstance(found, Tensor) or found.shape != weight.shape or found.dtype != weight.dtype:
-            raise self._refusal(layer, expected, _shown(found))
-        if not isinstance(mask, Tensor) or mask.shape != weight.shape or mask.dtype != torch.bool:
-            raise self._refusal(layer, f"a mask {list(weight.shape)} in torch.bool", _shown(mask))
+        for name, tensor, dtype in (("weight", found, weight.dtype), ("mask", mask, torch.bool)):
+            wanted = (weight.shape, dtype, weight.device)
+            if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != wanted:
+                expected = f"a {name} {list(weight.shape)} in {dtype} on {weight.device}"
+                raise self._refusal(layer, expected, _shown(tensor))
+        if not torch.isfinite(found).all():
+            raise self._refusal(layer, "finite weights", "NaN or infinite ones")
         if found.masked_fill(mask, 0).count_nonzero():
             raise self._refusal(layer, "zeros where the mask is False", "other weights there")
         if not keeps_counts(mask, pattern):
@@ -166,7 +190,7 @@ def parse_method(method: str | Method) -> Method:
     """
     if isinstance(method, Method):
         return method
-    if method in METHODS:
+    if isinstance(method, str) and method in METHODS:
         return METHODS[method]
     if isinstance(method, str) and ":" in method:
         plain = method.removesuffix(REFITTED)
@@ -186,24 +210,38 @@ def _refitted(method: Method) -> Method:
 def _load(text: str) -> Method:
     """The Method called `module:name`; modules of the current folder are found too."""
     module, _, name = text.partition(":")
-    here = str(Path.cwd())
-    sys.path.append(here)
     try:
-        loaded = importlib.import_module(module)
-    except Exception as error:  # whatever the module does
-        reason = " ".join(str(error).split()) or type(error).__name__
+        with _current_folder():
+            loaded = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the module does
+        reason = " ".join([f"{type(error).__name__}:", *str(error).split()])
         raise SparseGPTError(f"method {text!r}: module {module!r} cannot be imported: {reason}") from error
-    finally:
-        sys.path.remove(here)
     if not hasattr(loaded, name):
-        nearest = difflib.get_close_matches(name, vars(loaded), n=1)
-        hint = f": did you mean {module}:{nearest[0]}?" if nearest else ""
-        raise SparseGPTError(f"method {text!r}: module {module!r} has no {name!r}{hint}")
+        known = [key for key, value in vars(loaded).items() if isinstance(value, Method)]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        hint = f"did you mean {module}:{nearest[0]}?" if nearest else "nor any other Method"
+        raise SparseGPTError(f"method {text!r}: module {module!r} has no {name!r}: {hint}")
     found = getattr(loaded, name)
     if not isinstance(found, Method):
-        raise SparseGPTError(f"method {text!r}: expected a sparsegpt.Method, found {type(found).__name__}")
+        raise SparseGPTError(f"method {text!r}: expected a sparsegpt.Method, found {_shown(found)}")
     return found
 
 
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Modules of the current folder are found, after all others, for this long."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
 def _shown(value: object) -> str:
-    return f"{list(value.shape)} in {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} in {value.dtype} on {value.device}"
+    return f"a {type(value).__name__}"

@@ -4,7 +4,7 @@
     int8        other CPUs with AVX-512 VNNI: a scale for each row and column of the two factors, exact 32-bit sums
 
 A rounded product, to one part in 256 of each number or of the largest of a column, only bends a step. What the steps
-lead to is measured in full precision by whoever takes them. float64 stays float64.
+lead to is measured in full precision before it is used. float64 stays float64.
 
 Work on rows that do not depend on one another is done in pieces, so that temporaries stay small however large the
 layer is.
@@ -38,15 +38,18 @@ class Multiplier:
         self._matrix = matrix[:]
 
     def add_times(self, total: Tensor, right: Tensor) -> Tensor:
-        """total + matrix @ right for right [N, K], in the memory of total."""
+        """[N, K], right [N, K] -> total + matrix @ right, [N, K] in the memory of total."""
         return total.addmm_(self._matrix, right)
 
     def after(self, left: Tensor) -> Tensor:
-        """left @ matrix for left [K, N]."""
+        """[K, N] -> left @ matrix, [K, N]."""
         return left @ self._matrix
 
     def after_finely(self, left: Tensor, matrix: Symmetric) -> Tensor:
-        """left @ matrix without what the matrix lost in rounding, for the matrix that this was made of."""
+        """[K, N], matrix [N, N] -> left @ matrix, [K, N], without what the matrix lost in rounding.
+
+        matrix: the one that this was made of.
+        """
         return self.after(left)
 
 
@@ -71,6 +74,7 @@ class _Bfloat16Multiplier(Multiplier):
         for piece in pieces(left):
             product[piece] = self.after(left[piece])
         for rows in pieces(matrix):
+            # Rounded itself, the remainder of 8 bits leaves an error in the 16th.
             remainder = (matrix[rows] - self._matrix[rows]).bfloat16()
             for piece in pieces(left):
                 product[piece] += self._product(left[piece, rows].bfloat16(), remainder)
@@ -86,7 +90,8 @@ class _Bfloat16Multiplier(Multiplier):
 class _Int8Multiplier(Multiplier):
     """Both factors as int8 times a scale for each row of the left and each column of the right.
 
-    The diagonal, which dwarfs the rest of its row, is multiplied apart, in full precision.
+    The diagonal is multiplied apart, in full precision: it dwarfs the rest of its row, and would leave that rest few of
+    the 8 bits.
     """
 
     def __init__(self, matrix: Symmetric) -> None:
@@ -117,13 +122,13 @@ class _Int8Multiplier(Multiplier):
 
 
 def multiplier(matrix: Symmetric, rounded: torch.dtype | None) -> Multiplier:
-    """A multiplier that rounds to bfloat16 or int8, or not at all (None)."""
+    """[N, N] -> its multiplier, which rounds to bfloat16 or int8, or not at all (None)."""
     kinds = {None: Multiplier, torch.bfloat16: _Bfloat16Multiplier, torch.int8: _Int8Multiplier}
     return kinds[rounded](matrix)
 
 
 def quick_dtype(matrix: Symmetric) -> torch.dtype | None:
-    """What products with a matrix are rounded to where that is faster on its device; None where it is not."""
+    """[N, N] -> what products with it are rounded to where that is faster on its device; None where it is not."""
     width = matrix.shape[0]
     if matrix.dtype != torch.float32 or width < QUICK_WIDTH:
         return None
@@ -132,13 +137,13 @@ def quick_dtype(matrix: Symmetric) -> torch.dtype | None:
 
 
 def pieces(matrix: Symmetric) -> list[slice]:
-    """The rows of a matrix [K, N] in slices of about PIECE elements."""
+    """[K, N] -> its rows in slices of about PIECE elements."""
     elements = PIECE if matrix.device.type == "cpu" else PIECE_ON_GPU
     return strips(matrix.shape[0], max(1, elements // max(1, matrix.shape[1])))
 
 
 def _to_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """A matrix as int8 times a scale along `dim`: (int8 of its shape, scale with that dimension 1)."""
+    """[K, N] -> (int8 [K, N], scale along `dim`: [K, 1] or [1, N]), whose product is the matrix."""
     scale = torch.maximum(matrix.amax(dim, keepdim=True), -matrix.amin(dim, keepdim=True)).div_(127)
     scale.masked_fill_(scale == 0, 1)
     return (matrix / scale).round_().to(torch.int8), scale

@@ -29,11 +29,11 @@ def refit(
     iterations: int = ITERATIONS,
     tolerance: float = TOLERANCE,
 ) -> Tensor:
-    """Minimise tr((target - w) hessian (target - w)^T) over weights that are zero where the mask is False.
+    """Weight [R, C], mask bool [R, C], target [R, C], Hessian [C, C] -> new weight [R, C], zero where not kept.
 
-    weight, target: [R, C] start and goal; mask: bool [R, C]; hessian: [C, C] positive semi-definite.
-    Stops after `iterations` products with the Hessian, or once every row's preconditioned residual has fallen below
-    `tolerance` of where it started. Returns new weights [R, C]; a row that rounding made worse keeps its start.
+    Minimises tr((target - w) hessian (target - w)^T) from the start `weight`, for a positive semi-definite Hessian.
+    Stops after `iterations` products with it, or once every row's preconditioned residual has fallen below `tolerance`
+    of where it started. A row that rounding made worse keeps its start.
     """
     start_RC = weight.masked_fill(~mask, 0)
     weight_RC = start_RC.clone()
@@ -54,12 +54,12 @@ def descend(
     iterations: int,
     tolerance: float = TOLERANCE,
 ) -> Tensor:
-    """The iterations of `refit` without its last look, in place on weight [R, C], which is zero outside the mask.
+    """Weight [R, C], mask bool [R, C], residual [R, C], diagonal [C] -> by how much the loss fell, a scalar [].
 
-    residual: (target - weight) hessian, [R, C]; used up. multiplier: the Hessian, which may be rounded: then a row can
-    end above its start, far above where the Hessian was almost singular. All steps are relative to the residual, so
-    that is worth all digits of the Hessian. diagonal: of the Hessian, [C]. Returns by how much the loss fell, a scalar,
-    if the multiplier was the Hessian.
+    The iterations of `refit` without its last look, in place on the weight, which is zero outside the mask. residual:
+    (target - weight) hessian; used up. multiplier: the Hessian, which may be rounded: then a row can end above its
+    start, far above where the Hessian was almost singular. All steps are relative to the residual, so that is worth all
+    digits of the Hessian. diagonal: of the Hessian. What is returned is true if the multiplier was the Hessian.
     """
     jacobi_C = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).reciprocal()
     gained = diagonal.new_zeros(())
@@ -77,7 +77,7 @@ def _descend(
     iterations: int,
     tolerance: float,
 ) -> Tensor:
-    """Conjugate gradients on some rows, in place on their weights and residuals. Returns what the loss fell by."""
+    """[R, C] each, of some rows -> what their loss fell by: conjugate gradients in place on weights and residuals."""
     kept_RC = mask_RC.to(residual_RC.dtype)  # a product with booleans takes three times as long
     residual_RC.mul_(kept_RC)
     preconditioned_RC = residual_RC * jacobi_C
@@ -90,7 +90,7 @@ def _descend(
             break
         image_RC = multiplier.after(direction_RC).mul_(kept_RC)
         step_R = _ratio(energy_R, (direction_RC * image_RC).sum(1))
-        gained_R += step_R * energy_R
+        gained_R += step_R * energy_R  # exact along a conjugate direction: the loss falls by (r^T p)^2 / (p^T H p)
         weight_RC.addcmul_(direction_RC, step_R[:, None])
         if not left:
             break  # nothing reads what follows
@@ -103,7 +103,7 @@ def _descend(
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """diag(error hessian error^T): each row's share of the layer's loss, [R], for error [R, C] and a symmetric Hessian.
+    """Error [R, C], symmetric Hessian [C, C] -> diag(error hessian error^T), [R]: each row's share of the loss.
 
     Only the upper block triangle of the Hessian is multiplied; what is off the diagonal counts twice.
     """
@@ -117,5 +117,5 @@ def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where a converged row leaves nothing to divide by."""
+    """[R], [R] -> numerator / denominator [R], and 0 where a converged row leaves nothing to divide by."""
     return torch.where(denominator > 0, numerator / denominator, 0.0)

@@ -29,10 +29,11 @@ LEAF = 8
 
 
 def sparsegpt(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """Prune weight [R, C] under the Hessian [C, C].
+    """Weight [R, C], Hessian [C, C] -> (weight [R, C], mask bool [R, C], True = kept).
 
-    block_size: columns that share one threshold when the pattern is a fraction; n:m does not depend on it.
-    Returns (weight, mask): updated kept weights, exact zeros elsewhere.
+    Kept weights are updated, the others exact zeros; both are new. block_size: columns that share one threshold when
+    the pattern is a fraction; n:m does not depend on it.
+    Raises SparseGPTError, naming the layer, where no damping makes the Hessian positive definite.
     """
     pruned, mask, _ = sweep(weight, hessian, pattern, block_size=block_size)
     return pruned, mask
@@ -41,7 +42,10 @@ def sparsegpt(weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, bloc
 def sweep(
     weight: Tensor, hessian: DampedHessian, pattern: Sparsity, *, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`sparsegpt` with the loss under the damped Hessian, which is the sum of all squared errors e_j^2, as a scalar."""
+    """Weight [R, C], Hessian [C, C] -> (weight [R, C], mask bool [R, C], loss []): `sparsegpt` with its loss.
+
+    The loss is that under the damped Hessian: the sum of all squared errors e_j^2.
+    """
     return _Sweep(weight, hessian, pattern, block_size).run()
 
 
@@ -64,7 +68,7 @@ class _Sweep:
             self.unit = block_size
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, mask and loss; the state is used up."""
+        """Weight [R, C], mask bool [R, C] and loss []; the state is used up."""
         self._sweep(0, self.weight_CR.shape[0])
         loss = self.error_CR.square_().sum()
         del self.error_CR

@@ -306,7 +306,7 @@ def test_description_carries_the_hash_of_the_tokens():
 
 def test_text_of_exactly_one_window_will_do_and_one_token_less_will_not():
     assert draw_windows(TextSource("t", ("abcd",)), ByteTokenizer(), 2, 4, seed=0).windows.shape == (2, 4)
-    with pytest.raises(SparseGPTError, match=r"t: expected at least 5 tokens .* found 4; .*--seqlen"):
+    with pytest.raises(SparseGPTError, match=r"t: expected at least 5 tokens .* found 4; .*sequence length"):
         draw_windows(TextSource("t", ("abcd",)), ByteTokenizer(), 2, 5, seed=0)
 
 

@@ -93,7 +93,7 @@ def test_a_budget_out_of_reach_is_refused_before_any_layer_changes(sparsity):
 
 @pytest.mark.parametrize("blocks", ["0:1", "1,2"])
 def test_blocks_that_are_left_dense_do_not_bend_the_shares_of_others(blocks):
-    chosen = parse_blocks(blocks).places(3)
+    chosen = parse_blocks(blocks).indices(3)
     outliers, sizes = [0.5, 0.2, 0.3], [64 if place in chosen else 0 for place in range(3)]
     with_others = allocation.block_shares(outliers, sizes, 0.9)
     alone = allocation.block_shares([outliers[place] for place in sorted(chosen)], [64] * len(chosen), 0.9)

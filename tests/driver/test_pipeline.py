@@ -284,7 +284,7 @@ def refusal_leaves_the_model_alone(model, *fragments, sparsity="2:4", **options)
 
 def test_a_width_that_groups_do_not_divide_is_refused_before_any_work():
     model = tiny_model("llama", intermediate_size=66)
-    refusal_leaves_the_model_alone(model, "layers.0.mlp.down_proj", "66", "--skip")
+    refusal_leaves_the_model_alone(model, "layers.0.mlp.down_proj", "66", "leave this layer out")
     report = prune_model(model, random_windows(), "2:4", select=name_filter(None, "down_proj"))
     assert len(report.layers) == 12
 

@@ -61,10 +61,10 @@ def test_rows_measured_before_are_kept_and_not_measured_again(llama_folder, text
     assert list(job.run(("magnitude",), ("2:4",), first)) == []
     more = list(job.run(("magnitude", "wanda"), ("2:4",), first))
     assert [(row.method, row.pattern) for row in more] == [("wanda", "2:4")]
-    with refused("rows.json", "seed", "--out"):
+    with refused("rows.json", "seed", "give another file"):
         replace(job, seed=1).read(path)
     write_checked(path, {"perplexity": 1.0})  # as in another command's report
-    with refused("rows.json", "--out"):
+    with refused("rows.json", "give another file"):
         job.read(path)
 
 

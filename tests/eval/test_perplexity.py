@@ -91,7 +91,7 @@ def test_the_mode_of_the_model_comes_back(model):
 @pytest.mark.parametrize(
     ("tokens", "length", "fragments"),
     [
-        (TOKENS[:15], 16, ("15 tokens", "16", "--seqlen")),
+        (TOKENS[:15], 16, ("15 tokens", "16", "a shorter sequence length")),
         (TOKENS[:0], 16, ("0 tokens",)),
         (TOKENS, 1, ("1", "at least 2")),
         (TOKENS, 0, ("0", "at least 2")),
@@ -153,7 +153,7 @@ def test_bos_is_chosen_by_flag_and_family(model, text, monkeypatch, choice, mode
 
 def test_bos_that_does_not_exist_is_refused(model, text, monkeypatch):
     monkeypatch.setattr(Tokenizer, "bos_token_id", None)
-    with refused("beginning-of-sequence", "--bos never"):
+    with refused("beginning-of-sequence", "set bos to never"):
         score_text(model, Tokenizer(), str(text), 16, bos="always")
     with refused("'sometimes'", "auto", "never"):
         score_text(model, Tokenizer(), str(text), 16, bos="sometimes")

@@ -63,7 +63,7 @@ def test_name_filter_takes_only_and_leaves_skip():
     assert not choose("model.layers.2.self_attn.q_proj")
     assert not choose("model.layers.1.mlp.down_proj")
     assert name_filter()("anything")
-    with refused("--skip", "regular expression"):
+    with refused("skip '('", "regular expression"):
         name_filter(None, "(")
 
 

@@ -69,9 +69,9 @@ def reference_training(pruned, dense, epochs, rate):
     optimizer = torch.optim.Adam(trained.values(), lr=rate, betas=(0.9, 0.95))
     batches = WINDOWS.split(5)[:7]  # the eighth is held out
     for step in range(epochs * 7):
-        epoch, place = divmod(step, 7)
+        epoch, number = divmod(step, 7)
         order = torch.randperm(7, generator=torch.Generator().manual_seed(epoch + 1)).tolist()
-        tokens = batches[order[place]]
+        tokens = batches[order[number]]
         with torch.no_grad():
             wanted = dense(tokens).logits.log_softmax(-1)
         found = pruned(tokens).logits.log_softmax(-1)

@@ -171,7 +171,7 @@ def test_what_follows_the_block_takes_part_and_stays_as_it_was(job):
 # Through the driver
 
 
-def test_looking_ahead_aims_at_the_dense_stream_behind_the_blocks_that_follow(monkeypatch):
+def test_looking_ahead_aims_at_the_dense_stream_after_the_blocks_that_follow(monkeypatch):
     model, windows = tiny_model("llama", num_hidden_layers=4), random_windows(6)
     dense = copy.deepcopy(model)
     with torch.no_grad():

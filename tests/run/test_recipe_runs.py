@@ -118,9 +118,9 @@ def test_blocks_combine_with_only_and_skip(prune, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "recipe", "fragments"),
     [
-        (("--blocks", "2"), None, ("--blocks 2", "the model has 2 blocks, 0 to 1")),
-        (("--blocks", "all"), None, ("--blocks 'all'", "0:12")),
-        (("--blocks", "1:1"), None, ("--blocks 1:1", "no block")),
+        (("--blocks", "2"), None, ("blocks 2 are out", "the model has 2 blocks, 0 to 1")),
+        (("--blocks", "all"), None, ("blocks 'all' are not", "0:12")),
+        (("--blocks", "1:1"), None, ("blocks 1:1:", "no block")),
         (("--blocks", "0", "--only", r"layers\.1"), None, ("no linear", "--only", "--skip", "--blocks")),
         (("--blocks", "0"), "[[rule]]\nmodules = 'layers.0'\nskip = true", ("prunes nothing",)),
         ((), "[[rule]]\nmodules = '.'\nskip = true", ("prunes nothing", "14 of 14")),

@@ -13,7 +13,7 @@ from sparsegpt.solvers import METHODS
 from sparsegpt.sparsity import parse_sparsity
 from tests.support import one_line_or_none, refused
 
-NAMES = [f"model.layers.{place}.{part}_proj" for place in range(3) for part in ("self_attn.q", "mlp.up", "mlp.down")]
+NAMES = [f"model.layers.{index}.{part}_proj" for index in range(3) for part in ("self_attn.q", "mlp.up", "mlp.down")]
 
 
 def rule(modules: str, **said: object) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Ranges of blocks, as `--blocks` takes them."""
+"""Ranges of blocks, such as 0:12, and names of linears by regular expressions."""
 
 import copy
 
@@ -30,34 +30,34 @@ def test_ranges_mean_what_slices_mean(ranges):
         with refused("holds no block"):
             parse_blocks(",".join(parts))
     else:
-        assert parse_blocks(",".join(parts)).places(12) == expected
+        assert parse_blocks(",".join(parts)).indices(12) == expected
 
 
 @pytest.mark.parametrize("text", ["12", "0:13", "13:", "5,12:", "99999999:"])
 def test_blocks_that_a_model_does_not_have_are_refused_with_their_number(text):
-    with refused(f"--blocks {text}", "the model has 12 blocks, 0 to 11"):
-        parse_blocks(text).places(12)
+    with refused(f"blocks {text} are out of range", "the model has 12 blocks, 0 to 11"):
+        parse_blocks(text).indices(12)
 
 
 @pytest.mark.parametrize("text", ["", ",", "a", "1-3", "-1", "0:-1", "1:2:3", "0 :2", "1,,2", "٣", "1\n2", "1e3"])
 def test_blocks_in_another_form_are_refused(text):
-    with refused("--blocks", "0:12"):
+    with refused(f"blocks {text!r} are not understood", "0:12"):
         parse_blocks(text)
 
 
 @given(st.text(max_size=12) | st.text("0123456789:,- ", max_size=12))
 def test_blocks_of_any_kind_are_ranges_or_one_line(text):
     found = one_line_or_none(lambda: parse_blocks(text))
-    places = found and one_line_or_none(lambda: found.places(24))
-    assert places is None or (places and places <= set(range(24)))
+    indices = found and one_line_or_none(lambda: found.indices(24))
+    assert indices is None or (indices and indices <= set(range(24)))
 
 
-@pytest.mark.parametrize(("text", "places"), [("0:1", {0}), ("1", {1}), (":2", {0, 1}), (":1,2:", {0, 2})])
-def test_only_the_linears_of_these_blocks_are_pruned(text, places):
+@pytest.mark.parametrize(("text", "indices"), [("0:1", {0}), ("1", {1}), (":2", {0, 1}), (":1,2:", {0, 2})])
+def test_only_the_linears_of_these_blocks_are_pruned(text, indices):
     model = tiny_model("llama", num_hidden_layers=3)
     select = name_filter("mlp", "up")
     report = prune_model(copy.deepcopy(model), random_windows(), "2:4", only_blocks=text, select=select)
-    expected = {f"model.layers.{place}.mlp.{part}_proj" for place in places for part in ("gate", "down")}
+    expected = {f"model.layers.{index}.mlp.{part}_proj" for index in indices for part in ("gate", "down")}
     assert {layer.name for layer in report.layers} == expected
     with refused("--blocks"):
         prune_model(model, random_windows(), "2:4", only_blocks=text, select=name_filter(r"layers\.7\."))

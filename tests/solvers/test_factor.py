@@ -27,11 +27,11 @@ def test_inverse_factor_of_an_indefinite_matrix_is_none():
     assert inverse_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]])) is None
 
 
-@pytest.mark.parametrize("place", [0, 4, 8])
-def test_a_matrix_that_turns_indefinite_in_any_strip_has_no_factor(place, monkeypatch):
+@pytest.mark.parametrize("column", [0, 4, 8])
+def test_a_matrix_that_turns_indefinite_in_any_strip_has_no_factor(column, monkeypatch):
     monkeypatch.setattr(factor_module, "STRIP", 3)
     matrix = damped(random_layer(1, 9)[1])
-    matrix[place, place] = -1
+    matrix[column, column] = -1
     assert cholesky_in_place(matrix) is None
 
 

@@ -118,7 +118,7 @@ def test_damping_escalates_in_steps_and_reports_what_was_used(smallest, used):
 
 def test_hessian_beyond_every_step_is_an_error_with_the_layers_name():
     found = DampedHessian(with_smallest_eigenvalue(-2.0), 0.01, name="model.layers.7.mlp.down_proj")
-    with refused("model.layers.7.mlp.down_proj", "not positive definite", "damping=1", "--damping"):
+    with refused("model.layers.7.mlp.down_proj", "not positive definite", "damping=1", "raise the damping"):
         _ = found.inverse_factor
 
 

@@ -1,4 +1,7 @@
-"""Masks: exact counts in every shape and pattern, ties to the earlier weight, agreement with one-by-one sorting."""
+"""Masks: exact counts in every shape and pattern, ties to the earlier weight; shortcuts against the definition.
+
+The definition, `kept_by_sorting`, is itself compared with sorting one element at a time.
+"""
 
 from unittest.mock import patch
 
@@ -8,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegpt.solvers import masks
-from sparsegpt.solvers.masks import layer_mask, nm_mask, rough_projection, row_mask, unstructured_mask
+from sparsegpt.solvers.masks import (
+    group_mask,
+    keeps_counts,
+    kept_by_sorting,
+    layer_mask,
+    nm_mask,
+    rough_projection,
+    row_mask,
+    unstructured_mask,
+)
 from sparsegpt.sparsity import NM, Unstructured
 from tests.support import brute_layer_mask, brute_mask, brute_nm_mask, brute_row_mask
 
@@ -22,6 +34,86 @@ def saliencies(draw, multiple: int = 1):
     values = st.sampled_from([0.0, 1.0, 2.0, 3.5, 1e-30, float("inf")])
     size = rows * groups * multiple
     return torch.tensor(draw(st.lists(values, min_size=size, max_size=size))).view(rows, groups * multiple)
+
+
+@given(saliency=saliencies(), share=st.floats(0, 1), dim=st.sampled_from([0, 1, -1]))
+def test_the_definition_is_sorting_one_element_at_a_time(saliency, share, dim):
+    keep = int(share * saliency.shape[dim])
+    lines = saliency.T if dim == 0 else saliency
+    expected = torch.stack([brute_mask(line, keep) for line in lines])
+    assert torch.equal(kept_by_sorting(saliency, keep, dim), expected.T if dim == 0 else expected)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Saliencies [R, C] of every kind that shortcuts could stumble over.
+KINDS = {
+    "random": lambda *shape: torch.rand(*shape, generator=generator()),
+    "tied here and there": lambda *shape: torch.rand(*shape, generator=generator()).bfloat16(),
+    "of three values": lambda *shape: torch.randint(3, shape, generator=generator()).float(),
+    "mostly zero": lambda *shape: torch.rand(*shape, generator=generator()).sub(0.9).clamp_min(0),
+    "constant": lambda *shape: torch.full(shape, 0.25),
+    "zeros of both signs": lambda *shape: torch.randint(-1, 2, shape, generator=generator()).float() * 0,
+    "infinite here and there": lambda *shape: torch.randint(1, 5, shape, generator=generator()).float() / 0.0,
+    "rising": lambda *shape: torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape),
+    "falling": lambda *shape: -torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape),
+    "tiny": lambda *shape: torch.randint(4, shape, generator=generator()) * 1e-45,
+}
+
+
+def by_definition(saliency, pattern):
+    """The mask of a layer [R, C] by `kept_by_sorting` alone."""
+    rows, columns = saliency.shape
+    if isinstance(pattern, NM):
+        groups = saliency.view(rows, columns // pattern.m, pattern.m)
+        return kept_by_sorting(groups, pattern.n, -1).view(rows, columns)
+    if pattern.per_row:
+        return kept_by_sorting(saliency, columns - round(pattern.fraction * columns), 1)
+    kept = saliency.numel() - round(pattern.fraction * saliency.numel())
+    return kept_by_sorting(saliency.flatten(), kept, 0).view(rows, columns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_masks_of_groups_are_the_definition(pattern, kind):
+    for rows, groups in [(1, 1), (0, 2), (7, 1), (1, 5), (13, 6)]:
+        saliency = KINDS[kind](rows, groups * pattern.m)
+        before, expected = saliency.clone(), by_definition(saliency, pattern)
+        assert torch.equal(nm_mask(saliency, pattern), expected)
+        side_by_side = saliency.view(rows * groups, pattern.m).T
+        assert torch.equal(group_mask(side_by_side, pattern.n), expected.view(rows * groups, pattern.m).T)
+        assert torch.equal(saliency, before)
+        assert keeps_counts(expected, pattern)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.5, 0.77, 0.999])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sample", [1, 7, 4096])  # how many values stand for all when a threshold is looked for
+def test_masks_of_a_fraction_are_the_definition(sample, kind, fraction, monkeypatch):
+    monkeypatch.setattr(masks, "SAMPLE", sample)
+    for shape in [(1, 1), (1, 64), (64, 1), (13, 60)]:
+        saliency = KINDS[kind](*shape)
+        before = saliency.clone()
+        for pattern in (Unstructured(fraction), Unstructured(fraction, per_row=True)):
+            expected = by_definition(saliency, pattern)
+            assert torch.equal(layer_mask(saliency, pattern), expected)
+            assert keeps_counts(expected, pattern)
+        assert torch.equal(saliency, before)
+
+
+def test_counts_of_another_pattern_are_told_apart():
+    rows = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)
+    layer = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    more = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0]], dtype=torch.bool)
+    half, half_of_rows = Unstructured(0.5), Unstructured(0.5, per_row=True)
+    for mask, kept in ((rows, (True, True, True)), (layer, (True, False, False)), (more, (False, False, False))):
+        assert tuple(keeps_counts(mask, pattern) for pattern in (half, half_of_rows, NM(2, 4))) == kept
+    one_in_each = torch.tensor([[1, 0], [1, 0], [1, 0]], dtype=torch.bool)  # 30 % of 2 are 1, of 6 they are 2
+    assert keeps_counts(one_in_each, Unstructured(0.3, per_row=True))
+    assert keeps_counts(one_in_each, Unstructured(0.3))
+    assert not keeps_counts(one_in_each, Unstructured(0.2))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

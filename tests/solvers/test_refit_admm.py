@@ -1,4 +1,4 @@
-"""refit against dense solves on the same mask; admm never behind sparsegpt; neither ever worse than its start."""
+"""refit against dense solves on the same mask; admm never worse than sparsegpt; neither ever worse than its start."""
 
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -316,7 +316,7 @@ def test_admm_comes_near_the_best_of_all_masks(seed):
     errors = []
     for pair in product(combinations(range(4), 2), repeat=2):
         mask = torch.zeros(1, 8, dtype=torch.bool)
-        mask[0, [*pair[0], *(4 + place for place in pair[1])]] = True
+        mask[0, [*pair[0], *(4 + index for index in pair[1])]] = True
         errors.append(relative_error(weight, best_on_mask(weight, mask, damped(raw, 1e-6)), raw))
     found = prune_weight(weight, raw, "2:4", method="admm", damping=1e-6).relative_error
     assert found >= min(errors) * (1 - 1e-4)

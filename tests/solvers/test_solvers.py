@@ -364,3 +364,14 @@ def test_layers_of_one_input_share_its_hessian():
         alone = prune_weight(part, hessian, "2:4")
         together = prune_layer(part, shared, NM(2, 4), METHODS["admm"])
         assert torch.equal(alone.weight, together.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_modules_own_parameter_is_pruned_without_keeping_gradients(method):
+    weight, hessian = random_layer(4, 16)
+    expected = prune_weight(weight, hessian, "2:4", method=method)
+    parameter = torch.nn.Parameter(weight.clone())
+    found = prune_weight(parameter, hessian.requires_grad_(), "2:4", method=method)
+    assert torch.equal(found.weight, expected.weight)
+    assert not found.weight.requires_grad
+    assert torch.equal(parameter, weight)

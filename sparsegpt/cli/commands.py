@@ -24,8 +24,10 @@ from sparsegpt.cli.options import (
     Model,
     Overwrite,
     Quiet,
+    TrustRemoteCode,
     open_console,
     silence_libraries,
+    typed_command,
 )
 from sparsegpt.errors import SparseGPTError
 
@@ -79,9 +81,7 @@ def run(
     ] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Calibration windows of one forward pass.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Only if you trust it.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     damping: Annotated[
         float | None, typer.Option(help="Share of the mean diagonal added to the Hessian; default by sample size.")
     ] = None,
@@ -177,6 +177,8 @@ def run(
         revision=revision,
         trust_remote_code=trust_remote_code,
         kernels=kernels,
+        preset=preset,
+        command=typed_command(),
     )
     console = open_console()
     silence_libraries()
@@ -209,6 +211,7 @@ def evaluate_model(
     eval_windows: EvalWindows = None,
     bos: BosChoice = "auto",
     kernels: Annotated[str | None, typer.Option(help=f"Pack the 2:4 linears in memory; {KERNEL_NAMES}.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Perplexity and bits per byte of a model, dense or pruned, by the published protocol."""
@@ -217,7 +220,7 @@ def evaluate_model(
     from sparsegpt.run.options import default_data
 
     silence_libraries()
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     length = loaded.sequence_length(seqlen)
     if kernels is not None:
         print(f"sparsegpt: {_use_kernels(loaded.model, kernels)}", file=sys.stderr)

@@ -1,5 +1,8 @@
 """What the commands share: option types, the console, quiet libraries."""
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +26,18 @@ BosChoice = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new is whole.")]
 KERNEL_NAMES = "auto, dense, resident, cpu, portable, mma_sp, wgmma_sp, cutlass or cusparselt"
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Only if you trust it.")
+]
+
+
+def typed_command() -> str | None:
+    """The command line as typed, fit for a shell; None when a program that is not ours calls the commands."""
+    called = Path(sys.argv[0]).name
+    if called == "__main__.py":
+        return shlex.join(["python", "-m", "sparsegpt", *sys.argv[1:]])
+    return shlex.join(["sparsegpt", *sys.argv[1:]]) if Path(called).stem == "sparsegpt" else None
 
 
 def open_console() -> Console:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sparsegpt.model.loading import DEMO, dtypes_for, load_config, pick_device, sequence_length
+from sparsegpt.model.loading import DEMO, dtypes_for, load_config, pick_device, sequence_length, stored_in_files
 from sparsegpt.run.memory import available_memory
 from sparsegpt.run.memory_plan import PUBLISHED, Plan, Workload, plan, published_config, shape_of
 from sparsegpt.settings.prune_settings import PruneSettings
@@ -24,7 +24,8 @@ class RunOptions:
     at most so many windows of each. resume: go on with the unfinished run of this folder. activations: "memory" or
     "disk"; scratch: the folder for them and for weights that must be converted, by default beside `out`. micro_batch:
     calibration windows of one forward pass. gpu_memory: plan for a GPU with so many GB instead of `device`. kernels:
-    with a name, the pruned 2:4 linears are packed in memory and scored once more through these kernels.
+    with a name, the pruned 2:4 linears are packed in memory and scored once more through these kernels. preset,
+    command: for the report and the model card, the name of the preset and the command line as typed.
     """
 
     model: str
@@ -52,6 +53,8 @@ class RunOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     kernels: str | None = None
+    preset: str | None = None
+    command: str | None = None
 
 
 def default_data(model: str, role: str) -> str:
@@ -69,13 +72,15 @@ def memory_is_scarce(options: RunOptions, planned: Plan) -> bool:
 
 def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
     """What the run will need, from the model's configuration alone; nothing is loaded."""
+    found = None
     if options.model in PUBLISHED:
         config = published_config(options.model)
     else:
         config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        found = stored_in_files(options.model, options.revision)
     gpu_memory = free_gpu_memory(options)
     place = torch.device("cpu" if gpu_memory is None else "cuda")
-    stored, computing = dtypes_for(config, options.dtype, place)
+    stored, computing = dtypes_for(config, options.dtype, place, found)
     work = Workload(
         samples=options.samples,
         sequence_length=sequence_length(options.model, config, options.sequence_length),
@@ -85,7 +90,8 @@ def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
         micro_batch=options.micro_batch,
         scored=bool(options.evaluate),
     )
-    return plan(shape_of(config, stored), settings, work)
+    shape = shape_of(config, stored, trust_remote_code=options.trust_remote_code)
+    return plan(shape, settings, work)
 
 
 def free_gpu_memory(options: RunOptions) -> int | None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.figures import retell
 from sparsegpt.files.results import new_result
 from sparsegpt.files.tensor_files import (
     DEFAULT_SHARD_BYTES,
@@ -153,6 +154,8 @@ def pack_folder(
             if not packer.packed:
                 raise SparseGPTError(f"{source}: no linear layer keeps 2:4; prune with --sparsity 2:4 first")
             _copy_the_rest(source, stage)
+            if values is not None:
+                retell(stage, f"values rounded to {values}")
             _write_config(stage, {**config, "quantization_config": packer.config().to_dict()})
     names = tuple(matrix.name for matrix in packer.packed)
     return PackReport(names, plan.left_dense, packer.dense_bytes, packer.packed_bytes)

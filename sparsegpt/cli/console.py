@@ -1,6 +1,8 @@
 """How the command line speaks: its console, its one line of refusal, and libraries that keep silent."""
 
+import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +22,14 @@ def open_console() -> "Console":
     if console.is_terminal:
         return console
     return Console(highlight=False, markup=False, emoji=False, width=WIDTH_OF_A_FILE, no_color=True)
+
+
+def typed_command() -> str | None:
+    """The command line as typed, fit for a shell; None when a program that is not ours calls the commands."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return shlex.join(["python", "-m", "sparsegpt", *sys.argv[1:]])
+    return shlex.join(["sparsegpt", *sys.argv[1:]]) if called.stem == "sparsegpt" else None
 
 
 def say(text: str) -> None:

@@ -18,6 +18,8 @@ from sparsegpt.cli.options import (
     Length,
     Model,
     Overwrite,
+    Revision,
+    TrustRemoteCode,
     data_names,
 )
 from sparsegpt.errors import SparseGPTError
@@ -38,6 +40,8 @@ def evaluate_model(
     sequence_length: Length = None,
     eval_windows: EvalWindows = None,
     bos: BosChoice = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
@@ -57,7 +61,7 @@ def evaluate_model(
     from sparsegpt.model.loading import load_model
 
     silence_libraries()
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     length = loaded.sequence_length(sequence_length)
     if kernels is not None:
         say(_use_kernels(loaded.model, kernels))

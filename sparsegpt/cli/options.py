@@ -128,6 +128,8 @@ Device = Annotated[str, _shared("device")]
 Dtype = Annotated[str, _shared("dtype")]
 BatchSize = Annotated[int | None, _shared("batch_size")]
 Overwrite = Annotated[bool, _shared("overwrite", shown="off")]
+TrustRemoteCode = Annotated[bool, _shared("trust_remote_code", shown="off")]
+Revision = Annotated[str | None, _shared("revision")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=Group.OUTPUT, show_default="off")]
 
 

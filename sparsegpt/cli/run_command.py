@@ -1,10 +1,10 @@
 """`python -m sparsegpt run`: its options are the fields of PruneSettings, RunOptions and RunCall."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sparsegpt.cli.console import open_console, say, silence_libraries
+from sparsegpt.cli.console import open_console, say, silence_libraries, typed_command
 from sparsegpt.cli.options import data_names, given, parameters, takes
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.run.options import RunOptions, default_data, default_folder
@@ -45,7 +45,7 @@ def run(**arguments: Any) -> None:
 
     call = RunCall(**given(RunCall, arguments))
     settings = _settings(call.preset, given(PruneSettings, arguments))
-    options = _options(given(RunOptions, arguments), settings)
+    options = replace(_options(given(RunOptions, arguments), settings), preset=call.preset, command=typed_command())
     console = open_console()
     silence_libraries()
     if call.plan:

@@ -85,7 +85,7 @@ class BlockJob:
                 learning_rate=self.settings.learning_rate,
             )
             for parameter in self.block.parameters():
-                parameter.data.copy_(self.solver.as_stored(parameter.data))
+                parameter.data.copy_(self.solver.as_stored(parameter.data, parameter))
         self.memos = [{} for _ in self.memos]
         if result.diverged:
             self.solver.report.warnings.append(

@@ -38,14 +38,14 @@ class Shortage(NamedTuple):
 class GroupSolver:
     """Prunes groups of linears in place and writes what it did into the report.
 
-    as_stored: a weight in the dtype of the saved file, to which it is rounded at once: all that follows, inside the
-    block and after it, then sees the weights that are saved.
+    as_stored: new values of a parameter in the dtype of the saved file, to which they are rounded at once: all that
+    follows, inside the block and after it, then sees the weights that are saved.
     """
 
     settings: PruneSettings
     report: PruneReport
     listener: Listener
-    as_stored: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    as_stored: Callable[[Tensor, Tensor], Tensor] = lambda values, parameter: values
     # Experts that few tokens reached, until `tell_of_experts`: (expert, tokens) of each.
     _starved: dict[Shortage, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
 
@@ -94,7 +94,7 @@ class GroupSolver:
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
             solve = functools.partial(prune_layer, weight, hessian, choice.sparsity, method, choice.block_size)
             pruned = solve() if target is None else self._solve_corrected(weight, hessian, target, solve)
-            linear.weight.copy_(self.as_stored(pruned.weight))
+            linear.weight.copy_(self.as_stored(pruned.weight, linear.weight))
             report = LayerReport(
                 name=name,
                 shape=(linear.out_features, linear.in_features),

@@ -45,6 +45,10 @@ _CODES = {
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.complex64: "C64",
 }
 
 
@@ -80,6 +84,20 @@ def read_header(path: Path) -> Header:
             f"{path}: damaged or truncated safetensors file ({error}); copy or create it again"
         ) from error
     return Header(entries, metadata, 8 + length)
+
+
+def stored_dtype(path: Path, name: str, code: str) -> torch.dtype:
+    """The dtype that a header calls so; SparseGPTError, naming file and tensor, for one that torch has not."""
+    for dtype, known in _CODES.items():
+        if known == code:
+            return dtype
+    raise SparseGPTError(f"{path}: {name} is of type {code}: expected one of {', '.join(_CODES.values())}")
+
+
+def check_storable(name: str, dtype: torch.dtype) -> None:
+    """SparseGPTError, naming the tensor, for a dtype that files here do not hold."""
+    if dtype not in _CODES:
+        raise SparseGPTError(f"{name}: safetensors files here hold no {dtype}; leave this tensor out")
 
 
 def verify_checksums(path: Path) -> frozenset[str]:
@@ -251,8 +269,7 @@ class ShardedWriter:
 
 
 def _code(tensor: Tensor) -> str:
-    if tensor.dtype not in _CODES:
-        raise SparseGPTError(f"safetensors files here hold no {tensor.dtype}; leave this tensor out")
+    check_storable("a tensor", tensor.dtype)
     return _CODES[tensor.dtype]
 
 

@@ -1,12 +1,12 @@
 """Models and tokenizers by short name, Hub id or folder, with one clear line for everything that can be wrong.
 
-The arithmetic on a CPU is float32 even when the file holds halves (they are slow there and lose digits); a saved
-model goes back to the dtype of the file that it came from.
+The arithmetic on a CPU is float32 even when the file holds halves (they are slow there and lose digits). At home every
+tensor is what its file holds, in the file's own dtype, whatever the config says; so it is when the model is saved.
 """
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sparsegpt.calib_data import demo_folder
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.beside import some
 from sparsegpt.files.mapped import chunks, mapped_parameters
 from sparsegpt.model.decoder import DecoderModel, position_limit
 from sparsegpt.model.model_folder import check_folder, first_line
+from sparsegpt.model.names import CheckpointNames, restore_dtypes
 from sparsegpt.model.residence import Residence
+from sparsegpt.model.source import Source, cached, fetched
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -47,15 +50,26 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class LoadedModel:
     """A causal language model ready to prune.
 
-    stored_dtype: what its weights are saved as. residence: of a streamed model, whose weights stay in files; None when
-    all of it is in memory.
+    source: the folder that it comes from. stored_dtype: what the weights of its blocks are saved as. asked: the dtype
+    that all floating-point tensors are saved as; None: each in that of its file. tied: whether the head was the
+    embedding's own weight when it was loaded. residence: of a streamed model, whose weights stay in files; None when
+    all of it is in memory. notes: what the user should know of it.
     """
 
     name: str
     model: "PreTrainedModel"
     tokenizer: Any
+    source: Source
     stored_dtype: torch.dtype
+    asked: torch.dtype | None = None
+    tied: bool = False
     residence: Residence | None = None
+    notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def names(self) -> CheckpointNames:
+        """What its tensors are called in the files."""
+        return CheckpointNames.of(self.model, self.source.tensors)
 
     @functools.cached_property
     def decoder(self) -> DecoderModel:
@@ -87,56 +101,90 @@ def load_model(
     from transformers import AutoTokenizer
 
     target = pick_device(device)
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    stored, computing = dtypes_for(config, dtype, target)
-    source, hub = _source(name), {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    located = _located(name, revision)
     try:
+        folder = located if isinstance(located, Path) else fetched(located, revision)
+        hub = {"trust_remote_code": trust_remote_code}
+        config = _config(folder, trust_remote_code=trust_remote_code)
+        source = Source.of(folder)
+        stored, computing = dtypes_for(config, dtype, target, source.dtype)
+        options = {"config": config, "dtype": stored if stream_through else computing, **hub}
         with mapped_parameters(stream_through) if stream_through else nullcontext():
-            model, info = auto_class(config).from_pretrained(
-                source, config=config, dtype=stored if stream_through else computing, output_loading_info=True, **hub
-            )
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+            model, info = auto_class(config).from_pretrained(str(folder), output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **hub)
     except SparseGPTError:
         raise
     except Exception as error:
         raise _not_loaded(name, error) from error
+    loaded = LoadedModel(name, model, tokenizer, source, stored, DTYPES.get(dtype), tied=is_tied(model))
     _check_loaded(name, model, tokenizer, info)
     if stream_through is None:
-        return LoadedModel(name, model.to(target), tokenizer, stored)
+        _check_finite(name, model)
+        model.to(target)
+        return loaded
+    working = {}
+    if loaded.asked is None and getattr(config, "quantization_config", None) is None:
+        working = restore_dtypes(loaded.names, source, model, (stored, computing), stream_through)
+    _check_finite(name, model)
+    loaded.notes = (*_surplus_note(loaded, info["unexpected_keys"]), *source.notes())
     if computing != stored:
         _compute_tables(model, stored, computing)
-    residence = Residence(target, computing, stored, reversible=True)
-    loaded = LoadedModel(name, model, tokenizer, stored, residence)
-    residence.attach(loaded.decoder, keep=_has_room(model, target))
+    loaded.residence = Residence(target, computing, stored, reversible=True, working=working)
+    loaded.residence.attach(loaded.decoder, keep=_has_room(model, target))
     return loaded
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
     """The configuration of a model named as for `load_model`, whose folder is looked over before anything is read."""
-    from transformers import AutoConfig
+    located = _located(name, revision)
+    try:
+        return _config(located, trust_remote_code=trust_remote_code, revision=revision)
+    except SparseGPTError:
+        raise
+    except Exception as error:
+        raise _not_loaded(name, error) from error
 
+
+def stored_in_files(name: str, revision: str | None = None) -> torch.dtype | None:
+    """What the blocks' weights of a model are stored as, from its files; None for one that is not on this machine."""
+    located = _located(name, revision)
+    folder = located if isinstance(located, Path) else cached(located, revision)
+    try:
+        return Source.of(folder).dtype if folder else None
+    except SparseGPTError:
+        if folder == located:
+            raise
+        return None  # the cache holds the config alone
+
+
+def _located(name: str, revision: str | None) -> Path | str:
+    """The folder of a model, looked over before anything in it is read, or its Hub id."""
     source = _source(name)
     if _is_folder(source):
         check_folder(Path(source))
         if revision is not None:
             raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
         found = "is a file" if Path(source).expanduser().is_file() else "does not exist"
         raise SparseGPTError(f"model folder {source} {found}: give a folder, a Hub id or one of the short names")
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    except Exception as error:
-        raise _not_loaded(name, error) from error
+    return source
+
+
+def _config(located: Path | str, *, trust_remote_code: bool, revision: str | None = None) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        str(located), revision=revision or "main", trust_remote_code=trust_remote_code
+    )
     return config
 
 
-def without_weights(config: "PretrainedConfig") -> "PreTrainedModel":
+def without_weights(config: "PretrainedConfig", *, trust_remote_code: bool = False) -> "PreTrainedModel":
     """The model of a configuration on the meta device; SparseGPTError for a configuration that makes none."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(config).from_config(config)
+            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _not_loaded(config.name_or_path, error) from error
     return model
@@ -146,16 +194,26 @@ def auto_class(config: "PretrainedConfig") -> Any:
     """transformers' loader for a configuration: of a causal language model, else of a multimodal model around one."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    multimodal = type(config) in AutoModelForImageTextToText._model_mapping
-    causal = type(config) in AutoModelForCausalLM._model_mapping
+    def known(loader: Any) -> bool:
+        """To transformers, or to the code that comes with the model."""
+        return type(config) in loader._model_mapping or loader.__name__ in (getattr(config, "auto_map", None) or {})
+
+    multimodal, causal = known(AutoModelForImageTextToText), known(AutoModelForCausalLM)
     return AutoModelForImageTextToText if multimodal and not causal else AutoModelForCausalLM
 
 
-def dtypes_for(config: "PretrainedConfig", dtype: str, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """(stored, computing): an explicit dtype is both; else the file's own, and float32 to compute in on a CPU."""
+def dtypes_for(
+    config: "PretrainedConfig", dtype: str, device: torch.device, found: torch.dtype | None = None
+) -> tuple[torch.dtype, torch.dtype]:
+    """(stored, computing): an explicit dtype is both; else the files' own, and float32 to compute in on a CPU.
+
+    found: what the files hold; where nobody knows, or where they hold packed weights, the config must tell.
+    """
     if dtype != "auto" and dtype not in DTYPES:
         raise SparseGPTError(f"dtype {dtype!r} is not known: expected auto, {', '.join(DTYPES)}")
-    stored = DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32
+    said = getattr(config, "dtype", None)
+    packed = getattr(config, "quantization_config", None) is not None
+    stored = DTYPES.get(dtype) or (said if packed else None) or found or said or torch.float32
     return stored, DTYPES.get(dtype) or (stored if device.type == "cuda" else torch.float32)
 
 
@@ -179,7 +237,8 @@ def _source(name: str) -> str:
 
 def _not_loaded(name: str, error: Exception) -> SparseGPTError:
     """One line for whatever transformers, safetensors and the Hub client raise: a dozen unrelated types."""
-    return SparseGPTError(f"model {name!r} could not be loaded: {first_line(error)}{_advice(_source(name))}")
+    advice = _advice(_source(name), str(error))
+    return SparseGPTError(f"model {name!r} could not be loaded: {first_line(error)}{advice}")
 
 
 def _compute_tables(model: "PreTrainedModel", stored: torch.dtype, computing: torch.dtype) -> None:
@@ -240,15 +299,38 @@ def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dic
         )
     if surplus := _left_out(model, info["unexpected_keys"]):
         raise SparseGPTError(f"model {name!r}: its config has no place for {surplus}, which its weights hold")
-    for key, parameter in model.named_parameters():
-        if not all(torch.isfinite(part).all() for part in chunks(parameter)):
-            raise SparseGPTError(f"model {name!r}: {key} contains NaN or infinite values; the checkpoint is damaged")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise SparseGPTError(
             f"model {name!r}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows; "
             "they do not belong together"
         )
+
+
+def _check_finite(name: str, model: "PreTrainedModel") -> None:
+    for key, parameter in model.named_parameters():
+        if not all(torch.isfinite(part).all() for part in chunks(parameter)):
+            raise SparseGPTError(f"model {name!r}: {key} contains NaN or infinite values; the checkpoint is damaged")
+
+
+def _surplus_note(loaded: LoadedModel, unexpected: Iterable[str]) -> Iterator[str]:
+    """Of tensors that are carried over as they are. Tables that loaders compute themselves need no mention."""
+    told = set(unexpected)
+    prefix = f"{loaded.model.base_model_prefix}."
+    surplus = tuple(
+        name
+        for name in loaded.names.surplus
+        if name.endswith(".weight") or told & {name, prefix + name, name.removeprefix(prefix)}
+    )
+    if surplus:
+        count = "1 tensor" if len(surplus) == 1 else f"{len(surplus)} tensors"
+        yield f"{count} without a place in {type(loaded.model).__name__} carried over as in the files: {some(surplus)}"
+
+
+def is_tied(model: "PreTrainedModel") -> bool:
+    """Whether the head's weight is the embedding's own."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _left_out(model: "PreTrainedModel", unexpected: Iterable[str]) -> str | None:
@@ -268,7 +350,9 @@ def _is_folder(source: str) -> bool:
         raise SparseGPTError(f"model folder {source} cannot be read: {first_line(error)}") from error
 
 
-def _advice(source: str) -> str:
+def _advice(source: str, said: str) -> str:
+    if "trust_remote_code" in said:
+        return "; read it, and give --trust-remote-code if you trust it"
     if _is_folder(source):
         return ""
     return f"; {source} is no local folder: without network give a folder, or --model demo"

@@ -5,7 +5,7 @@ gets private copies on the computing device in the computing dtype, and gives th
 any size runs with the memory of its largest block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +21,16 @@ class Residence:
     """Where a model computes.
 
     device, dtype: of the copies; None for the device where each parameter is. stored: the dtype of the parameters at
-    home that are computed in `dtype`; others (norms that a checkpoint keeps in float32) keep their own. reversible:
-    remember the tensors that settled ones replace, which costs nothing where they are mapped from files.
+    home that are computed in `dtype`; others keep their own, except those of `working`: {parameter: the dtype that it
+    is computed in}. reversible: remember the tensors that settled ones replace, which costs nothing where they are
+    mapped from files.
     """
 
     device: torch.device | None
     dtype: torch.dtype
     stored: torch.dtype
     reversible: bool = False
+    working: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
     # The tensors at home of every parameter that is at work now; those that a settled one had before; nested visits.
     _home: dict[Tensor, Tensor] = field(default_factory=dict)
     _originals: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -78,9 +80,14 @@ class Residence:
         self._originals.clear()
         self._visits.clear()
 
-    def as_stored(self, tensor: Tensor) -> Tensor:
-        """A working tensor in the dtype in which it is stored."""
-        return tensor.to(self.stored) if tensor.dtype == self.dtype else tensor
+    def as_stored(self, values: Tensor, place: Tensor) -> Tensor:
+        """New values of a parameter, or of a part of it, in the dtype in which it is stored.
+
+        place: the parameter, or any view of its memory.
+        """
+        home = self._home_of(place)
+        usual = self.stored if values.dtype == self.dtype else values.dtype
+        return values.to(usual if home is None else home.dtype)
 
     def to_store(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's tensors as they are now, each parameter in the dtype that it has at home."""
@@ -132,8 +139,7 @@ class Residence:
         self._home[table] = table.data
         module.__dict__["padding_idx"] = None  # matters to gradients alone, and would point outside of the few rows
         wanted, rows = tokens.to(table.device).unique(return_inverse=True)
-        dtype = self.dtype if table.dtype == self.stored else table.dtype
-        table.data = table.data[wanted].to(self.device, dtype)
+        table.data = table.data[wanted].to(self.device, self._working_dtype(table))
         rows = rows.to(self.device)
         return (args, {**kwargs, name: rows}) if name else ((rows, *args[1:]), kwargs)
 
@@ -152,9 +158,24 @@ class Residence:
             if parameter not in self._home:
                 self._home[parameter] = parameter.data
                 brought.append(parameter)
-                dtype = self.dtype if parameter.dtype == self.stored else parameter.dtype
+                dtype = self._working_dtype(parameter)
                 parameter.data = parameter.data.to(self.device or parameter.device, dtype, copy=True)
+
+    def _home_of(self, place: Tensor) -> Tensor | None:
+        """The tensor at home of a parameter, or of the parameter at work that it shows a part of; None if unknown."""
+        if place in self._home or place in self.working:
+            return self._home.get(place, place)
+        memory = _memory(place)
+        return next((home for parameter, home in self._home.items() if _memory(parameter) == memory), None)
+
+    def _working_dtype(self, parameter: Tensor) -> torch.dtype:
+        usual = self.dtype if parameter.dtype == self.stored else parameter.dtype
+        return self.working.get(parameter, usual)
 
     def _send_home(self, parameters: list[Tensor]) -> None:
         for parameter in parameters:
             parameter.data = self._home.pop(parameter)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

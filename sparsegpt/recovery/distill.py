@@ -129,7 +129,8 @@ class Distiller:
             with unfused(block):
                 for name, state in self.states[index].items():
                     parameter = block.get_parameter(name)
-                    parameter.data.copy_(self.residence.as_stored(state.weight.to(parameter.dtype)))
+                    values = state.weight.to(parameter.dtype)
+                    parameter.data.copy_(self.residence.as_stored(values, parameter))
             return self.residence.to_store(block)
 
     @torch.no_grad()

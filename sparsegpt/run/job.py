@@ -5,12 +5,14 @@ Prints nothing. What happens meanwhile is told to a `Listener`; everything measu
 
 import hashlib
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -23,14 +25,17 @@ from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
+from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.kernels.dispatch.packed24 import KERNELS
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
-from sparsegpt.model.export import write_model
-from sparsegpt.model.loading import LoadedModel, load_model, source_folders
+from sparsegpt.model.export import check_names, write_beside, write_model
+from sparsegpt.model.loading import LoadedModel, auto_class, load_model, source_folders
+from sparsegpt.model.model_folder import first_line
 from sparsegpt.recovery.training import TrainingOutOfMemory
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
 from sparsegpt.run.memory_plan import check_fits
+from sparsegpt.run.model_card import Card
 from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import free_gpu_memory, memory_is_scarce, plan_run
 from sparsegpt.run.work_folder import ResumeError, WorkFolder, fingerprint
@@ -89,12 +94,13 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
             report = read_checked(options.out / REPORT_NAME)
             job.warn_of_unscored(report["perplexity"])
             return report
+        job.rehearse()
         job.score("dense")
         job.prune()
         job.score("pruned")
         job.listener.stage(f"saving {options.out}")
         with work.new_result() as draft:
-            write_model(job.loaded, draft)
+            write_model(job.loaded, draft, job.readme())
             if options.kernels is not None:
                 job.score_through_kernels(options.kernels, draft)
             report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
@@ -117,6 +123,7 @@ class _Job:
         parse_blocks(options.blocks)  # refused before anything is loaded
         self.scratch = options.scratch or work.folder
         self.started = time.perf_counter()
+        self.date = datetime.now(UTC).isoformat(timespec="seconds")
         self.pruned = PruneReport(settings)
         self.seconds: dict[str, float] = {}
         self.scores: dict[str, dict[str, TextScore]] = {data: {} for data in options.evaluate}
@@ -157,7 +164,7 @@ class _Job:
             options.blocks,
             include_head=options.include_head,
         )
-        for note in self.choices.notes:
+        for note in (*self.loaded.notes, *self.choices.notes):
             self.warn(note)
 
     def begin(self) -> bool:
@@ -177,6 +184,42 @@ class _Job:
             for data, by_model in self.work.state.get("scores", {}).items():
                 self.scores[data] = {which: TextScore(**row) for which, row in by_model.items()}
         return True
+
+    def rehearse(self) -> None:
+        """Write everything but the weights once, as it will be at the end: what cannot be written is refused now."""
+        check_names(self.loaded)
+        try:
+            with tempfile.TemporaryDirectory(dir=self.work.folder, prefix="rehearsal-") as folder:
+                write_beside(self.loaded, Path(folder), self.readme())
+        except (OSError, ValueError, TypeError) as error:
+            raise SparseGPTError(
+                f"the files beside the weights of {self.options.model} cannot be written again: {first_line(error)}"
+            ) from error
+
+    def readme(self) -> bytes:
+        """The source's model card with a section about this run, as far as it has got."""
+        source, options = self.loaded.source, self.options
+        calibration = self.calibration.describe()
+        rows = {
+            **({"preset": options.preset} if options.preset else {}),
+            **({"rules of a recipe": str(len(self.settings.recipe))} if self.settings.recipe else {}),
+            "calibration": "{source}, {samples} windows of {sequence_length} tokens, seed {seed}".format(**calibration),
+            "pruned": f"{len(self.pruned.layers)} linears",
+            "stored as": str(self.loaded.stored_dtype).removeprefix("torch."),
+            "date": self.date,
+        }
+        card = Card(
+            base=source.name,
+            patterns=tuple(dict.fromkeys(map(str, self.settings.values_of("sparsity")))),
+            method=self.settings.method_name,
+            rows=rows,
+            perplexities=self._by_text("perplexity"),
+            command=options.command,
+            loader=auto_class(self.loaded.model.config).__name__,
+            trust_remote_code=options.trust_remote_code,
+        )
+        path = source.folder / CARD_NAME
+        return card.added_to(path.read_bytes() if PurePath(CARD_NAME) in source.beside.files else None)
 
     def warn_of_unscored(self, scores: dict[str, dict[str, float]]) -> None:
         """Say which scores that were asked for are not among those {text: {model: score}} of a finished result."""
@@ -310,7 +353,9 @@ class _Job:
         """Load the saved model whole, pack its pruned linears in memory and score once more."""
         options = self.options
         try:
-            self.loaded = load_model(str(folder), dtype=options.dtype, device=options.device)
+            self.loaded = load_model(
+                str(folder), dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+            )
             pack_linears(self.loaded.model, kernels=kernels)
             set_kernels(self.loaded.model, kernels)
             self.listener.stage(explain(self.loaded.model))
@@ -322,6 +367,9 @@ class _Job:
         """The contents of report.json."""
         return {
             "model": self.options.model,
+            "preset": self.options.preset,
+            "command": self.options.command,
+            "date": self.date,
             **self.pruned.as_dict(),
             "seed": self.options.seed,
             "calibration": self.calibration.describe(),

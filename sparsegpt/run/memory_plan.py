@@ -136,9 +136,9 @@ class Plan:
         return {kind: self.total(kind) for kind in ("memory", "gpu", "disk")}
 
 
-def shape_of(config: "PretrainedConfig", stored: torch.dtype) -> ModelShape:
+def shape_of(config: "PretrainedConfig", stored: torch.dtype, *, trust_remote_code: bool = False) -> ModelShape:
     """The shape of a model from its configuration, without its weights, which are stored as `stored`."""
-    decoder = DecoderModel.of(without_weights(config))
+    decoder = DecoderModel.of(without_weights(config, trust_remote_code=trust_remote_code))
     model, blocks, residuals = decoder.model, decoder.blocks, decoder.family.residuals
     largest = max(blocks, key=_parameters)
     groups = [tuple(_groups(block, frozenset(residuals))) for block in blocks]

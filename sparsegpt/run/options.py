@@ -20,7 +20,8 @@ class RunOptions:
     sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty. resume: go on with
     the unfinished run of this folder. scratch: the folder for activations in files and for weights that must be
     converted, by default beside `out`. gpu_memory: plan for a GPU with so many GB instead of `device`. kernels: with a
-    name, the pruned 2:4 linears are packed in memory and scored once more through these kernels.
+    name, the pruned 2:4 linears are packed in memory and scored once more through these kernels. preset, command: for
+    the report and the model card, the name of the preset and the command line as typed.
     """
 
     model: str = field(
@@ -136,6 +137,8 @@ class RunOptions:
             f"2:4 only: score once more through packed kernels; {KERNEL_NAMES}.", OUTPUT, unset="no such score"
         ),
     )
+    preset: str | None = None
+    command: str | None = None
 
 
 def default_data(model: str, role: str) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from sparsegpt.model.loading import dtypes_for, load_config, pick_device, sequence_length
+from sparsegpt.model.loading import dtypes_for, load_config, pick_device, sequence_length, stored_in_files
 from sparsegpt.run.memory import available_memory
 from sparsegpt.run.memory_plan import PUBLISHED, Plan, Workload, plan, published_config, shape_of
 from sparsegpt.run.options import RunOptions
@@ -21,13 +21,15 @@ def memory_is_scarce(options: RunOptions, planned: Plan) -> bool:
 
 def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
     """What the run will need, from the model's configuration alone; nothing is loaded."""
+    found = None
     if options.model in PUBLISHED:
         config = published_config(options.model)
     else:
         config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        found = stored_in_files(options.model, options.revision)
     gpu_memory = free_gpu_memory(options)
-    place = torch.device("cpu" if gpu_memory is None else "cuda")
-    stored, computing = dtypes_for(config, options.dtype, place)
+    device = torch.device("cpu" if gpu_memory is None else "cuda")
+    stored, computing = dtypes_for(config, options.dtype, device, found)
     work = Workload(
         samples=options.samples,
         sequence_length=sequence_length(options.model, config, options.sequence_length),
@@ -37,7 +39,7 @@ def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
         micro_batch=options.micro_batch,
         scored=bool(options.evaluate),
     )
-    return plan(shape_of(config, stored), settings, work)
+    return plan(shape_of(config, stored, trust_remote_code=options.trust_remote_code), settings, work)
 
 
 def free_gpu_memory(options: RunOptions) -> int | None:

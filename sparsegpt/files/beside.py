@@ -1,0 +1,105 @@
+"""What lies beside the weights of a model folder, and comes along when the folder is written with other weights."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.checked_json import REPORT_NAME
+
+# Suffixes of files that hold weights, in whatever form.
+WEIGHT_SUFFIXES = (
+    *("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx", "onnx_data", "ot"),
+    *("tflite", "npz"),
+)
+_WEIGHTS = re.compile(rf".*\.({'|'.join(WEIGHT_SUFFIXES)})(\.index(\.\w+)?\.json)?", re.IGNORECASE)
+# Of version control, of downloads and of Python.
+_CACHES = frozenset({".git", ".cache", ".huggingface", "__pycache__"})
+# Folders of this program at work.
+_AT_WORK = re.compile(r"\..+\.(unfinished|\d+\.(writing|old))")
+ADAPTER = "adapter_config.json"
+_NAMED = 3
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, or says which files do."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The files of a folder that are not weights, as they were when it was looked at.
+
+    files: paths inside the folder. weights: files of weights, which stay behind. outside: links that lead out of the
+    folder, or to folders, and whatever is no regular file: not followed, left behind too.
+    """
+
+    folder: Path
+    files: tuple[PurePath, ...]
+    weights: tuple[PurePath, ...]
+    outside: tuple[PurePath, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Beside":
+        """Look at a folder; SparseGPTError where it cannot be read.
+
+        In a snapshot of the Hub's cache every file is a link into the blobs beside the snapshots.
+        """
+        files, weights, outside = [], [], []
+        try:
+            homes = [home.resolve() for home in (folder, *_blobs(folder))]
+            for path in _walk(folder):
+                inside = path.relative_to(folder)
+                if inside == PurePath(REPORT_NAME):
+                    continue  # of the weights that were pruned before
+                if is_weights(path.name) and not _of_an_adapter(path):
+                    weights.append(inside)
+                elif path.is_file() and any(path.resolve().is_relative_to(home) for home in homes):
+                    files.append(inside)
+                else:
+                    outside.append(inside)
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that form a circle
+            raise SparseGPTError(f"model folder {folder} cannot be read: {error}") from error
+        return cls(folder, tuple(files), tuple(weights), tuple(outside))
+
+    def copy_to(self, target: Path, *, but: frozenset[str] = frozenset()) -> None:
+        """Copy the files, byte for byte, except those of these names; OSError as the system raises it."""
+        for inside in self.files:
+            if str(inside) not in but:
+                (target / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / inside, target / inside)
+
+
+def some(names: tuple[PurePath, ...] | tuple[str, ...]) -> str:
+    """The first few names, and how many there are more."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(str, names[:_NAMED])) + more
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything that is no folder, links to folders among it, by name; caches and what is at work left out."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for where, folders, names in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if Path(where, name).is_symlink()]
+        kept = {name for name in folders if name not in _CACHES and not _AT_WORK.fullmatch(name)}
+        folders[:] = sorted(kept - set(links))
+        for name in sorted([*names, *(link for link in links if link in kept)]):
+            if name not in _CACHES:
+                yield Path(where, name)
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the files of a snapshot in the Hub's cache really lie: <cache>/models--org--name/blobs."""
+    of_cache = folder.absolute().parent.name == "snapshots" and "--" in folder.absolute().parent.parent.name
+    return [folder.absolute().parent.parent / "blobs"] if of_cache else []
+
+
+def _of_an_adapter(path: Path) -> bool:
+    """Weights of a small model of its own, which some models load from a folder inside theirs."""
+    return path.name.startswith("adapter_model.") and (path.parent / ADAPTER).is_file()

@@ -1,0 +1,203 @@
+"""Where a model comes from: its folder, the tensors of its files, and what lies beside them.
+
+A model on the Hub is brought into the cache whole, weights of other formats left out; from there on it is a folder.
+"""
+
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.beside import WEIGHT_SUFFIXES, Beside, some
+from sparsegpt.files.tensor_files import INDEX, WEIGHTS, read_header, stored_dtype
+
+# Where transformers looks for weights, the first that is there.
+WEIGHT_FILES = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+# What weights are stored as and computed in; files may hold other tensors in other types.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CONFIG = "config.json"
+# A key of configs that names the file of the weights.
+FILE_KEY = "transformers_weights"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, by what the file says of it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of its elements."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's folder. tensors: those of the files that the loader reads, by name; beside: its other files."""
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor]
+    beside: Beside
+
+    @classmethod
+    def of(cls, folder: Path) -> "Source":
+        """Look at a folder; SparseGPTError, naming the file, where it is not whole."""
+        tensors: dict[str, StoredTensor] = {}
+        for path in weight_paths(folder):
+            tensors |= _tensors_of(path)
+        return cls(folder, tensors, Beside.of(folder))
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype | None:
+        """What most of the blocks' weights are stored as; None where none is of a dtype that models compute in."""
+        in_blocks = {name: tensor for name, tensor in self.tensors.items() if any(map(str.isdigit, name.split(".")))}
+        counts: dict[torch.dtype, int] = defaultdict(int)
+        for tensor in (in_blocks or self.tensors).values():
+            if tensor.dtype in FLOATS:
+                counts[tensor.dtype] += tensor.numel
+        return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+
+    @property
+    def name(self) -> str:
+        """The Hub id of a folder in the Hub's cache, else the folder's own name."""
+        return hub_id(self.folder) or self.folder.absolute().name
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        content: dict[str, Any] = json.loads((self.folder / CONFIG).read_bytes())
+        return content
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """These tensors with their names, file by file, each read when its turn comes."""
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self.tensors[name].file].append(name)
+        for path, inside in by_file.items():
+            if path.suffix == ".safetensors":
+                yield from _read_safetensors(path, inside)
+            else:
+                content = _unpickled(path)
+                yield from ((name, content[name]) for name in inside)
+
+    def notes(self) -> Iterator[str]:
+        """What the user should know of files that do not come along."""
+        used = {tensor.file.relative_to(self.folder) for tensor in self.tensors.values()} | set(
+            map(PurePath, WEIGHT_FILES)
+        )
+        if left := tuple(path for path in self.beside.weights if path not in used):
+            yield f"left behind, as files of weights before pruning: {some(left)}"
+        if self.beside.outside:
+            yield f"left behind, as no regular files of the model folder: {some(self.beside.outside)}"
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The files that the loader reads the weights of a folder from; SparseGPTError where there are none."""
+    try:
+        named = json.loads((folder / CONFIG).read_bytes()).get(FILE_KEY)
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise SparseGPTError(f"{folder / CONFIG} cannot be read as a JSON object: {error}") from error
+    for name in (named,) if isinstance(named, str) else WEIGHT_FILES:
+        path = folder / name
+        if path.is_file():
+            return [folder / shard for shard in _shards(path)] if path.suffix == ".json" else [path]
+    raise SparseGPTError(
+        f"model folder {folder} has no weights that can be loaded: expected {' or '.join(WEIGHT_FILES)}"
+    )
+
+
+def fetched(hub: str, revision: str | None) -> Path:
+    """The folder of a Hub model in the cache, with its weights and every other file; raises what the client raises.
+
+    Without network, what is in the cache must do.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    folder = Path(hf_hub_download(hub, CONFIG, revision=revision)).parent
+    commit = folder.name  # from here on all files are of one state
+    with suppress(LocalEntryNotFoundError):  # offline, and the cache holds only some of the files
+        snapshot_download(hub, revision=commit, ignore_patterns=[f"*.{suffix}" for suffix in WEIGHT_SUFFIXES])
+    for name in WEIGHT_FILES:
+        try:
+            path = Path(hf_hub_download(hub, name, revision=commit))
+        except EntryNotFoundError:
+            continue
+        for shard in _shards(path) if path.suffix == ".json" else ():
+            hf_hub_download(hub, shard, revision=commit)
+        break
+    return folder
+
+
+def cached(hub: str, revision: str | None) -> Path | None:
+    """The folder of a Hub model in the cache, as far as it is there; None where it is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub, CONFIG, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def hub_id(folder: Path) -> str | None:
+    """ "org/name" of <cache>/models--org--name/snapshots/<commit>; None for any other folder."""
+    snapshots = folder.absolute().parent
+    kind, _, name = snapshots.parent.name.partition("--")
+    return name.replace("--", "/", 1) if snapshots.name == "snapshots" and kind == "models" and name else None
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise SparseGPTError(
+            f"{index} has no weight_map of tensor names to file names: fetch the file again"
+        ) from error
+
+
+def _tensors_of(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix == ".safetensors":
+        entries = read_header(path).entries
+        return {
+            name: StoredTensor(path, stored_dtype(path, name, entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in entries.items()
+        }
+    return {
+        name: StoredTensor(path, value.dtype, tuple(value.shape))
+        for name, value in _unpickled(path, weightless=True).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _read_safetensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        yield from ((name, file.get_tensor(name)) for name in names)
+
+
+def _unpickled(path: Path, *, weightless: bool = False) -> dict[str, Any]:
+    """The content of a pickled file, mapped where its form allows that; weightless: on the meta device."""
+    try:
+        content: dict[str, Any] = torch.load(
+            path,
+            map_location="meta" if weightless else "cpu",
+            weights_only=True,
+            mmap=not weightless and is_zipfile(path),
+        )
+    except Exception as error:  # whatever a damaged pickle leads to
+        raise SparseGPTError(f"{path} cannot be read ({type(error).__name__}): fetch the file again") from error
+    if not isinstance(content, dict):
+        raise SparseGPTError(f"{path} holds {type(content).__name__}: expected a dict of tensors")
+    return content

@@ -2,12 +2,14 @@
 
 from .demo_model import demo_folder
 from .sources import KNOWN_SOURCES, TextSource, load_text
-from .windows import Calibration, draw_windows, evaluation_tokens
+from .windows import BOS_CHOICES, Calibration, bos_token, draw_windows, evaluation_tokens
 
 __all__ = [
+    "BOS_CHOICES",
     "KNOWN_SOURCES",
     "Calibration",
     "TextSource",
+    "bos_token",
     "demo_folder",
     "draw_windows",
     "evaluation_tokens",

@@ -10,6 +10,9 @@ from sparsegpt.errors import SparseGPTError
 
 from .sources import TextSource
 
+BOS_CHOICES = ("auto", "always", "never")
+# Families trained with a beginning-of-sequence token in every window, and lost without it.
+BOS_IN_EVERY_WINDOW = ("gemma",)
 DRAWS_WITHOUT_A_FIT = 10_000  # documents in a row too short for a window; more draws would not help
 
 
@@ -21,6 +24,7 @@ class Calibration:
     source: str
     seed: int
     token_hash: str  # SHA-256, hexadecimal, of the windows as little-endian int64, row by row
+    bos: int | None = None  # the beginning-of-sequence token that every window begins with
 
     def describe(self) -> dict[str, object]:
         """The entry "calibration" of report.json."""
@@ -31,25 +35,48 @@ class Calibration:
             "sequence_length": sequence_length,
             "seed": self.seed,
             "token_hash": self.token_hash,
+            "bos": self.bos,
         }
 
 
-def draw_windows(source: TextSource, tokenizer: Any, samples: int, sequence_length: int, seed: int) -> Calibration:
+def bos_token(tokenizer: Any, model_type: str, choice: str) -> int | None:
+    """The beginning-of-sequence token before every window, in calibration and evaluation alike; None for none.
+
+    choice: "always", "never", or "auto", where the family needs it. Raises SparseGPTError for another choice, and for a
+    tokenizer without such a token where it is wanted.
+    """
+    if choice not in BOS_CHOICES:
+        raise SparseGPTError(f"bos {choice!r} is not known: expected {', '.join(BOS_CHOICES)}")
+    wanted = choice == "always" or (choice == "auto" and model_type.startswith(BOS_IN_EVERY_WINDOW))
+    if not wanted:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise SparseGPTError("the tokenizer has no beginning-of-sequence token: set bos to never")
+    return int(tokenizer.bos_token_id)
+
+
+def draw_windows(
+    source: TextSource, tokenizer: Any, samples: int, sequence_length: int, seed: int, bos: int | None = None
+) -> Calibration:
     """Windows [samples, sequence_length] of tokens, the same ones for the same text, tokenizer and seed.
 
     Every start position of the token stream is equally likely and windows may overlap. Where `source` keeps windows
     within documents (c4), a document is drawn first, again and again until one is long enough, then a position in it.
-    Special tokens are not added. Raises `SparseGPTError` where the text is too short.
+    bos: the token that every window begins with, one of its `sequence_length` tokens; no other special token is added.
+    Raises `SparseGPTError` where the text is too short.
     """
-    if samples < 1 or sequence_length < 1:
+    text_length = sequence_length if bos is None else sequence_length - 1
+    if samples < 1 or text_length < 1:
         raise SparseGPTError(
             f"expected at least 1 calibration window of at least 1 token, found {samples} of {sequence_length}; "
             "raise the samples or the sequence length"
         )
     generator = torch.Generator().manual_seed(seed)
     draw = _windows_within_documents if source.windows_within_documents else _windows_of_stream
-    windows = draw(source, tokenizer, samples, sequence_length, generator)
-    return Calibration(windows, source.name, seed, hash_tokens(windows))
+    windows = draw(source, tokenizer, samples, text_length, generator)
+    if bos is not None:
+        windows = torch.cat([windows.new_full((samples, 1), bos), windows], dim=1)
+    return Calibration(windows, source.name, seed, hash_tokens(windows), bos)
 
 
 def evaluation_tokens(source: TextSource, tokenizer: Any) -> tuple[torch.Tensor, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.calib_data import evaluation_tokens, load_text
+from sparsegpt.calib_data import TextSource, bos_token, evaluation_tokens, load_text
 from sparsegpt.errors import SparseGPTError
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ TOKENS_PER_STEP = 4096
 
 # No trained language model is this bad on natural text in its language: the set-up is broken, not the model weak.
 ABSURD_PERPLEXITY = 1000.0
-
-BOS_CHOICES = ("auto", "always", "never")
-# Trained with a beginning-of-sequence token in every window, and lost without it.
-BOS_IN_EVERY_WINDOW = ("gemma",)
 
 
 @dataclass(frozen=True)
@@ -149,20 +145,20 @@ class TextScore:
 def score_text(
     model: "PreTrainedModel",
     tokenizer: Any,
-    data: str,
+    data: str | TextSource,
     sequence_length: int,
     *,
     batch_size: int | None = None,
     bos: str = "auto",
     max_windows: int | None = None,
 ) -> TextScore:
-    """Score a model on a text source by name or path (see calib_data.sources), in the source's published protocol.
+    """Score a model on a text, by its name or path (see calib_data.sources), in the source's published protocol.
 
     bos: put the tokenizer's beginning-of-sequence token before every window, never, or where the family needs it.
     max_windows: score at most these, from the text's start; None: as many as the protocol says.
     Raises SparseGPTError for a text or `bos` that is not known, and as `score` does.
     """
-    source = load_text(data, "evaluation")
+    source = data if isinstance(data, TextSource) else load_text(data, "evaluation")
     tokens, text_bytes = evaluation_tokens(source, tokenizer)
     started = time.perf_counter()
     result = score(
@@ -170,28 +166,17 @@ def score_text(
         tokens,
         sequence_length,
         batch_size=batch_size,
-        bos=_bos_token(model, tokenizer, bos),
+        bos=bos_token(tokenizer, model.config.model_type, bos),
         max_windows=source.evaluation_windows if max_windows is None else max_windows,
     )
     return TextScore(
-        data,
+        source.name if isinstance(data, TextSource) else data,
         result.perplexity,
         result.bits_per_byte(len(tokens), text_bytes),
         result.tokens,
         result.windows,
         result.tokens / (time.perf_counter() - started),
     )
-
-
-def _bos_token(model: "PreTrainedModel", tokenizer: Any, bos: str) -> int | None:
-    if bos not in BOS_CHOICES:
-        raise SparseGPTError(f"bos {bos!r} is not known: expected {', '.join(BOS_CHOICES)}")
-    wanted = bos == "always" or (bos == "auto" and model.config.model_type.startswith(BOS_IN_EVERY_WINDOW))
-    if not wanted:
-        return None
-    if tokenizer.bos_token_id is None:
-        raise SparseGPTError("the tokenizer has no beginning-of-sequence token: set bos to never")
-    return int(tokenizer.bos_token_id)
 
 
 def main() -> None:

@@ -41,7 +41,8 @@ def _measure(model: str, calibration: str, samples: int, sequence_length: int, d
     from sparsegpt.run.memory import peak_memory
 
     loaded = load_model(model, device=device)
-    windows = draw_windows(load_text(calibration, "calibration"), loaded.tokenizer, samples, sequence_length, 0).windows
+    text, bos = load_text(calibration, "calibration"), loaded.bos_token("auto")
+    windows = draw_windows(text, loaded.tokenizer, samples, sequence_length, 0, bos).windows
     started = time.perf_counter()
     prune_model(loaded.model, windows, "2:4", preset="paper", order=order)
     seconds = time.perf_counter() - started

@@ -85,7 +85,9 @@ class QualityBench:
     def _prune(self, method: str, pattern: str) -> QualityRow:
         loaded = load_model(self.model, device=self.device)
         text = load_text(self.calibration, "calibration")
-        windows = draw_windows(text, loaded.tokenizer, self.samples, self.sequence_length, self.seed).windows
+        windows = draw_windows(
+            text, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")
+        ).windows
         report = prune_model(loaded.model, windows, pattern, **LADDER[method])
         return QualityRow(method, pattern, self._score(loaded), sum(report.seconds.values()))
 

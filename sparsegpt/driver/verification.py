@@ -162,7 +162,8 @@ def token_differences(ours: Tensor, theirs: Tensor) -> Tensor:
     floor = SHORT * lengths_T[finite_T].mean() if finite_T.any() else lengths_T.new_tensor(1.0)
     difference_T = (ours_TF - theirs_TF).norm(dim=-1) / lengths_T.maximum(floor).clamp_min(torch.finfo().tiny)
     both_broken_T = ~finite_T & ~ours_TF.norm(dim=-1).isfinite()
-    return difference_T.masked_fill(both_broken_T, 0).nan_to_num(nan=torch.inf)
+    found_T: Tensor = difference_T.masked_fill(both_broken_T, 0).nan_to_num(nan=torch.inf)
+    return found_T
 
 
 def _names_of(block: nn.Module) -> list[str]:

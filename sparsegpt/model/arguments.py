@@ -24,7 +24,8 @@ class SharedArguments:
 
     def share(self, value: Value) -> Value:
         """The same nested value, its tensors those of an earlier micro-batch where they are equal."""
-        return _rebuilt(value, {}, (), self._known)
+        found: Value = _rebuilt(value, {}, (), self._known)
+        return found
 
     def _known(self, tensor: Tensor, path: tuple[object, ...]) -> Tensor:
         key = (*path, tensor.shape, tensor.dtype, tensor.device)
@@ -34,7 +35,8 @@ class SharedArguments:
 
 def with_own_objects(value: Value) -> Value:
     """The same tensors in mappings, lists and objects of its own; what was one object is one object still."""
-    return _rebuilt(value, {}, (), lambda tensor, path: tensor)
+    found: Value = _rebuilt(value, {}, (), lambda tensor, path: tensor)
+    return found
 
 
 def tensors_within(value: Any) -> int:

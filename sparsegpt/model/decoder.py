@@ -77,7 +77,8 @@ class DecoderModel:
     @property
     def embedding(self) -> nn.Module:
         """What turns token ids into hidden states."""
-        return self.model.get_input_embeddings()
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return embedding
 
     @property
     def vocabulary(self) -> int:

@@ -6,6 +6,7 @@ tensor is what its file holds, in the file's own dtype, whatever the config says
 
 import copy
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sparsegpt.calib_data import demo_folder
+from sparsegpt.calib_data import bos_token, demo_folder
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.beside import some
 from sparsegpt.files.mapped import chunks, mapped_parameters
@@ -53,7 +54,7 @@ class LoadedModel:
     source: the folder that it comes from. stored_dtype: what the weights of its blocks are saved as. asked: the dtype
     that all floating-point tensors are saved as; None: each in that of its file. tied: whether the head was the
     embedding's own weight when it was loaded. residence: of a streamed model, whose weights stay in files; None when
-    all of it is in memory. notes: what the user should know of it.
+    all of it is in memory. notes: what the user should know of it. content: sha256 of all weights, of a streamed model.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LoadedModel:
     tied: bool = False
     residence: Residence | None = None
     notes: tuple[str, ...] = ()
+    content: str = ""
 
     @functools.cached_property
     def names(self) -> CheckpointNames:
@@ -75,6 +77,10 @@ class LoadedModel:
     def decoder(self) -> DecoderModel:
         """The model as those who work on its blocks see it; SparseGPTError for one that is not known."""
         return DecoderModel.of(self.model)
+
+    def bos_token(self, choice: str) -> int | None:
+        """The token that calibration and evaluation windows begin with: choice "auto", "always" or "never"."""
+        return bos_token(self.tokenizer, self.model.config.model_type, choice)
 
     def sequence_length(self, asked: int | None) -> int:
         """The length asked for, or the default; SparseGPTError when the model has no positions for it."""
@@ -125,7 +131,7 @@ def load_model(
     working = {}
     if loaded.asked is None and getattr(config, "quantization_config", None) is None:
         working = restore_dtypes(loaded.names, source, model, (stored, computing), stream_through)
-    _check_finite(name, model)
+    loaded.content = _check_finite(name, model)
     loaded.notes = (*_surplus_note(loaded, info["unexpected_keys"]), *source.notes())
     if computing != stored:
         _compute_tables(model, stored, computing)
@@ -307,10 +313,19 @@ def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dic
         )
 
 
-def _check_finite(name: str, model: "PreTrainedModel") -> None:
-    for key, parameter in model.named_parameters():
-        if not all(torch.isfinite(part).all() for part in chunks(parameter)):
-            raise SparseGPTError(f"model {name!r}: {key} contains NaN or infinite values; the checkpoint is damaged")
+def _check_finite(name: str, model: "PreTrainedModel") -> str:
+    """Look at every weight once; returns the sha256 of all of them, with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        for part in chunks(tensor.detach()):
+            if isinstance(tensor, nn.Parameter) and not torch.isfinite(part).all():
+                raise SparseGPTError(
+                    f"model {name!r}: {key} contains NaN or infinite values; the checkpoint is damaged"
+                )
+            raw: Any = part.contiguous().view(torch.uint8).cpu().numpy()
+            digest.update(raw)
+    return digest.hexdigest()
 
 
 def _surplus_note(loaded: LoadedModel, unexpected: Iterable[str]) -> Iterator[str]:

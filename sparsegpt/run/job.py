@@ -3,7 +3,9 @@
 Prints nothing. What happens meanwhile is told to a `Listener`; everything measured is in the report.
 """
 
+import functools
 import hashlib
+import json
 import platform
 import tempfile
 import time
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sparsegpt.calib_data import Calibration, draw_windows, load_text
+from sparsegpt.calib_data import Calibration, TextSource, draw_windows, load_text
 from sparsegpt.driver import listener as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
@@ -38,9 +40,11 @@ from sparsegpt.run.memory_plan import check_fits
 from sparsegpt.run.model_card import Card
 from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import free_gpu_memory, memory_is_scarce, plan_run
-from sparsegpt.run.work_folder import ResumeError, WorkFolder, fingerprint
+from sparsegpt.run.work_folder import ResumeError, WorkFolder
 from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
 from sparsegpt.settings.selection import name_filter, parse_blocks
+from sparsegpt.solvers.methods import parse_method
+from sparsegpt.solvers.products import QUICK_WIDTH, quick_dtype
 from sparsegpt.sparsity import NM
 
 ACTIVATIONS = ("memory", "disk")
@@ -108,11 +112,29 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     return report
 
 
+def surroundings() -> dict[str, str]:
+    """What decides the last bits besides a run's inputs: versions that compute, threads, instructions, products."""
+    found = {name: version(name) for name in COMPUTING}
+    found |= {"threads": str(torch.get_num_threads()), "instructions": torch.backends.cpu.get_cpu_capability()}
+    return found | {"products": str(quick_dtype(torch.eye(QUICK_WIDTH))).removeprefix("torch.")}
+
+
+def fingerprint(loaded: LoadedModel) -> str:
+    """sha256 over every bit of the weights, the configuration, and code that came with the model."""
+    model = loaded.model
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps([loaded.content, config], sort_keys=True, default=str).encode())
+    for path in sorted(loaded.source.folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 class _Job:
     """The state of one run: the model, what it scored, where the time went."""
 
     loaded: LoadedModel
     calibration: Calibration
+    texts: dict[str, TextSource]
     choices: Choices
 
     def __init__(
@@ -146,6 +168,8 @@ class _Job:
         options = self.options
         self.listener.stage(f"loading {options.model}")
         with self.measure("load"):
+            text = load_text(options.calibration, "calibration")
+            self.texts = {data: load_text(data, "evaluation") for data in options.evaluate}
             self.loaded = load_model(
                 options.model,
                 dtype=options.dtype,
@@ -155,8 +179,10 @@ class _Job:
                 stream_through=self.scratch,
             )
             self.length = self.loaded.sequence_length(options.sequence_length)
-            text = load_text(options.calibration, "calibration")
-            self.calibration = draw_windows(text, self.loaded.tokenizer, options.samples, self.length, options.seed)
+            bos = self.loaded.bos_token(options.bos)
+            self.calibration = draw_windows(
+                text, self.loaded.tokenizer, options.samples, self.length, options.seed, bos
+            )
         self.choices = choose_linears(
             self.loaded.decoder,
             self.settings,
@@ -175,12 +201,12 @@ class _Job:
         if self.options.resume:
             blocks = self.work.finished
             self.listener.stage(f"going on after block {blocks}" if blocks else "nothing to resume: starting anew")
-        self._compare_versions()
+        self._compare_surroundings()
         # What a GPU's free memory allowed then: other steps would end with other bits.
         self.micro_batch = self.work.state.get("micro_batch", self.micro_batch)
         self.work.save_state(micro_batch=self.micro_batch)
         self.seconds = self.work.state.get("run_seconds", self.seconds)
-        if self.work.state.get("evaluation") == self._evaluation():
+        if self.work.state.get("evaluation") == self.evaluation:
             for data, by_model in self.work.state.get("scores", {}).items():
                 self.scores[data] = {which: TextScore(**row) for which, row in by_model.items()}
         return True
@@ -232,15 +258,15 @@ class _Job:
                 f"not scored on {', '.join(missing)}: `sparsegpt eval --model {options.out} --data ...` does that"
             )
 
-    def _compare_versions(self) -> None:
-        """Warn when finished blocks come from other versions than those to come, and keep the warning with them."""
-        versions = {name: version(name) for name in COMPUTING}
-        then = self.work.state.get("versions", versions) if self.work.finished else versions
-        self.work.save_state(versions=then)
-        if changed := [name for name in COMPUTING if then[name] != versions[name]]:
-            text = ", ".join(f"{name} {then[name]} then, {versions[name]} now" for name in changed)
+    def _compare_surroundings(self) -> None:
+        """Warn when finished blocks were computed otherwise than those to come, and keep the warning with them."""
+        now = surroundings()
+        then = self.work.state.get("surroundings", now) if self.work.finished else now
+        self.work.save_state(surroundings=then)
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            text = ", ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in changed)
             self.warn(
-                f"the unfinished run began with other versions ({text}): its result may differ in the last bits from "
+                f"the unfinished run began in other surroundings ({text}): its result may differ in the last bits from "
                 "that of an uninterrupted run; give --overwrite instead of --resume to start again"
             )
             self.pruned.warnings.append(self.warnings[-1])
@@ -250,7 +276,12 @@ class _Job:
         options, residence = self.options, self.loaded.residence
         assert residence is not None
         return {
-            "model": fingerprint(self.loaded.model),
+            "model": fingerprint(self.loaded),
+            "methods of one's own": {
+                method.name: method.source_digest
+                for method in map(parse_method, self.settings.values_of("method"))
+                if not method.is_known
+            },
             "calibration windows": hashlib.sha256(self.calibration.windows.numpy().tobytes()).hexdigest(),
             "settings": {name: value for name, value in self.settings.as_dict().items() if name not in DISTILLATION},
             "distillation": {"epochs": self.settings.distill, "rate": self.settings.distill_rate},
@@ -264,14 +295,15 @@ class _Job:
             "dtype": [str(residence.dtype), str(residence.stored)],
         }
 
-    def _evaluation(self) -> dict[str, Any]:
+    @functools.cached_property
+    def evaluation(self) -> dict[str, Any]:
         """What a score depends on besides the model."""
         options = self.options
         return {
-            "texts": list(options.evaluate),
+            "texts": {data: hashlib.sha256(text.text.encode()).hexdigest() for data, text in self.texts.items()},
             "length": self.length,
             "windows": options.eval_windows,
-            "bos": options.bos,
+            "bos": self.loaded.bos_token(options.bos),
         }
 
     def score(self, which: str) -> None:
@@ -286,14 +318,14 @@ class _Job:
                 self.warn(found.alarm)
         if which == "dense":
             scores = {data: {key: asdict(row) for key, row in rows.items()} for data, rows in self.scores.items()}
-            self.work.save_state(evaluation=self._evaluation(), scores=scores, run_seconds=self.seconds)
+            self.work.save_state(evaluation=self.evaluation, scores=scores, run_seconds=self.seconds)
 
     def _score(self, data: str) -> TextScore:
         with self.measure("eval"):
             return score_text(
                 self.loaded.model,
                 self.loaded.tokenizer,
-                data,
+                self.texts[data],
                 self.length,
                 batch_size=self.options.batch_size,
                 bos=self.options.bos,
@@ -373,6 +405,7 @@ class _Job:
             **self.pruned.as_dict(),
             "seed": self.options.seed,
             "calibration": self.calibration.describe(),
+            "evaluation": self.evaluation,
             "perplexity": self._by_text("perplexity"),
             "bits_per_byte": self._by_text("bits_per_byte"),
             "tokens_per_second": self._by_text("tokens_per_second"),
@@ -381,6 +414,7 @@ class _Job:
             **peak_memory(),
             "stored_dtype": str(self.loaded.stored_dtype).removeprefix("torch."),
             "warnings": self.warnings,
+            "surroundings": surroundings(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
 

@@ -65,7 +65,10 @@ class RunOptions:
     )
     bos: str = field(
         default="auto",
-        metadata=option("Beginning-of-sequence token before each scored window: auto, always or never.", MODEL),
+        metadata=option(
+            "Beginning-of-sequence token before each window, in calibration and evaluation: auto, always or never.",
+            MODEL,
+        ),
     )
     revision: str | None = field(
         default=None, metadata=option("Branch, tag or commit of a Hub model.", MODEL, unset="main")

@@ -11,7 +11,6 @@ A block counts once state.json says so. Every file appears whole or not at all, 
 after its last finished block. When the output folder is there, this one goes.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,7 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -34,14 +32,12 @@ from sparsegpt.files.results import check_target, claimed, filled, is_whole, unf
 from sparsegpt.files.tensor_files import WEIGHTS, ShardedWriter, header_room, verify_checksums, weight_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 VERSION = 1
 STATE = "state.json"
 # Names of what runs write into this folder.
 _OWN = re.compile(r"state\.json|\.state\.json\.writing|tensors\.writing|(block|training|distilled)-\d{5}\.safetensors")
-# Of each tensor, this many bytes at its beginning, middle and end go into the model's fingerprint.
-SAMPLE_BYTES = 4096
 
 
 class ResumeError(SparseGPTError):
@@ -266,18 +262,6 @@ def _remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def fingerprint(model: "PreTrainedModel") -> str:
-    """sha256 over every tensor's name, shape, dtype and samples of its bytes, and over the configuration."""
-    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.reshape(-1).view(torch.uint8)
-        for start in {0, max(0, len(flat) // 2 - SAMPLE_BYTES), max(0, len(flat) - SAMPLE_BYTES)}:
-            digest.update(memoryview(flat[start : start + SAMPLE_BYTES].cpu().numpy()))
-    return digest.hexdigest()
 
 
 def _differences(then: Any, now: Any, name: str = "") -> str:

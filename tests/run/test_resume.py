@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 
 from sparsegpt.recovery import training
@@ -12,9 +13,9 @@ from sparsegpt.recovery.distill import Distiller
 from sparsegpt.run import job as run_module
 from sparsegpt.run.job import Listener, run
 from sparsegpt.run.options import RunOptions
-from sparsegpt.run.work_folder import WorkFolder, fingerprint, unfinished_blocks
+from sparsegpt.run.work_folder import WorkFolder, unfinished_blocks
 from sparsegpt.settings.prune_settings import resolve_settings
-from tests.support import refused, save_model, tiny_model
+from tests.support import refused, save_model, write_text
 
 SETTINGS = resolve_settings("2:4", "default", method="sparsegpt")
 
@@ -147,14 +148,14 @@ def test_other_versions_than_those_of_the_beginning_are_a_lasting_warning(option
     with pytest.raises(KeyboardInterrupt):
         run(changed(options, resume=True), SETTINGS, Stop(2))
     monkeypatch.undo()
-    [warning] = [text for text in run(changed(options, resume=True), SETTINGS)["warnings"] if "versions" in text]
+    [warning] = [text for text in run(changed(options, resume=True), SETTINGS)["warnings"] if "surroundings" in text]
     assert f"torch {real('torch')} then, 0.0 now" in warning
     assert "transformers" not in warning
 
 
 def test_the_same_versions_are_no_reason_to_warn(options):
     interrupted(options)
-    assert not any("versions" in text for text in run(changed(options, resume=True), SETTINGS)["warnings"])
+    assert not any("surroundings" in text for text in run(changed(options, resume=True), SETTINGS)["warnings"])
 
 
 def test_a_run_that_finished_no_block_begins_with_the_versions_of_now(options, monkeypatch):
@@ -163,7 +164,7 @@ def test_a_run_that_finished_no_block_begins_with_the_versions_of_now(options, m
         patch.setattr(run_module._Job, "prune", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(options, SETTINGS)
-    assert not any("versions" in text for text in run(changed(options, resume=True), SETTINGS)["warnings"])
+    assert not any("surroundings" in text for text in run(changed(options, resume=True), SETTINGS)["warnings"])
 
 
 def test_the_dense_score_is_not_computed_twice(options, text_file):
@@ -266,11 +267,64 @@ def test_the_models_own_files_are_never_written_to(options, llama_folder):
     assert {path.name: path.read_bytes() for path in llama_folder.iterdir()} == before
 
 
-def test_the_fingerprint_sees_weights_shapes_and_configuration():
-    model = tiny_model("llama")
-    first = fingerprint(model)
-    assert fingerprint(tiny_model("llama")) == first
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[-1, -1] += 1
-    others = [model, tiny_model("llama").half(), tiny_model("llama", rms_norm_eps=0.5), tiny_model("llama", seed=1)]
-    assert len({first, *map(fingerprint, others)}) == 5
+@pytest.mark.parametrize("what", ["threads", "products"])
+def test_other_threads_and_products_are_said_too(options, monkeypatch, what):
+    interrupted(options)
+    real = run_module.surroundings()
+    monkeypatch.setattr(run_module, "surroundings", lambda: {**real, what: "other"})
+    [warning] = [text for text in run(changed(options, resume=True), SETTINGS)["warnings"] if "surroundings" in text]
+    assert f"({what} {real[what]} then, other now)" in warning
+
+
+def edit(path, change):
+    content = safetensors.torch.load_file(path)
+    change(content)
+    safetensors.torch.save_file(content, path, metadata={"format": "pt"})
+
+
+def last_bit(content):
+    """Of one weight in the middle of a matrix."""
+    weight = content["model.layers.0.mlp.up_proj.weight"]
+    weight.view(torch.int32)[weight.shape[0] // 2, 3] ^= 1
+
+
+def test_any_change_of_the_model_is_seen(options, tmp_path):
+    folder = save_model(tmp_path / "mine", seed=5)
+    options = changed(options, model=str(folder))
+    interrupted(options)
+    edit(folder / "model.safetensors", last_bit)
+    with refused("was another one", "model: "):
+        run(changed(options, resume=True), SETTINGS)
+    edit(folder / "model.safetensors", last_bit)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with refused("was another one", "model: "):
+        run(changed(options, resume=True), SETTINGS)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_mine.py").write_text("# code that came with the model")
+    with refused("was another one", "model: "):
+        run(changed(options, resume=True), SETTINGS)
+    (folder / "modeling_mine.py").unlink()
+    assert run(changed(options, resume=True), SETTINGS)["layers"]
+
+
+def test_an_edited_text_is_scored_anew(options, tmp_path):
+    text = write_text(tmp_path / "held-out.txt", words=400)
+    options = changed(options, evaluate=(str(text),))
+    interrupted(options)
+    text.write_text(" ".join(text.read_text().split()[::-1]))
+    resumed = run(changed(options, resume=True), SETTINGS)["perplexity"]
+    fresh = run(changed(options, out=tmp_path / "fresh"), SETTINGS)["perplexity"]
+    assert resumed == fresh
+
+
+def test_a_changed_method_of_ones_own_is_seen(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "from sparsegpt import Method\nmine = Method('mine', saliency=lambda weight, hessian: {})\n"
+    (tmp_path / "changing_method.py").write_text(code.format("weight.abs()"))
+    settings = resolve_settings("2:4", "paper", method="changing_method:mine")
+    with pytest.raises(KeyboardInterrupt):
+        run(options, settings, Stop(1))
+    (tmp_path / "changing_method.py").write_text(code.format("weight.square()"))
+    with refused("was another one", "mine: "):
+        run(changed(options, resume=True), settings)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.checked_json import read_json
 from sparsegpt.files.results import new_result
 from sparsegpt.files.tensor_files import (
     DEFAULT_SHARD_BYTES,
@@ -33,7 +34,6 @@ from sparsegpt.files.tensor_files import (
     OpenTensors,
     ShardedWriter,
     header_room,
-    read_json,
     verify_checksums,
     weight_files,
 )

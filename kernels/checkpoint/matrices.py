@@ -17,7 +17,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.tensor_files import OpenTensors, read_json
+from sparsegpt.files.checked_json import read_json
+from sparsegpt.files.tensor_files import OpenTensors
 from sparsegpt.kernels.checkpoint.model_names import Bank, ModelNames, Place, model_without_weights
 from sparsegpt.model.experts import is_conv1d
 

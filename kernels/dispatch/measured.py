@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.checked_json import read_json
 from sparsegpt.files.folders import write_atomically
-from sparsegpt.files.tensor_files import read_json
 from sparsegpt.kernels import cpu
 from sparsegpt.kernels.cpu.build import cache_folder
 

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sparsegpt.calib_data import demo_folder
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.mapped import chunks, mapped_parameters
 from sparsegpt.model.decoder import DecoderModel, position_limit
-from sparsegpt.model.model_folder import check_folder, first_line
+from sparsegpt.model.model_folder import check_folder
 from sparsegpt.model.residence import Residence
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sparsegpt.driver.stages import expert_of
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.checked_json import REPORT_NAME
-from sparsegpt.files.tensor_files import OpenTensors, read_header, read_json, weight_files
+from sparsegpt.files.checked_json import REPORT_NAME, read_json
+from sparsegpt.files.tensor_files import OpenTensors, read_header, weight_files
 from sparsegpt.kernels.checkpoint.archive import check_parts, verify_files
 from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices, plain_matrices
 from sparsegpt.kernels.checkpoint.packed_config import QUANT_METHOD, PackedConfig, read_packed_config

@@ -13,8 +13,7 @@ These words are CUTLASS's reordered metadata up to a transposition of tiles.
     A [N/16, K/32, 32 lanes * 4 registers] int32        E [N/32, K/32, 32 lanes] int32
 
 Rows are padded with zeros to a multiple of 32. A warpgroup of four warps reads the same registers for
-wgmma.mma_async.sp.m64nNk32, each warp a pair of tiles (wgmma_sp.py). Checked on the CPU: both kernels run on these
-buffers with their instructions emulated lane by lane."""
+wgmma.mma_async.sp.m64nNk32, each warp a pair of tiles (wgmma_sp.py)."""
 
 from __future__ import annotations
 
@@ -26,11 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.format.pack import Packed24
+from sparsegpt.kernels.format.pack import EMPTY_WORD, Packed24
 
 TILE_ROWS = 16
 PAIR_ROWS = 32  # two tiles that share their metadata registers
-_EMPTY = 0x44444444  # eight groups that keep positions 0 and 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +42,17 @@ class Fragments:
 
 
 def to_fragments(packed: Packed24) -> Fragments:
-    """Rearrange a packed weight for mma.sp; raises SparseGPTError unless it is float16 or bfloat16."""
+    """[N, K] packed -> register order; SparseGPTError unless it is float16 or bfloat16."""
     if packed.values.dtype not in (torch.float16, torch.bfloat16):
         raise SparseGPTError(f"mma.sp weights are float16 or bfloat16; found {packed.values.dtype}")
     missing = -packed.shape[0] % PAIR_ROWS
     values = functional.pad(packed.values, (0, 0, 0, missing)).view(torch.int32)
-    meta = functional.pad(packed.meta, (0, 0, 0, missing), value=_EMPTY)
+    meta = functional.pad(packed.meta, (0, 0, 0, missing), value=EMPTY_WORD)
     return Fragments(_order_values(values), order_meta(meta), packed.shape, packed.values.dtype)
 
 
 def whole_inputs(inputs: Tensor, columns: int) -> Tensor:
-    """Inputs [T, K] with zeros up to so many columns, rows one behind the other, from a multiple of 16 bytes on.
+    """Inputs [T, K] -> [T, columns] with zeros, contiguous, its memory beginning at a multiple of 16 bytes.
 
     Inputs that are so already are returned as they are: a copy would cost a decode step its time.
     """

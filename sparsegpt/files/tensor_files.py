@@ -97,6 +97,14 @@ def verify_checksums(path: Path) -> frozenset[str]:
     return frozenset(header.entries)
 
 
+def meta_tensor(entry: dict[str, Any]) -> Tensor:
+    """A tensor on the meta device as an entry of a `Header` describes it; SparseGPTError for an unknown dtype."""
+    for dtype, code in _CODES.items():
+        if code == entry["dtype"]:
+            return torch.empty(entry["shape"], dtype=dtype, device="meta")
+    raise SparseGPTError(f"safetensors files here hold no {entry['dtype']}; update sparsegpt")
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """{tensor name: file} of a Hugging Face folder, single file or sharded; raises SparseGPTError without either."""
     single, index = folder / WEIGHTS, folder / INDEX

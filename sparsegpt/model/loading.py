@@ -132,11 +132,18 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     return config
 
 
-def without_weights(config: "PretrainedConfig") -> "PreTrainedModel":
-    """The model of a configuration on the meta device; SparseGPTError for a configuration that makes none."""
+def without_weights(config: "PretrainedConfig", *, as_saved: bool = False) -> "PreTrainedModel":
+    """The model of a configuration on the meta device; SparseGPTError for a configuration that makes none.
+
+    as_saved: of the class that the configuration says was saved, in whose names its checkpoint is; where transformers
+    does not know that class, as by default, of the one that `load_model` takes.
+    """
+    import transformers
+
+    saved = getattr(transformers, (config.architectures or [""])[0], None) if as_saved else None
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(config).from_config(config)
+            model: PreTrainedModel = saved._from_config(config) if saved else auto_class(config).from_config(config)
     except Exception as error:
         raise _not_loaded(config.name_or_path, error) from error
     return model

@@ -23,7 +23,7 @@ from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
-from sparsegpt.kernels.dispatch.packed24 import KERNELS
+from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
 from sparsegpt.model.export import write_model

@@ -196,7 +196,7 @@ def verify_files(files: Mapping[str, Path]) -> None:
 
 
 def check_parts(names: Container[str], packing: PackedConfig, where: object) -> None:
-    """Refuse a packed folder that lacks one of the tensors of a packed linear."""
+    """Raises SparseGPTError for a packed folder that lacks one of the tensors of a packed linear."""
     for group, shape in packing.modules.items():
         for name in (f"{linear}.{part}" for linear in members(group, shape) for part in packing.form.parts):
             if name not in names:
@@ -290,7 +290,7 @@ def _check_promised(source: Path, promised: Iterable[str], found: list[Matrix]) 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder; raises SparseGPTError where there is none or it is no JSON object."""
+    """config.json of a Hugging Face folder. Raises SparseGPTError where there is none or it is no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise SparseGPTError(f"{folder}: expected a Hugging Face folder with config.json; found none")

@@ -84,7 +84,10 @@ class PackedConfig:
         return weight.T if name in self.transposed else weight
 
     def packed(self, tensor: Callable[[str], Tensor], linear: str, shape: tuple[int, ...]) -> Any:
-        """A linear's packed weight [N, K], from a look-up of its parts; SparseGPTError where these do not fit."""
+        """A linear's packed weight [N, K], from a look-up of its parts.
+
+        Raises SparseGPTError, with the linear's name, where these do not fit.
+        """
         tensors = [tensor(f"{linear}.{part}") for part in self.form.parts]
         try:
             return self.form.packed(tensors, (shape[0], shape[1]))

@@ -42,9 +42,9 @@ def machine_level() -> str | None:
 
 
 def call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[float, ...], weights: int, level: str | None) -> None:
-    """Run a function of the library, on threads that fit so many weights.
+    """[...], ...: run a function of the library on tensors, with threads that fit so many weights.
 
-    tensors: of any shapes, contiguous, on the CPU, unchecked, handed over as addresses, NOTHING as null. level: a path
+    tensors: contiguous, on the CPU, unchecked, handed over as addresses, NOTHING as null. level: a path
     of LEVELS, None for the machine's. Raises SparseGPTError for a path that the machine does not have.
     """
     # a small product costs a few microseconds, so each step here counts: map, and a cache with one key
@@ -71,14 +71,14 @@ def find_function(name: str) -> Any:
 
 
 def to_huge_pages(*tensors: Tensor) -> None:
-    """Have the memory of CPU tensors, of any shapes, moved in place to huge pages where the system allows: a hint."""
+    """[...], ...: have the memory of CPU tensors moved in place to huge pages where the system allows, a hint."""
     function = find_function("sparse24_huge_pages")
     for tensor in tensors if function is not None else ():
         function(tensor.data_ptr(), tensor.nbytes)
 
 
 def misplaced(*tensors: Tensor) -> str | None:
-    """Why the library cannot read the tensors of a weight, of any shapes, or None."""
+    """[...], ... -> why the library cannot read the tensors of a weight, or None."""
     for tensor in tensors:
         if not tensor.is_cpu:
             return f"the CPU kernel needs the weight on the CPU; it is on {tensor.device.type}"
@@ -88,7 +88,7 @@ def misplaced(*tensors: Tensor) -> str | None:
 
 
 def level_number(level: str) -> int:
-    """The number of a path in the library; SparseGPTError for one that the machine does not have."""
+    """The number of a path in the library. Raises SparseGPTError for one that the machine does not have."""
     best = LEVELS.index(machine_level() or "plain")
     if level not in LEVELS or LEVELS.index(level) > best:
         raise SparseGPTError(

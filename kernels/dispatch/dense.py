@@ -39,7 +39,7 @@ def off_cpu(device: torch.device) -> bool:
 
 
 def dense_route(rows_of: RowsOf, keeps: Keeps, on_the_way: int = 0) -> Route:
-    """The route of a format whose rows are decompressed so, with the dense weight kept on some devices.
+    """inputs [T, K] -> [T, N]: the route of a format with such rows, the dense weight kept on some devices.
 
     on_the_way: bytes for each weight that decompressing needs, where they are more than those of the inputs' dtype.
     """

@@ -26,7 +26,7 @@ RowsOf = Callable[[Any, slice, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Route:
-    """One way to multiply.
+    """One way to multiply: inputs [T, K] -> outputs [T, N].
 
     Attributes:
         refusal: why this route cannot serve a weight (device, dtype, shape, missing tool), or None.
@@ -65,7 +65,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything that can multiply by the weights of one format.
+    """Everything that can multiply by the weights [N, K] of one format.
 
     Attributes:
         rows_of: how rows of a weight are decompressed.

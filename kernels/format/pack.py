@@ -42,7 +42,7 @@ _MASK_OF_NIBBLE = tuple(1 << 8 * (nibble & 3) | 1 << 8 * (nibble >> 2) for nibbl
 
 @dataclass(frozen=True, eq=False)
 class Packed24:
-    """A 2:4 weight in packed form.
+    """A 2:4 weight [N, K] in packed form.
 
     Attributes:
         values: [N, Kp / 2], floating point.
@@ -93,7 +93,7 @@ def padded_columns(columns: int) -> int:
 
 
 def packed_shapes(shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of `values` and `meta` for a dense `shape`; SparseGPTError for rows not made of groups of four."""
+    """Shapes of `values` and `meta` for a dense `shape`. Raises SparseGPTError unless rows are groups of four."""
     rows, columns = shape
     if columns % GROUP:
         raise SparseGPTError(f"2:4 needs in_features divisible by 4; found shape {shape}: leave this weight dense")
@@ -207,7 +207,7 @@ class FloatValues(Form):
 
 
 def words_to_nibbles(meta: Tensor) -> Tensor:
-    """Metadata words [N, Kp / 32] int32 -> nibbles [N, Kp / 4] uint8."""
+    """Metadata words [N, W] int32 -> nibbles [N, G] uint8, eight groups a word."""
     bytes_NB = meta.contiguous().view(torch.uint8)
     return torch.stack((bytes_NB & 15, bytes_NB >> 4), dim=-1).flatten(1)
 

@@ -27,7 +27,7 @@ from sparsegpt.kernels.format.pack import PATTERN, WORD_COLUMNS, FloatValues, Pa
 
 @dataclass(frozen=True, eq=False)
 class Quantized24:
-    """A 2:4 weight with integer values.
+    """A 2:4 weight [N, K] with integer values.
 
     words, scales, meta: as in the module's key. shape: the dense (N, K). dtype: of the numbers that the integers stand
     for, and of the inputs that they are multiplied with.
@@ -127,7 +127,7 @@ class IntegerValues(Form):
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Self | None:
-        """2:4 with `values`, a mapping to bits, group_size and dtype; SparseGPTError for other content."""
+        """2:4 with `values`, a mapping to bits, group_size and dtype. Raises SparseGPTError for other content."""
         values = settings.get("values")
         if settings.get("pattern") != cls.pattern or values is None:
             return None
@@ -207,7 +207,7 @@ def _scale_groups(values: Tensor, group_size: int) -> Tensor:
 
 
 def check_settings(bits: int, group_size: int) -> None:
-    """Refuse bits other than 8 and 4, and a group_size that is no multiple of 32 (SparseGPTError)."""
+    """Raises SparseGPTError for bits other than 8 and 4, and a group_size that is no multiple of 32."""
     if bits not in (4, 8):
         raise SparseGPTError(f"quantised 2:4 values have 4 or 8 bits; found {bits}")
     if group_size < WORD_COLUMNS or group_size % WORD_COLUMNS:

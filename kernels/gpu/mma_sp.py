@@ -208,7 +208,7 @@ def swiglu(gate: Fragments, up: Fragments, inputs: Tensor) -> Tensor:
 
 
 def check_operands(weight: Fragments, inputs: Tensor, activation: str) -> None:
-    """Raise SparseGPTError for an unknown activation, or inputs that are not [T, K] of the weight's dtype."""
+    """Raises SparseGPTError for an unknown activation, or inputs that are not [T, K] of the weight's dtype."""
     columns = weight.shape[1]
     if activation not in ACTIVATIONS:
         raise SparseGPTError(f"activation: expected one of {', '.join(ACTIVATIONS)}; found {activation!r}")

@@ -136,7 +136,7 @@ def int4_kernel(
 
 @dataclass(frozen=True, eq=False)
 class IntegerFragments:
-    """An int4 weight in register order: Q, E, S as in the module's key, `shape` the dense (N, K)."""
+    """An int4 weight [N, K] in register order: Q, E, S as in the module's key, `shape` the dense (N, K)."""
 
     Q: Tensor
     E: Tensor
@@ -146,7 +146,7 @@ class IntegerFragments:
 
 
 def prepare(weight: Quantized24) -> IntegerFragments:
-    """[N, K] with int4 values -> register order; SparseGPTError for int8 or a group_size that 128 does not divide."""
+    """[N, K] with int4 values -> registers. Raises SparseGPTError for int8 or a group_size not divisible by 128."""
     if weight.bits != 4 or weight.group_size % STEP_COLUMNS:
         raise SparseGPTError(
             f"the int4 kernel needs 4 bits and a group_size divisible by {STEP_COLUMNS}; "

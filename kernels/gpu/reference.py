@@ -45,7 +45,7 @@ def swiglu(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
 def check_operands(
     weight: Packed24 | Quantized24, inputs: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> None:
-    """Raise SparseGPTError unless inputs [T, K] and bias [N] fit the weight, and there is such an activation."""
+    """Raises SparseGPTError unless inputs [T, K] and bias [N] fit the weight, and there is such an activation."""
     if activation not in ACTIVATIONS:
         raise SparseGPTError(f"activation: expected one of {', '.join(ACTIVATIONS)}; found {activation!r}")
     rows, columns = weight.shape

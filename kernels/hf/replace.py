@@ -20,7 +20,7 @@ from sparsegpt.model.experts import is_conv1d
 
 
 def install_packed(model: Any, packing: PackedConfig, stored: Callable[[str], Tensor]) -> None:
-    """Put empty packed layers, on the meta device, where the packed weights of a folder belong.
+    """Put empty packed layers, on the meta device, where the packed weights [N, K] of a folder belong.
 
     stored: a tensor of the folder's files by its name, on the meta device: a layer gets the shapes that it will be
     loaded with. Raises SparseGPTError when the model has no linear for one of them or one of another size, or the files

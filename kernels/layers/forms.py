@@ -28,7 +28,7 @@ def layer_class(form: Form) -> type[PackedLinear]:
 
 
 def read_form(settings: Mapping[str, Any]) -> Form:
-    """The form that gave these settings (`Form.settings`); SparseGPTError where no format here has given them."""
+    """The form that gave these settings (`Form.settings`). Raises SparseGPTError where no format here knows them."""
     for kind in LAYERS:
         form = kind.read(settings)
         if form is not None:

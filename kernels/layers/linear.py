@@ -21,12 +21,11 @@ from sparsegpt.kernels.layers.schemas import packed_linear
 
 
 class PackedLinear(nn.Module):
-    """What linear layers with packed weights share: the choice of kernels, the checks, the gradient for the input.
+    """[..., K] -> [..., N]: what linear layers with packed weights share, from the choice of kernels to the gradient.
 
-    Input [..., in_features], any number of leading dimensions, any strides. A subclass has a table, a buffer for each
-    part of its form, and what raises NotImplementedError here. transposed: ordinary checkpoints keep its weight as
-    [in, out] (Conv1D, some experts).
-    Raises SparseGPTError for an unknown `kernels` and for inputs of another width, dtype or device.
+    Inputs have any number of leading dimensions and any strides. A subclass has a table, a buffer for each part of its
+    form, and what raises NotImplementedError here. transposed: ordinary checkpoints keep its weight as [K, N] (Conv1D,
+    some experts). Raises SparseGPTError for an unknown `kernels` and for inputs of another width, dtype or device.
     """
 
     table: ClassVar[Table]
@@ -42,33 +41,34 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: Any, bias: Tensor | None, *, kernels: str = "auto") -> Self:
-        """A layer on the very tensors of a packed weight [N, K] and a bias [N] (no copy)."""
+        """Packed [N, K] and bias [N] -> a layer on these very tensors (no copy). Raises NotImplementedError here."""
         raise NotImplementedError
 
     @staticmethod
     def for_inputs(packed: Any, dtype: torch.dtype) -> Any:
-        """Packed [N, K] -> it as the table takes it for inputs of `dtype`."""
+        """Packed [N, K] -> it as the table takes it for inputs of `dtype`. Raises NotImplementedError here."""
         raise NotImplementedError
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that inputs of `dtype` are multiplied in."""
+        """The dtype that inputs of `dtype` are multiplied in. Raises NotImplementedError here."""
         raise NotImplementedError
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
         """The plan for inputs of `dtype`, renewed when a buffer was replaced (moving, casting) or written to.
 
         Raises SparseGPTError for a bias that does not fit, a dtype that the layer does not multiply in, or `kernels`
-        that cannot serve.
+        that cannot serve; NotImplementedError here.
         """
         raise NotImplementedError
 
     @property
     def kernels(self) -> str:
-        """Which kernels may serve: "auto" or the name of one; setting it raises SparseGPTError for an unknown name."""
+        """Which kernels may serve: "auto" or the name of one."""
         return self._kernels
 
     @kernels.setter
     def kernels(self, kernels: str) -> None:
+        """Choose anew. Raises SparseGPTError for an unknown name."""
         if kernels not in KERNELS:
             raise SparseGPTError(f"kernels: expected one of {', '.join(KERNELS)}; found {kernels!r}")
         self._kernels = kernels
@@ -110,7 +110,7 @@ class PackedLinear(nn.Module):
         return plan, self.fitting(input, plan.parts, plan.dtype, plan.autocast)
 
     def fitting(self, input: Tensor, parts: tuple[Tensor, ...], dtype: torch.dtype, autocast: str) -> Tensor:
-        """[..., K] -> [..., K], in `dtype` under autocast; SparseGPTError where it or the parts do not fit."""
+        """[..., K] -> [..., K], in `dtype` under autocast. Raises SparseGPTError where it or the parts do not fit."""
         for tensor in parts:
             if tensor.requires_grad:
                 raise SparseGPTError("a packed layer does not train its weight or bias; unpack the model for training")
@@ -153,7 +153,7 @@ class PackedLinear(nn.Module):
 
 
 class Plan:
-    """What a forward pass needs, worked out once for the tensors `parts` that a layer holds, as they now are.
+    """What a product [..., K] -> [..., N] needs, worked out once for the tensors `parts` of a layer as they now are.
 
     weight: packed, of the table's format; contiguous, since kernels go by addresses. Raises SparseGPTError for a bias
     that is not [N] of `dtype` on the weight's device.

@@ -22,7 +22,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs
 
 
 class Quantized24Linear(PackedLinear):
-    """`torch.nn.Linear` on a packed weight with integer values.
+    """[..., K] -> [..., N], `torch.nn.Linear` on a packed weight with integer values.
 
     Buffers: words [out, Kp / 2 * bits / 32] int32, scales [out, ceil(Kp / group_size)] int16 (float16 bits), meta
     [out, Kp / 32] int32, bias [out] or None. Inputs in bfloat16, float16 or float32 give outputs in their dtype.
@@ -78,7 +78,7 @@ class Quantized24Linear(PackedLinear):
         return dtype
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
-        """The plan for a dtype, by default the bias's or bfloat16; raises SparseGPTError for one that it cannot be."""
+        """The plan for a dtype, by default the bias's or bfloat16. Raises SparseGPTError for one that it cannot be."""
         plan, bias = self._plan, self._buffers["bias"]
         parts = tuple(t for name in ("words", "scales", "meta", "bias") if (t := self._buffers[name]) is not None)
         same = plan is not None and len(parts) == len(plan.parts) and all(map(operator.is_, plan.parts, parts))

@@ -35,7 +35,7 @@ class OnTensors(Protocol):
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """The tensors of its weight."""
+        """The tensors of its weight [N, K]."""
         ...
 
 

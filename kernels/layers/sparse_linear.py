@@ -12,7 +12,7 @@ from sparsegpt.kernels.layers.schemas import introduce
 
 
 class Sparse24Linear(PackedLinear):
-    """`torch.nn.Linear` on a packed weight.
+    """[..., K] -> [..., N], `torch.nn.Linear` on a packed weight.
 
     Buffers: values [out, Kp / 2] floating point, meta [out, Kp / 32] int32, bias [out] or None. Inputs, outputs and
     bias have the dtype of `values`; under autocast inputs are cast to it. Created with zeros: load a state dict or use

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
 
 from . import pydoc_topics
 
@@ -196,7 +196,7 @@ def _read_parquet(path: Path) -> list[str]:
                 )
             values = file.read(columns=[TEXT_FIELD]).column(TEXT_FIELD).to_pylist()
     except ArrowException as error:
-        raise SparseGPTError(f"{path}: expected a parquet file: {_first_line(error)}") from error
+        raise SparseGPTError(f"{path}: expected a parquet file: {first_line(error)}") from error
     return [_checked_text(value, f"{path}, row {row}") for row, value in enumerate(values, start=1)]
 
 
@@ -225,10 +225,6 @@ def _kind(value: object) -> str:
 
 def _names(fields: Iterable[object]) -> str:
     return ", ".join(map(str, fields)) or "none"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # The Hub

@@ -1,4 +1,4 @@
-"""The one exception that the command line shows as a single line, without a traceback."""
+"""The one exception that the command line shows as a single line, without a traceback, and what such a line quotes."""
 
 from collections.abc import Iterable
 
@@ -13,3 +13,8 @@ class SparseGPTError(Exception):
     def __init__(self, message: str = "", *, settings: Iterable[str] = ()) -> None:
         super().__init__(message)
         self.settings = tuple(settings)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, as part of one line of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

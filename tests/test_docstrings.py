@@ -28,6 +28,8 @@ ROOMS = {
     "sparsegpt/solvers": Rule(LETTERS, True),
     "sparsegpt/recovery": Rule(WORDS, True),
     "calib_data": Rule(WORDS, True),
+    **{f"kernels/{room}": Rule(LETTERS, True) for room in ("format", "cpu", "gpu", "dispatch", "layers")},
+    **{f"kernels/{room}": Rule(LETTERS, False) for room in ("checkpoint", "hf")},
 }
 ANYWHERE = Rule(WORDS, False)
 

@@ -25,9 +25,9 @@ import torch
 from sparsegpt.driver.pipeline import prune_model
 from sparsegpt.eval.bench.kernels import SHAPES, KernelFailure, bench_kernels
 from sparsegpt.eval.bench.solver import SIZES, bench_solver
+from sparsegpt.eval.bench.trial import last_error, trials
 from sparsegpt.files.folders import write_atomically
 from sparsegpt.kernels.dispatch.measured import KernelRow, judge, machine_name, to_plain
-from sparsegpt.kernels.dispatch.trial import last_error, trials
 
 # Seconds after the start by which a part must be done, in the order of the parts: under nine minutes in all.
 DEADLINES = {"correctness": 180.0, "kernels": 360.0, "solver": 420.0, "prune": 525.0}

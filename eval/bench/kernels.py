@@ -25,14 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsegpt.kernels import cpu
-from sparsegpt.kernels.dispatch.integer24 import INTEGER_ROUTES, choose_integer
+from sparsegpt.eval.bench.trial import failure, random_dense, samples_of, trials
+from sparsegpt.kernels.cpu import dense as on_cpu
 from sparsegpt.kernels.dispatch.measured import OWN_DENSE, KernelRow, dtype_name
-from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
-from sparsegpt.kernels.dispatch.route import Choice, Route
-from sparsegpt.kernels.dispatch.trial import failure, random_packed, trials
-from sparsegpt.kernels.format.pack import Packed24, packed_shapes, unpack
-from sparsegpt.kernels.format.quantized import Typed24, dequantize, quantize
+from sparsegpt.kernels.dispatch.route import DENSE, RESIDENT, Choice, Route
+from sparsegpt.kernels.format.pack import packed_shapes
 
 try:
     import resource
@@ -97,14 +94,14 @@ def bench_kernels(
     target = torch.device(device)
     shapes, tokens = tuple(shapes), tuple(tokens)
     for shape in shapes:
-        packed_shapes(shape)  # refused now, not behind the measurements of others
+        packed_shapes(shape)  # refused now, not after the measurements of others
     if tried is None:
         tried = trials(target, dtypes[0], shapes)
     rows: list[KernelRow] = []
     failed: list[KernelFailure] = []
     for shape in shapes:
         tell(f"{shape[0]} x {shape[1]}")
-        candidates = [found for dtype in dtypes for found in _candidates(random_packed(shape, dtype, target))]
+        candidates = [found for dtype in dtypes for found in _candidates(random_dense(shape, dtype, target))]
         for count in tokens:
             rows += _bench_one(candidates, count, rounds, tried, failed)
         del candidates
@@ -207,26 +204,24 @@ class _Candidate:
         return self.name.partition(" ")[0]
 
 
-def _candidates(weight: Packed24) -> Iterator[_Candidate]:
-    """Products with the dense weight, every route that can serve, and the same for integer values where any can."""
-    dtype, dense = weight.values.dtype, unpack(weight)
+def _candidates(dense: Tensor) -> Iterator[_Candidate]:
+    """Of a dense 2:4 weight [N, K]: products with itself, and with each form of it every route that can serve.
+
+    A form of which only dense could serve is left out, unless its values are as they were.
+    """
+    dtype = dense.dtype
     yield _Candidate("library", dtype, lambda inputs: functional.linear(inputs, dense), dense, dense.nbytes)
-    if dtype == torch.bfloat16 and dense.is_cpu and cpu.dense_tokens():
-        yield _Candidate(OWN_DENSE, dtype, lambda inputs: cpu.matmul_dense(dense, inputs), dense, dense.nbytes)
-    routes = {name: route for name, route in ROUTES.items() if name != "resident"}  # resident is the library's product
-    for name in _serving(routes, weight):
-        yield _Candidate(name, dtype, _prepared(routes[name], weight), dense, weight.nbytes, choose(weight))
-    for bits in (8, 4):
-        small = Typed24(quantize(weight, bits), dtype)
-        serving = _serving(INTEGER_ROUTES, small)
-        expanded = unpack(dequantize(small.weight, torch.float32))
-        for name in serving if serving != ["dense"] else ():
-            run, choice = _prepared(INTEGER_ROUTES[name], small), choose_integer(small)
-            yield _Candidate(f"{name} int{bits}", dtype, run, expanded, small.weight.nbytes, choice)
-
-
-def _serving(routes: Mapping[str, Route], weight: Any) -> list[str]:
-    return [name for name, route in routes.items() if route.refusal(weight) is None]
+    if dtype == torch.bfloat16 and dense.is_cpu and on_cpu.most_tokens():
+        yield _Candidate(OWN_DENSE, dtype, lambda inputs: on_cpu.run(dense, inputs, None), dense, dense.nbytes)
+    for sample in samples_of(dense):
+        table, weight = sample.table, sample.weight
+        names = [name for name in table.serving(weight) if name != RESIDENT]  # that is the library's product
+        if sample.values and names == [DENSE]:
+            continue
+        expanded = sample.dense() if sample.values else dense
+        for name in names:
+            run, choice = _prepared(table.routes[name], weight), table.choose(weight)
+            yield _Candidate(f"{name} {sample.values}".strip(), dtype, run, expanded, weight.nbytes, choice)
 
 
 def _prepared(route: Route, weight: Any) -> Callable[[Tensor], Tensor]:

@@ -1,15 +1,14 @@
 """A pruned Hugging Face folder to its packed form and back, one tensor in memory at a time.
 
-    <module>.weight [N, K]  <->  <module>.values [N, Kp / 2] + <module>.meta [N, Kp / 32]      (format: pack.py)
+    <module>.weight [N, K]  <->  <module>.<part> for each part of the form, such as values and meta (layers/forms.py)
 
-or, with integer values (quantized.py), words, scales (float16 bits in int16) and meta. Rounding to integers is storage,
-to nearest; unpacking gives the rounded weights. Conv1D's transposed weights are packed as [N, K]; of experts that are
-all in one tensor <path>.<part> each becomes a linear <path>.<expert>.<part>.
+Rounding to integers is storage, to nearest; unpacking gives the rounded weights. Conv1D's transposed weights are packed
+as [N, K]; of experts that are all in one tensor <path>.<part> each becomes a linear <path>.<expert>.<part>.
 
-Packed are the weights of linear layers that keep 2:4 exactly; of experts a projection is packed when those of all of
-them do. `report.json`, when it lies in the folder, says which layers were pruned; without it every candidate that keeps
-the pattern is packed (a dense weight does not, by chance). `config.json` gets a `quantization_config` of our own
-(packed_config.py), which transformers' quantizer interface reads (hf.py). The target appears whole or not at all."""
+Packed are the weights of linear layers that keep the form's pattern; of experts a projection is packed when those of
+all of them do. `report.json`, when it lies in the folder, says which layers were pruned; without it every candidate
+that keeps the pattern is packed (a dense weight does not, by chance). `config.json` gets a `quantization_config` of our
+own (packed_config.py), which transformers' quantizer interface reads (hf/). The target appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.checked_json import read_json
 from sparsegpt.files.figures import retell
 from sparsegpt.files.results import new_result
 from sparsegpt.files.tensor_files import (
@@ -34,20 +34,13 @@ from sparsegpt.files.tensor_files import (
     OpenTensors,
     ShardedWriter,
     header_room,
-    read_json,
     verify_checksums,
     weight_files,
 )
 from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices
-from sparsegpt.kernels.checkpoint.packed_config import (
-    PATTERN,
-    IntegerValues,
-    PackedConfig,
-    members,
-    read_packed_config,
-)
-from sparsegpt.kernels.format.pack import Packed24, keeps_pattern, pack
-from sparsegpt.kernels.format.quantized import Quantized24, quantize
+from sparsegpt.kernels.checkpoint.packed_config import PackedConfig, members, read_packed_config
+from sparsegpt.kernels.format.form import Form, PackedWeight
+from sparsegpt.kernels.format.pack import FloatValues
 
 _WEIGHTS_OF_OTHERS = re.compile(
     r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf)$|.*\.(bin|safetensors)\.index\.json$"
@@ -66,7 +59,7 @@ class PackReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be tried: {tensor: its matrices}, why others are not, and which layers are promised to keep 2:4."""
+    """What is to be tried: {tensor: its matrices}, why others are not, and which layers are promised to be packable."""
 
     matrices: Mapping[str, list[Matrix]]
     left_dense: dict[str, str]
@@ -80,7 +73,7 @@ class _Packer:
     plan: _Plan
     tensors: OpenTensors
     writer: ShardedWriter
-    values: IntegerValues | None
+    form: Form
     packed: list[Matrix] = field(default_factory=list)
     modules: dict[str, tuple[int, ...]] = field(default_factory=dict)  # as in config.json
     dense_bytes: int = 0
@@ -95,19 +88,18 @@ class _Packer:
         """Whether the matrix keeps the pattern and is packed now; a promised one that breaks it is an error."""
         weight = matrix.read(self.tensors)
         try:
-            packed = pack(weight, f"{matrix.name}.weight")
+            packed = self.form.pack(weight, f"{matrix.name}.weight")
         except SparseGPTError:
-            if matrix.layer in self.plan.promised:
+            if matrix.layer in self.plan.promised or self.form.keeps(weight):  # then something else is wrong with it
                 raise
-            self.plan.left_dense[matrix.tensor] = "does not keep 2:4"
+            self.plan.left_dense[matrix.tensor] = f"does not keep {self.form.pattern}"
             return False
-        values = self.values
-        form = packed if values is None else quantize(packed, values.bits, values.group_size)
-        self.writer.add(*_named_parts(matrix.name, form))
-        self._count(matrix, weight, form)
+        parts = zip(self.form.parts, self.form.tensors(packed), strict=True)
+        self.writer.add(*((f"{matrix.name}.{part}", tensor) for part, tensor in parts))
+        self._count(matrix, weight, packed)
         return True
 
-    def _count(self, matrix: Matrix, dense: Tensor, packed: Packed24 | Quantized24) -> None:
+    def _count(self, matrix: Matrix, dense: Tensor, packed: PackedWeight) -> None:
         self.packed.append(matrix)
         experts = self.modules.get(matrix.group, (0,))[0] + 1
         self.modules[matrix.group] = packed.shape if matrix.bank is None else (experts, *packed.shape)
@@ -117,24 +109,24 @@ class _Packer:
     def config(self) -> PackedConfig:
         transposed = frozenset(matrix.group for matrix in self.packed if matrix.transposed)
         stacked = frozenset(matrix.group for matrix in self.packed if matrix.expert is not None)
-        return PackedConfig(self.modules, transposed, stacked, self.values)
+        return PackedConfig(self.modules, transposed, stacked, self.form)
 
 
 def pack_folder(
     source: Path,
     target: Path,
     *,
-    values: IntegerValues | None = None,
+    form: Form | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> PackReport:
     """Write the packed form of the Hugging Face folder `source` to the new folder `target`.
 
-    values: round the kept values to integers (to nearest, so the model changes by that); None keeps every bit.
+    form: how the weights are stored, 2:4 with every bit kept by default; one that rounds changes the model by that.
 
     Raises:
         SparseGPTError: no safetensors weights or config.json in `source`; already quantised or packed; a layer that
-            report.json calls 2:4 breaks the pattern (names tensor and first bad group); nothing to pack; experts of a
+            report.json promises breaks the pattern (names tensor and first bad group); nothing to pack; experts of a
             model that transformers does not know; `target` exists and is not empty.
     """
     source, target = Path(source), Path(target)
@@ -143,19 +135,18 @@ def pack_folder(
         raise SparseGPTError(f"{source}: already packed or quantised (config.json has quantization_config)")
     files = weight_files(source)
     with OpenTensors(files) as tensors:
-        plan = _plan(source, tensors)
-        if values is not None:
-            values = replace(values, dtype=_stored_dtype(tensors))
+        form = (form or FloatValues()).of_model(_stored_dtype(tensors))
+        plan = _plan(source, tensors, form)
         with new_result(target, "pack", overwrite=overwrite, sources=[source]) as stage:
-            with ShardedWriter(stage, _room(tensors, plan), shard_bytes) as writer:
-                packer = _Packer(plan, tensors, writer, values)
+            with ShardedWriter(stage, _room(tensors, plan, form), shard_bytes) as writer:
+                packer = _Packer(plan, tensors, writer, form)
                 for tensor in tensors:
                     packer.write(tensor)
             if not packer.packed:
-                raise SparseGPTError(f"{source}: no linear layer keeps 2:4; prune with --sparsity 2:4 first")
+                raise SparseGPTError(f"{source}: no linear layer keeps {form.pattern}; prune the model to it first")
             _copy_the_rest(source, stage)
-            if values is not None:
-                retell(stage, f"values rounded to {values}")
+            if form.rounding:
+                retell(stage, form.rounding)
             _write_config(stage, {**config, "quantization_config": packer.config().to_dict()})
     names = tuple(matrix.name for matrix in packer.packed)
     return PackReport(names, plan.left_dense, packer.dense_bytes, packer.packed_bytes)
@@ -179,7 +170,7 @@ def unpack_folder(
     verify_files(files)
     check_parts(files, packing, packed)
     linears = packing.linears()
-    parts = {f"{linear}.{part}" for linear in linears for part in packing.parts}
+    parts = {f"{linear}.{part}" for linear in linears for part in packing.form.parts}
     with new_result(target, "unpack", overwrite=overwrite, sources=[packed]) as stage:
         with (
             ShardedWriter(stage, header_room(files), shard_bytes, checksums=False) as writer,
@@ -196,33 +187,36 @@ def unpack_folder(
 
 
 def verify_files(files: Mapping[str, Path]) -> None:
-    """Checksums of every file of {tensor name: file}, and that each file holds the tensors promised of it."""
+    """Check the checksums of every file of {tensor name: file}, and that each file holds the tensors promised of it.
+
+    Raises SparseGPTError naming the file and the tensor.
+    """
     for path in dict.fromkeys(files.values()):
         found = verify_checksums(path)
-        missing = sorted(name for name, place in files.items() if place == path and name not in found)
+        missing = sorted(name for name, file in files.items() if file == path and name not in found)
         if missing:
             raise SparseGPTError(f"{path}: the index promises {missing[0]}, which is not there; copy the folder again")
 
 
 def check_parts(names: Container[str], packing: PackedConfig, where: object) -> None:
-    """Refuse a packed folder that lacks one of the tensors of a packed linear."""
+    """Raises SparseGPTError for a packed folder that lacks one of the tensors of a packed linear."""
     for group, shape in packing.modules.items():
-        for name in (f"{linear}.{part}" for linear in members(group, shape) for part in packing.parts):
+        for name in (f"{linear}.{part}" for linear in members(group, shape) for part in packing.form.parts):
             if name not in names:
                 raise SparseGPTError(f"{where}: config.json promises {name}, which is not in the weights; pack again")
 
 
-def _plan(source: Path, tensors: OpenTensors) -> _Plan:
+def _plan(source: Path, tensors: OpenTensors, form: Form) -> _Plan:
     """Which matrices to pack: those that report.json lists, of experts a projection of all or of none."""
     listed = _reported_layers(source)
     shapes = tensors.shapes()  # a truncated file is refused here, before anything is written
     found = checkpoint_matrices(source, shapes, listed or ())
-    promised = frozenset(layer for layer, sparsity in (listed or {}).items() if sparsity == PATTERN)
+    promised = frozenset(layer for layer, sparsity in (listed or {}).items() if form.promised(sparsity))
     _check_promised(source, promised, found)
     left_dense = {name: _why_no_matrix(name) for name, shape in shapes.items() if len(shape) in (2, 3)}
     plan: dict[str, list[Matrix]] = defaultdict(list)
     for group in _groups(found):
-        reason = _why_dense(group, listed, promised, tensors)
+        reason = _why_dense(group, listed, promised, tensors, form)
         for matrix in group:
             if reason is None:
                 plan[matrix.tensor].append(matrix)
@@ -241,7 +235,7 @@ def _groups(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
 
 
 def _why_dense(
-    group: list[Matrix], listed: Mapping[str, str] | None, promised: Container[str], tensors: OpenTensors
+    group: list[Matrix], listed: Mapping[str, str] | None, promised: Container[str], tensors: OpenTensors, form: Form
 ) -> str | None:
     """Why the matrices of a group are not even tried, or None."""
     if not group[0].linear:
@@ -250,7 +244,9 @@ def _why_dense(
         return "not pruned" if group[0].bank is None else "not all experts of the layer were pruned"
     if group[0].bank is None or all(matrix.layer in promised for matrix in group):
         return None
-    return None if all(keeps_pattern(matrix.read(tensors)) for matrix in group) else "not every expert keeps 2:4"
+    if all(form.keeps(matrix.read(tensors)) for matrix in group):
+        return None
+    return f"not every expert keeps {form.pattern}"
 
 
 def _why_no_matrix(tensor: str) -> str:
@@ -259,17 +255,11 @@ def _why_no_matrix(tensor: str) -> str:
     return "not the weight of a linear layer"
 
 
-def _room(tensors: OpenTensors, plan: _Plan) -> int:
-    """Header space for every tensor that may come: a packed weight becomes two or three."""
+def _room(tensors: OpenTensors, plan: _Plan, form: Form) -> int:
+    """Header space for every tensor that may come: room for three parts at least, whatever the form."""
     matrices = [matrix for group in plan.matrices.values() for matrix in group]
-    return header_room([*tensors, *(matrix.name for matrix in matrices for _ in range(3))])
-
-
-def _named_parts(module: str, form: Packed24 | Quantized24) -> list[tuple[str, Tensor]]:
-    if isinstance(form, Packed24):
-        return [(f"{module}.values", form.values), (f"{module}.meta", form.meta)]
-    scales = form.scales.view(torch.int16)  # bit patterns: no cast of a loaded model may change them
-    return [(f"{module}.words", form.words), (f"{module}.scales", scales), (f"{module}.meta", form.meta)]
+    parts = range(max(3, len(form.parts)))
+    return header_room([*tensors, *(matrix.name for matrix in matrices for _ in parts)])
 
 
 def _stored_dtype(tensors: OpenTensors) -> torch.dtype:
@@ -290,7 +280,7 @@ def _reported_layers(source: Path) -> dict[str, str] | None:
         return {layer["name"]: str(layer["sparsity"]) for layer in report["layers"]}
     except (KeyError, TypeError) as error:
         raise SparseGPTError(
-            f'{path}: expected a "layers" list with "name" and "sparsity"; remove the file to pack whatever keeps 2:4'
+            f'{path}: expected a "layers" list with "name" and "sparsity"; remove it to pack what keeps the pattern'
         ) from error
 
 
@@ -303,7 +293,7 @@ def _check_promised(source: Path, promised: Iterable[str], found: list[Matrix]) 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder; raises SparseGPTError where there is none or it is no JSON object."""
+    """config.json of a Hugging Face folder. Raises SparseGPTError where there is none or it is no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise SparseGPTError(f"{folder}: expected a Hugging Face folder with config.json; found none")

@@ -17,9 +17,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.tensor_files import OpenTensors, read_json
-from sparsegpt.kernels.checkpoint.model_names import Bank, ModelNames, Place, model_without_weights
+from sparsegpt.files.checked_json import read_json
+from sparsegpt.files.tensor_files import OpenTensors
+from sparsegpt.kernels.checkpoint.model_names import Bank, Destination, ModelNames
 from sparsegpt.model.experts import is_conv1d
+from sparsegpt.model.loading import load_config, without_weights
 
 # Weights of these model types are stored transposed, [in, out] (transformers' Conv1D): their groups run down columns.
 TRANSPOSED_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -68,12 +70,14 @@ def checkpoint_matrices(folder: Path, shapes: Mapping[str, Sequence[int]], layer
     if not needed and all(len(shape) != 3 for shape in shapes.values()):
         return plain
     try:
-        names = ModelNames(model_without_weights(folder))
+        names = ModelNames(without_weights(load_config(str(folder.absolute())), as_saved=True))
     except SparseGPTError:
         if needed:
             raise
         return plain
-    return [matrix for tensor, shape in shapes.items() for matrix in _of_tensor(names.place(tensor), tensor, shape)]
+    return [
+        matrix for tensor, shape in shapes.items() for matrix in _of_tensor(names.destination(tensor), tensor, shape)
+    ]
 
 
 def plain_matrices(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[Matrix]:
@@ -85,24 +89,24 @@ def plain_matrices(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Iterato
             yield Matrix(name, name, tensor, transposed=transposed and linear, linear=linear)
 
 
-def _of_tensor(place: Place | None, tensor: str, shape: Sequence[int]) -> Iterator[Matrix]:
+def _of_tensor(target: Destination | None, tensor: str, shape: Sequence[int]) -> Iterator[Matrix]:
     """The matrices in one tensor, given what it becomes in the model."""
     name = tensor.removesuffix(".weight")
-    bank = place.bank if place else None
-    if place is not None and bank is not None and bank.stacked:
+    bank = target.bank if target else None
+    if bank is not None and bank.stacked:
         path, _, part = tensor.rpartition(".")
         for expert in range(shape[0]):
             layer = f"{bank.experts}.{expert}.{bank.projection}"
             yield Matrix(f"{path}.{expert}.{part}", layer, tensor, expert, bank.transposed, bank)
-    elif place is not None and bank is not None:
+    elif bank is not None:
         number = _EXPERT_NUMBER.search(name)
         assert number is not None
         yield Matrix(name, f"{bank.experts}.{number[0]}.{bank.projection}", tensor, bank=bank)
     elif _is_weight(tensor, shape):
-        module = place.module if place else None
+        module = target.module if target else None
         transposed = module is not None and is_conv1d(module)
         linear = (transposed or isinstance(module, nn.Linear)) and not _NOT_LINEAR.search(tensor)
-        layer = place.parameter.removesuffix(".weight") if place else name
+        layer = target.parameter.removesuffix(".weight") if target else name
         yield Matrix(name, layer, tensor, transposed=transposed, linear=linear)
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
@@ -19,7 +17,7 @@ from sparsegpt.model.experts import fused_experts
 # <...>.<expert>.<part>.weight
 _EXPERT_TENSOR = re.compile(r"(?:^|\.)(\d+)\.(\w+)\.weight$")
 # What the loader may do with experts' matrices, with the dimension: lay them on top of one another and, of every
-# expert, the outputs of one projection behind those of another.
+# expert, the outputs of one projection after those of another.
 _KNOWN_OPERATIONS = {"MergeModulelist": 0, "Concatenate": 1}
 
 
@@ -40,7 +38,7 @@ class Bank:
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """What a checkpoint's tensor becomes: a parameter of the model, or part of one.
 
     module: whose `weight` it becomes as it is, or None. bank: the experts' bank it belongs to, if of a known form.
@@ -64,8 +62,8 @@ class ModelNames:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._state = model.state_dict()
 
-    def place(self, tensor: str) -> Place | None:
-        """Where the loader puts a checkpoint's tensor; None where the model has no place for it."""
+    def destination(self, tensor: str) -> Destination | None:
+        """Where the loader puts a checkpoint's tensor; None where the model has no parameter for it."""
         parameter, source = self._rename(tensor)
         if parameter not in self._state:
             return None
@@ -75,9 +73,9 @@ class ModelNames:
         if self._state[parameter].ndim == 3:
             bank = _bank(owner, last, module, converter)
             reached = bank is not None and all(self._leads(*pair) for pair in _expert_paths(bank, tensor))
-            return Place(parameter, None, bank if reached else None)
+            return Destination(parameter, None, bank if reached else None)
         whole = last == "weight" and converter is None and self._leads(tensor.removesuffix(".weight"), owner)
-        return Place(parameter, module if whole else None, None)
+        return Destination(parameter, module if whole else None, None)
 
     def _leads(self, linear: str, path: str) -> bool:
         """Whether the loader puts the parts of a packed linear, called so in checkpoints, into the module at `path`."""
@@ -122,19 +120,3 @@ def _expert_paths(bank: Bank, tensor: str) -> list[tuple[str, str]]:
     found = _EXPERT_TENSOR.search(tensor)
     assert found is not None
     return [(tensor.removesuffix(".weight"), f"{bank.experts}.{found[1]}.{found[2]}")]
-
-
-def model_without_weights(folder: Path) -> Any:
-    """The model that a folder's config.json describes, on the meta device; SparseGPTError when transformers cannot."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"):
-            return kind._from_config(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a dozen unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SparseGPTError(
-            f"{folder}: transformers cannot build the model of its config.json, which names its tensors: {reason}"
-        ) from error

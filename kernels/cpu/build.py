@@ -45,7 +45,7 @@ def cache_folder() -> Path:
 
 
 def find_compiler() -> str:
-    """Path of the C++ compiler: $CXX, or the first of c++, g++, clang++; raises FileNotFoundError without one."""
+    """Path of the C++ compiler: $CXX, or the first of c++, g++, clang++. Raises FileNotFoundError without one."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         path = shutil.which(name) if name else None
         if path:

@@ -69,7 +69,7 @@ void unpack_plain(const T* values, const uint32_t* meta, T* dense, int64_t colum
 #if X86
 
 // A tile is ROWS rows times TOKENS tokens; STEPS independent sums each hide the latency of the multiply-add. While it is
-// computed the memory behind it is fetched into the second-level cache, the next tile or what comes 4096 values later;
+// computed the memory after it is fetched into the second-level cache, the next tile or what comes 4096 values later;
 // or, for one row, what comes 6 KiB later, and then past the caches where the inputs live.
 template <int ROWS, int BYTES, class T>
 inline void prefetch(const T* values, int64_t at, int64_t kept) {

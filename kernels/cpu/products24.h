@@ -4,7 +4,7 @@
 //
 // Included once for each kind of product, with TARGET for its functions, inside a namespace that has before
 //     add_word(p, n, first, w, step, sums)    a word of metadata of some rows times some tokens
-//     kFetchesMeta                            whether the metadata behind a tile is fetched with its values
+//     kFetchesMeta                            whether the metadata after a tile is fetched with its values
 //     spread_word(values, word, dense)        32 weights of type X from sixteen kept values of type T
 //     multiply_add(weight, inputs, sum)       one register of each
 //     store_eight(sums, out)                  eight float32 sums, rounded

@@ -1,27 +1,59 @@
-"""The library's product on a weight decompressed for the call, or once and kept.
+"""The library's product on a weight decompressed for the call, or once and kept: the route that every format has.
 
-On a CPU the weight is decompressed block by block of rows, so that the dense weight never leaves the cache."""
+For the call it is decompressed block by block of rows, so that the dense weight never leaves a CPU's cache.
+
+Dimension key: N out_features, K in_features, T tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsegpt.kernels import cpu
-from sparsegpt.kernels.format.pack import Packed24
+from sparsegpt.kernels.dispatch.route import Route, RowsOf
+from sparsegpt.strips import strips
 
 _TILE_ROWS = 64
-BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time on a CPU: what a last-level cache holds
+BLOCK_BYTES = 1 << 23  # of dense weight decompressed at a time: what a last-level cache holds
+
+# On which devices the dense weight is kept.
+Keeps = Callable[[torch.device], bool]
 
 
-def dense_weight(weight: Packed24) -> Tensor:
-    """The decompressed weight [N, K]."""
-    return cpu.unpack_fast(weight)
+def everywhere(device: torch.device) -> bool:
+    """Keep the dense weight beside the packed one."""
+    return True
 
 
-def prepare_dense(weight: Packed24) -> Packed24 | Tensor:
-    """The weight itself on a CPU; elsewhere its dense form [N, K], which is kept."""
-    return weight if weight.values.device.type == "cpu" else dense_weight(weight)
+def nowhere(device: torch.device) -> bool:
+    """Decompress for each call."""
+    return False
+
+
+def off_cpu(device: torch.device) -> bool:
+    """Keep it where decompressing costs a large part of a product."""
+    return device.type != "cpu"
+
+
+def dense_route(rows_of: RowsOf, keeps: Keeps, on_the_way: int = 0) -> Route:
+    """inputs [T, K] -> [T, N]: the route of a format with such rows, the dense weight kept on some devices.
+
+    on_the_way: bytes for each weight that decompressing needs, where they are more than those of the inputs' dtype.
+    """
+
+    def prepare(weight: Any) -> Any:
+        return rows_of(weight, slice(0, weight.shape[0]), None) if keeps(weight.device) else weight
+
+    def run(state: Any, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(state, Tensor):
+            return functional.linear(inputs, state, bias)
+        block = block_rows(state.shape[1] * max(inputs.itemsize, on_the_way))
+        return _by_blocks(rows_of, state, inputs, bias, block)
+
+    return Route(lambda weight: None, prepare, run)
 
 
 def block_rows(row_bytes: int) -> int:
@@ -29,19 +61,13 @@ def block_rows(row_bytes: int) -> int:
     return max(1, BLOCK_BYTES // max(1, row_bytes) // _TILE_ROWS) * _TILE_ROWS
 
 
-def run_dense(weight: Packed24 | Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """inputs [T, K] -> [T, N]."""
-    if isinstance(weight, Tensor):
-        return functional.linear(inputs, weight, bias)
+def _by_blocks(rows_of: RowsOf, weight: Any, inputs: Tensor, bias: Tensor | None, block: int) -> Tensor:
+    """inputs [T, K] -> [T, N], the weight decompressed `block` rows at a time."""
     rows, columns = weight.shape
-    block = block_rows(columns * inputs.itemsize)
     if rows <= block:
-        return functional.linear(inputs, dense_weight(weight), bias)
-    outputs = inputs.new_empty(inputs.shape[0], rows)
-    buffer = inputs.new_empty(block, columns)
-    for start in range(0, rows, block):
-        part = slice(start, min(start + block, rows))
-        packed = Packed24(weight.values[part], weight.meta[part], (part.stop - start, columns))
-        weight_NK = cpu.unpack_fast(packed, out=buffer[: part.stop - start])
+        return functional.linear(inputs, rows_of(weight, slice(0, rows), None), bias)
+    outputs, buffer = inputs.new_empty(inputs.shape[0], rows), inputs.new_empty(block, columns)
+    for part in strips(rows, block):
+        weight_NK = rows_of(weight, part, buffer[: part.stop - part.start])
         outputs[:, part] = functional.linear(inputs, weight_NK, None if bias is None else bias[part])
     return outputs

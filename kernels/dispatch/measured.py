@@ -3,6 +3,24 @@
 A row holds for one kind of device, dtype and form of values, and for weights of up to so many elements. Its steps say
 which route has beaten dense up to how many tokens; above the last step dense serves.
 
+Steps are judged by what each route gains, dense time / its time. An example, with MARGIN = 1.03 and MANY_TOKENS = 1024:
+
+    tokens         1       8      64     256    1024    4096
+    mma_sp      1.60    1.50    1.20    0.90    0.70    0.60
+    portable    1.90    0.80    0.70    0.60    0.50    0.40
+    cutlass     0.30    0.50    0.90    1.02    1.20    1.40
+
+    few tokens    a route counts from the fewest tokens on, as long as it gains MARGIN: mma_sp to 64, portable to 1. The
+                  larger product of gains wins: mma_sp, 1.60 * 1.50 * 1.20 = 2.88, against 1.90.
+    many tokens   the same from the most tokens down to MANY_TOKENS: cutlass wins. It serves down to where it stops to
+                  gain MARGIN: to 1024.
+    between       dense, here at 256
+
+    all columns                    mma_sp up to 64 tokens, dense up to 1023 tokens, cutlass above
+    those below MANY_TOKENS alone  mma_sp up to 64 tokens, dense above
+
+Shapes of one size are judged together: the least of their gains must reach MARGIN.
+
 Rows of this machine lie in $XDG_CACHE_HOME/sparsegpt/measured.json (~/.cache by default), under the name of the GPU, or
 of the processor and the number of threads, for homes that several machines share. They go before the shipped ones."""
 
@@ -23,9 +41,9 @@ from typing import Any
 import torch
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.checked_json import read_json
 from sparsegpt.files.folders import write_atomically
-from sparsegpt.files.tensor_files import read_json
-from sparsegpt.kernels import cpu
+from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.cpu.build import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -67,8 +85,8 @@ class Measured:
     """One row of the table.
 
     Attributes:
-        path: a CPU's instruction set (cpu.LEVELS), or the name of a machine (`machine_name`).
-        dtype, values: of the inputs; "" for values in that dtype, or "int8", "int4".
+        path: a CPU's instruction set (cpu.library.LEVELS), or the name of a machine (`machine_name`).
+        dtype, values: of the inputs; "" for values in that dtype, or "int8", say.
         weights: how many elements the weight may have.
         steps: ascending; dense is decompressed for the call on a CPU, and kept on a GPU.
         resident: the steps where dense is kept on a CPU as well.
@@ -104,10 +122,8 @@ def in_words(steps: Sequence[Step]) -> str:
     return ", ".join([*parts, f"{last} above" if parts else last])
 
 
-# CPU rows: torch 2.13, candidates taking turns, shapes from 576 x 1536 to 14336 x 4096 (tables in BENCHMARKS.md).
-# avx512_bf16: one core of an AMD EPYC (Zen 5). avx512: two cores of an Intel Xeon without bfloat16 products; avx2: the
-# same, torch's libraries held to AVX2. Without such products torch's bfloat16 lost up to the 1024 tokens measured. A
-# step ends where the decompressing route catches up; the ratio is over torch's linear on the dense weight.
+# Measured as BENCHMARKS.md says. avx512_bf16: one core of an AMD EPYC (Zen 5). avx512: two cores of an Intel Xeon
+# without bfloat16 products; avx2: the same, torch's libraries held to AVX2. ANY: torch lost on all tokens, up to 1024.
 _BF16, _F32 = torch.bfloat16, torch.float32
 MEASURED = (
     Measured("avx512_bf16", _BF16, 1 << 23, ((64, "cpu"),), ((32, "cpu"),), "2.2 to 3.7"),
@@ -126,8 +142,8 @@ MEASURED = (
 
 
 def find(device: torch.device, dtype: torch.dtype, values: str, weights: int) -> Measured | None:
-    """The row for a weight, or None where nothing like it has been measured."""
-    path = cpu.machine_level() if device.type == "cpu" else machine_name(device)
+    """The row for a weight of so many elements, or None where nothing like it has been measured."""
+    path = library.machine_level() if device.type == "cpu" else machine_name(device)
     for rows in (remembered().get(machine_name(device), ()), [row for row in MEASURED if row.path == path]):
         alike = [row for row in rows if (row.dtype, row.values) == (dtype, values)]
         if alike:
@@ -141,7 +157,7 @@ def machine_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{_processor()} ({cpu.machine_level() or 'no compiler'}, threads: {torch.get_num_threads()})"
+    return f"{_processor()} ({library.machine_level() or 'no compiler'}, threads: {torch.get_num_threads()})"
 
 
 @functools.cache
@@ -177,7 +193,7 @@ def judge(machine: str, measurements: Iterable[KernelRow]) -> tuple[Measured, ..
 
 def _judge_size(machine: str, dtype: str, values: str, weights: int, measurements: list[KernelRow]) -> Measured:
     steps = _steps(_gains(measurements, "dense"))
-    resident = () if values else _steps(_gains(measurements, "library"))
+    resident = _steps(_gains(measurements, "library"))  # none where the library's product is not of these values
     row = Measured(machine, getattr(torch, dtype), weights, steps, resident, values=values)
     if row.winner is None:
         return row

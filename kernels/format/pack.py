@@ -13,8 +13,9 @@ Dimension key: N out_features, K in_features, G groups of four, B bytes of metad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from einops import rearrange
@@ -22,11 +23,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels.format.form import Form
+from sparsegpt.sparsity import NM
+from sparsegpt.strips import strips
 
+PATTERN = NM(2, 4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 GROUP = 4
 WORD_COLUMNS = 32  # dense columns that one int32 of metadata describes
 _CHUNK = 1 << 22  # weights handled at a time, so that the working memory stays small beside the tensor
+EMPTY_WORD = 0x44444444  # metadata of eight groups that keep positions 0 and 1
 _INVALID = 255
 # Which of the four are non-zero (bit i = input i) -> nibble. With fewer than two, the lowest free position joins in.
 _NIBBLE_OF_CODE = (4, 4, 4, 4, 8, 8, 9, _INVALID, 12, 12, 13, _INVALID, 14, _INVALID, _INVALID, _INVALID)
@@ -36,7 +42,7 @@ _MASK_OF_NIBBLE = tuple(1 << 8 * (nibble & 3) | 1 << 8 * (nibble >> 2) for nibbl
 
 @dataclass(frozen=True, eq=False)
 class Packed24:
-    """A 2:4 weight in packed form.
+    """A 2:4 weight [N, K] in packed form.
 
     Attributes:
         values: [N, Kp / 2], floating point.
@@ -60,9 +66,25 @@ class Packed24:
             )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the values, and of the dense weight."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of values and metadata."""
+        return self.values.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of values and metadata together."""
         return self.values.nbytes + self.meta.nbytes
+
+    def rows(self, part: slice) -> Packed24:
+        """Rows of the weight [N, K] -> [n, K], on the same memory; `part` has a start, a stop and no step."""
+        if part == slice(0, self.shape[0]):
+            return self
+        return Packed24(self.values[part], self.meta[part], (part.stop - part.start, self.shape[1]))
 
 
 def padded_columns(columns: int) -> int:
@@ -71,7 +93,7 @@ def padded_columns(columns: int) -> int:
 
 
 def packed_shapes(shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of `values` and `meta` for a dense weight of `shape`; refuses a row that is not made of groups of four."""
+    """Shapes of `values` and `meta` for a dense `shape`. Raises SparseGPTError unless rows are groups of four."""
     rows, columns = shape
     if columns % GROUP:
         raise SparseGPTError(f"2:4 needs in_features divisible by 4; found shape {shape}: leave this weight dense")
@@ -80,7 +102,7 @@ def packed_shapes(shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, i
 
 
 def pack(weight: Tensor, name: str = "weight") -> Packed24:
-    """Pack a dense 2:4 weight.
+    """[N, K] of the pattern -> packed.
 
     Args:
         weight: [N, K] floating point, at most two non-zeros in every four consecutive columns; K divisible by 4.
@@ -95,7 +117,7 @@ def pack(weight: Tensor, name: str = "weight") -> Packed24:
     values_shape, meta_shape = packed_shapes(shape)
     values = torch.empty(values_shape, dtype=weight.dtype, device=weight.device)
     meta = torch.empty(meta_shape, dtype=torch.int32, device=weight.device)
-    for rows in _row_chunks(shape):
+    for rows in _chunks(shape):
         weight_NK = _pad_columns(weight[rows])
         nibbles_NG = _nibbles(weight_NK, name, rows.start)
         kept = _select(weight_NK, _mask(nibbles_NG)).view(values[rows].shape)
@@ -105,33 +127,87 @@ def pack(weight: Tensor, name: str = "weight") -> Packed24:
 
 
 def unpack(packed: Packed24) -> Tensor:
-    """Dense weight [N, K] of a packed one, same dtype and device: the torch twin of every decompression kernel."""
+    """Packed -> dense [N, K], same dtype and device: the torch twin of every decompression kernel."""
     columns = packed.shape[1]
     dense = packed.values.new_empty(packed.shape)
-    for rows in _row_chunks(packed.shape):
+    for rows in _chunks(packed.shape):
         mask_NK = _mask(words_to_nibbles(packed.meta[rows]))
         weight_NK = packed.values.new_zeros(mask_NK.shape).masked_scatter_(mask_NK, packed.values[rows])
         dense[rows] = weight_NK[:, :columns]
     return dense
 
 
-def first_violation(weight: Tensor) -> tuple[int, int] | None:
-    """(row, group) of the first group of four with more than two non-zeros, or None when `weight` [N, K] is 2:4."""
-    packed_shapes((weight.shape[0], weight.shape[1]))
-    for rows in _row_chunks((weight.shape[0], weight.shape[1])):
-        violation = _first(_lookup(_NIBBLE_OF_CODE, torch.uint8, _codes(weight[rows].contiguous())) == _INVALID)
+def first_violation(weight: Tensor, pattern: NM = PATTERN) -> tuple[int, int] | None:
+    """[N, K] -> (row, group) of the first group of m inputs with more than n non-zeros, or None when there is none.
+
+    Raises SparseGPTError for K that does not divide into groups of m.
+    """
+    pattern.check(weight.shape[1], "weight")
+    for rows in _chunks((weight.shape[0], weight.shape[1])):
+        kept_NGM = rearrange(weight[rows] != 0, "n (g m) -> n g m", m=pattern.m)
+        violation = _first(kept_NGM.sum(-1, dtype=torch.int32) > pattern.n)
         if violation is not None:
             return rows.start + violation[0], violation[1]
     return None
 
 
-def keeps_pattern(weight: Tensor) -> bool:
-    """Whether a dense weight [N, K] can be packed."""
-    return weight.shape[1] % GROUP == 0 and first_violation(weight) is None
+@dataclass(frozen=True)
+class FloatValues(Form):
+    """2:4 with every kept value as it was: the form of Packed24."""
+
+    pattern: ClassVar[str] = str(PATTERN)
+    parts: ClassVar[tuple[str, ...]] = ("values", "meta")
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Self | None:
+        """2:4 without a word on values."""
+        return cls() if settings.get("pattern") == cls.pattern and settings.get("values") is None else None
+
+    def settings(self) -> dict[str, Any]:
+        """The pattern."""
+        return {"pattern": self.pattern}
+
+    @classmethod
+    def samples(cls) -> Sequence[Form]:
+        """The one there is."""
+        return (cls(),)
+
+    def of_model(self, dtype: torch.dtype) -> Form:
+        """The same for every dtype."""
+        return self
+
+    def promised(self, sparsity: str) -> bool:
+        """2:4."""
+        return sparsity == self.pattern
+
+    def keeps(self, weight: Tensor) -> bool:
+        """[N, K] -> whether it is of a floating-point dtype and keeps 2:4."""
+        return weight.dtype in DTYPES and weight.shape[1] % GROUP == 0 and first_violation(weight) is None
+
+    def pack(self, weight: Tensor, name: str) -> Packed24:
+        """[N, K] -> packed; raises as `pack`."""
+        return pack(weight, name)
+
+    def unpack(self, packed: Packed24) -> Tensor:
+        """Packed -> [N, K]."""
+        return unpack(packed)
+
+    def tensors(self, packed: Packed24) -> tuple[Tensor, ...]:
+        """Packed [N, K] -> values [N, Kp / 2] and meta [N, Kp / 32]."""
+        return packed.values, packed.meta
+
+    def packed(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Packed24:
+        """Values [N, Kp / 2] and meta [N, Kp / 32] -> packed [N, K]; SparseGPTError where they do not fit."""
+        values, meta = tensors
+        return Packed24(values, meta, shape)
+
+    def stored(self, packed: Packed24) -> str:
+        """Packed [N, K] -> its dtype."""
+        return str(packed.dtype).removeprefix("torch.")
 
 
 def words_to_nibbles(meta: Tensor) -> Tensor:
-    """Nibbles [N, Kp / 4] uint8 of the metadata words [N, Kp / 32] int32."""
+    """Metadata words [N, W] int32 -> nibbles [N, G] uint8, eight groups a word."""
     bytes_NB = meta.contiguous().view(torch.uint8)
     return torch.stack((bytes_NB & 15, bytes_NB >> 4), dim=-1).flatten(1)
 
@@ -143,7 +219,7 @@ def _nibbles_to_words(nibbles_NG: Tensor) -> Tensor:
 
 
 def _codes(weight: Tensor) -> Tensor:
-    """Which of each four weights are non-zero, as a number 0..15: [N, G] int32."""
+    """[N, K] -> [N, G] int32: which of each four weights are non-zero, as a number 0..15."""
     bytes_NG = (weight != 0).view(torch.int32)  # four booleans, input 0 in the lowest byte
     # byte i times 2^(24 - 7 i) puts its bit at 24 + i; the other products land elsewhere and never carry
     gathered_NG: Tensor = bytes_NG * ((1 << 24) + (1 << 17) + (1 << 10) + (1 << 3)) >> 24
@@ -156,12 +232,12 @@ def _lookup(table: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> Tensor
 
 
 def _mask(nibbles_NG: Tensor) -> Tensor:
-    """Kept positions [N, 4 G] bool of the nibbles; two in each group of four."""
+    """Nibbles [N, G] -> kept positions [N, 4 G] bool; two in each group of four."""
     return _lookup(_MASK_OF_NIBBLE, torch.int32, nibbles_NG).view(torch.bool)
 
 
 def _nibbles(weight: Tensor, name: str, first_row: int) -> Tensor:
-    """Nibbles [N, Kp / 4] uint8 of some rows; raises on a group with more than two non-zeros."""
+    """Some rows [n, Kp] -> their nibbles [n, Kp / 4] uint8; raises on a group with more than two non-zeros."""
     nibbles_NG = _lookup(_NIBBLE_OF_CODE, torch.uint8, _codes(weight))
     violation = _first(nibbles_NG == _INVALID)
     if violation is not None:
@@ -175,6 +251,7 @@ def _nibbles(weight: Tensor, name: str, first_row: int) -> Tensor:
 
 
 def _first(bad_NG: Tensor) -> tuple[int, int] | None:
+    """[N, G] bool -> (row, group) of the first True, or None."""
     if not bool(bad_NG.any()):
         return None
     row, group = divmod(int(bad_NG.flatten().to(torch.uint8).argmax()), bad_NG.shape[1])
@@ -194,10 +271,9 @@ def _pad_columns(weight: Tensor) -> Tensor:
     return functional.pad(weight, (0, missing)) if missing else weight.contiguous()
 
 
-def _row_chunks(shape: tuple[int, int]) -> Iterator[slice]:
-    step = max(1, _CHUNK // max(1, shape[1]))
-    for start in range(0, shape[0] if shape[1] else 0, step):
-        yield slice(start, min(start + step, shape[0]))
+def _chunks(shape: tuple[int, int]) -> list[slice]:
+    """Rows worked on at a time; none of a weight without elements."""
+    return strips(shape[0] if shape[1] else 0, max(1, _CHUNK // max(1, shape[1])))
 
 
 def _check_dense(weight: Tensor, name: str) -> None:

@@ -11,7 +11,9 @@ Dimension key: N out_features, Kp padded in_features, S scale groups, V kept val
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from einops import rearrange
@@ -19,15 +21,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.format.pack import WORD_COLUMNS, Packed24, packed_shapes
-
-# What a layer of integers multiplies in.
-INTEGER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from sparsegpt.kernels.format.form import Form
+from sparsegpt.kernels.format.pack import PATTERN, WORD_COLUMNS, FloatValues, Packed24, pack, packed_shapes, unpack
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized24:
-    """A 2:4 weight with integer values: fields as in the module's key; `shape` is the dense (N, K)."""
+    """A 2:4 weight [N, K] with integer values.
+
+    words, scales, meta: as in the module's key. shape: the dense (N, K). dtype: of the numbers that the integers stand
+    for, and of the inputs that they are multiplied with.
+
+    Raises SparseGPTError when they do not belong together.
+    """
 
     words: Tensor
     scales: Tensor
@@ -35,6 +41,7 @@ class Quantized24:
     shape: tuple[int, int]
     bits: int
     group_size: int
+    dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
         (rows, kept), meta_shape = packed_shapes(self.shape)
@@ -49,31 +56,30 @@ class Quantized24:
             )
 
     @property
+    def device(self) -> torch.device:
+        """Of words, scales and metadata."""
+        return self.words.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of words, scales and metadata together."""
         return self.words.nbytes + self.scales.nbytes + self.meta.nbytes
 
     def contiguous(self) -> Quantized24:
-        """The same weight with its tensors contiguous (themselves where they are)."""
+        """[N, K] -> the same weight with its tensors contiguous (themselves where they are)."""
         words, scales, meta = self.words.contiguous(), self.scales.contiguous(), self.meta.contiguous()
         return replace(self, words=words, scales=scales, meta=meta)
 
-
-@dataclass(frozen=True, eq=False)
-class Typed24:
-    """An integer weight and the dtype that it is multiplied in."""
-
-    weight: Quantized24
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K) of the dense weight."""
-        return self.weight.shape
+    def rows(self, part: slice) -> Quantized24:
+        """Rows of the weight [N, K] -> [n, K], on the same memory; `part` has a start, a stop and no step."""
+        if part == slice(0, self.shape[0]):
+            return self
+        shape = (part.stop - part.start, self.shape[1])
+        return replace(self, words=self.words[part], scales=self.scales[part], meta=self.meta[part], shape=shape)
 
 
 def quantize(packed: Packed24, bits: int, group_size: int = 128) -> Quantized24:
-    """Round the kept values to `bits` (8 or 4) bits with one float16 scale for `group_size` dense columns.
+    """[N, K] packed -> the kept values in `bits` (8 or 4) bits, a float16 scale for each `group_size` dense columns.
 
     Raises SparseGPTError for other bits, a group_size that is not a multiple of 32, or weights whose scale is not a
     finite float16.
@@ -89,18 +95,104 @@ def quantize(packed: Packed24, bits: int, group_size: int = 128) -> Quantized24:
         )
     q_NSV = (values_NSV / scales_NS.float()[..., None]).round().clamp(-largest, largest).to(torch.int32)
     words = _pack_integers(q_NSV.flatten(1)[:, : packed.values.shape[1]], bits)
-    return Quantized24(words, scales_NS, packed.meta, packed.shape, bits, group_size)
+    return Quantized24(words, scales_NS, packed.meta, packed.shape, bits, group_size, packed.dtype)
 
 
 def dequantize(weight: Quantized24, dtype: torch.dtype) -> Packed24:
-    """The packed weight q * scale in `dtype` (the product is rounded once, from float32)."""
+    """Integers [N, K] -> the packed weight q * scale in `dtype` (the product is rounded once, from float32)."""
     q_NSV = _scale_groups(unpack_integers(weight.words, weight.bits).float(), weight.group_size)
     values = (q_NSV * weight.scales.float()[..., None]).flatten(1)[:, : WORD_COLUMNS // 2 * weight.meta.shape[1]]
     return Packed24(values.to(dtype).contiguous(), weight.meta, weight.shape)
 
 
+@dataclass(frozen=True)
+class IntegerValues(Form):
+    """2:4 with the kept values as integers of `bits`, one scale for `group_size` columns; `dtype` is what they were.
+
+    Raises SparseGPTError for other bits than 8 and 4, and a group_size that is no multiple of 32.
+    """
+
+    bits: int
+    group_size: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    pattern: ClassVar[str] = str(PATTERN)
+    parts: ClassVar[tuple[str, ...]] = ("words", "scales", "meta")
+
+    def __post_init__(self) -> None:
+        check_settings(self.bits, self.group_size)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}, groups of {self.group_size}"
+
+    @property
+    def rounding(self) -> str:
+        """To which integers."""
+        return f"values rounded to {self}"
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Self | None:
+        """2:4 with `values`, a mapping to bits, group_size and dtype. Raises SparseGPTError for other content."""
+        values = settings.get("values")
+        if settings.get("pattern") != cls.pattern or values is None:
+            return None
+        try:
+            dtype = getattr(torch, values["dtype"])
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{dtype} is no dtype")
+            return cls(int(values["bits"]), int(values["group_size"]), dtype)
+        except (KeyError, TypeError, ValueError, AttributeError, SparseGPTError) as error:
+            raise SparseGPTError(f"values {values} are not known to this package: update sparsegpt") from error
+
+    def settings(self) -> dict[str, Any]:
+        """The pattern, and `values` as `read` takes them."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {
+            "pattern": self.pattern,
+            "values": {"bits": self.bits, "group_size": self.group_size, "dtype": dtype},
+        }
+
+    @classmethod
+    def samples(cls) -> Sequence[Form]:
+        """int8 and int4."""
+        return cls(8), cls(4)
+
+    def of_model(self, dtype: torch.dtype) -> Form:
+        """The integers stand for numbers of this dtype."""
+        return replace(self, dtype=dtype)
+
+    def promised(self, sparsity: str) -> bool:
+        """2:4."""
+        return sparsity == self.pattern
+
+    def keeps(self, weight: Tensor) -> bool:
+        """[N, K] -> whether it keeps 2:4."""
+        return FloatValues().keeps(weight)
+
+    def pack(self, weight: Tensor, name: str) -> Quantized24:
+        """[N, K] -> packed, values rounded to nearest; raises as `pack` and `quantize`."""
+        return quantize(pack(weight, name), self.bits, self.group_size)
+
+    def unpack(self, packed: Quantized24) -> Tensor:
+        """Packed -> [N, K], q * scale in the packed weight's dtype."""
+        return unpack(dequantize(packed, packed.dtype))
+
+    def tensors(self, packed: Quantized24) -> tuple[Tensor, ...]:
+        """Packed [N, K] -> words, scales as bit patterns in int16 (no cast of a model may change them), and meta."""
+        return packed.words, packed.scales.view(torch.int16), packed.meta
+
+    def packed(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Quantized24:
+        """Words, scales in int16 and meta -> packed [N, K]; SparseGPTError where they do not fit."""
+        words, scales, meta = tensors
+        return Quantized24(words, scales.view(torch.float16), meta, shape, self.bits, self.group_size, self.dtype)
+
+    def stored(self, packed: Quantized24) -> str:
+        """Packed [N, K] -> its bits and group size."""
+        return str(self)
+
+
 def unpack_integers(words: Tensor, bits: int) -> Tensor:
-    """Signed integers [N, words * 32 / bits] int32 of packed words [N, words] int32."""
+    """Packed words [N, W] int32 -> signed integers [N, W * 32 / bits] int32."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     fields: Tensor = (words[..., None] << (32 - bits - shifts)) >> (32 - bits)  # >> of int32 keeps the sign
     return fields.flatten(1)
@@ -120,7 +212,7 @@ def _scale_groups(values: Tensor, group_size: int) -> Tensor:
 
 
 def check_settings(bits: int, group_size: int) -> None:
-    """Refuse bits other than 8 and 4, and a group_size that is no multiple of 32 (SparseGPTError)."""
+    """Raises SparseGPTError for bits other than 8 and 4, and a group_size that is no multiple of 32."""
     if bits not in (4, 8):
         raise SparseGPTError(f"quantised 2:4 values have 4 or 8 bits; found {bits}")
     if group_size < WORD_COLUMNS or group_size % WORD_COLUMNS:

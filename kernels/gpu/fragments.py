@@ -13,8 +13,10 @@ These words are CUTLASS's reordered metadata up to a transposition of tiles.
     A [N/16, K/32, 32 lanes * 4 registers] int32        E [N/32, K/32, 32 lanes] int32
 
 Rows are padded with zeros to a multiple of 32. A warpgroup of four warps reads the same registers for
-wgmma.mma_async.sp.m64nNk32, each warp a pair of tiles (wgmma_sp.py). Checked on the CPU: both kernels run on these
-buffers with their instructions emulated lane by lane."""
+wgmma.mma_async.sp.m64nNk32, each warp a pair of tiles (wgmma_sp.py).
+
+Dimension key: N out_features, K in_features, T tokens, L lanes, R registers, S steps of 32 columns, P pairs of
+tiles."""
 
 from __future__ import annotations
 
@@ -26,16 +28,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.format.pack import Packed24
+from sparsegpt.kernels.format.pack import EMPTY_WORD, Packed24
 
 TILE_ROWS = 16
 PAIR_ROWS = 32  # two tiles that share their metadata registers
-_EMPTY = 0x44444444  # eight groups that keep positions 0 and 1
 
 
 @dataclass(frozen=True, eq=False)
 class Fragments:
-    """A weight in register order: A and E as in the module's key, `shape` the dense (N, K), `dtype` 16-bit."""
+    """A weight [N, K] in register order: A and E as in the module's key, `shape` the dense (N, K), `dtype` 16-bit."""
 
     A: Tensor
     E: Tensor
@@ -44,17 +45,17 @@ class Fragments:
 
 
 def to_fragments(packed: Packed24) -> Fragments:
-    """Rearrange a packed weight for mma.sp; raises SparseGPTError unless it is float16 or bfloat16."""
+    """[N, K] packed -> register order. Raises SparseGPTError unless it is float16 or bfloat16."""
     if packed.values.dtype not in (torch.float16, torch.bfloat16):
         raise SparseGPTError(f"mma.sp weights are float16 or bfloat16; found {packed.values.dtype}")
     missing = -packed.shape[0] % PAIR_ROWS
     values = functional.pad(packed.values, (0, 0, 0, missing)).view(torch.int32)
-    meta = functional.pad(packed.meta, (0, 0, 0, missing), value=_EMPTY)
+    meta = functional.pad(packed.meta, (0, 0, 0, missing), value=EMPTY_WORD)
     return Fragments(_order_values(values), order_meta(meta), packed.shape, packed.values.dtype)
 
 
 def whole_inputs(inputs: Tensor, columns: int) -> Tensor:
-    """Inputs [T, K] with zeros up to so many columns, rows one behind the other, from a multiple of 16 bytes on.
+    """Inputs [T, K] -> [T, columns] with zeros, contiguous, its memory beginning at a multiple of 16 bytes.
 
     Inputs that are so already are returned as they are: a copy would cost a decode step its time.
     """
@@ -64,7 +65,7 @@ def whole_inputs(inputs: Tensor, columns: int) -> Tensor:
 
 
 def register_positions() -> tuple[Tensor, Tensor]:
-    """(row, kept pair) of register r in lane l within a 16 x 32 tile: two [32, 4] index matrices."""
+    """[L, R] twice: row and kept pair of register r in lane l within a tile of 16 rows and 32 columns."""
     lane, register = torch.arange(32)[:, None], torch.arange(4)[None, :]
     return lane // 4 + 8 * (register % 2), lane % 4 + 4 * (register // 2)
 
@@ -77,7 +78,7 @@ def _order_values(pairs_NP: Tensor) -> Tensor:
 
 
 def order_meta(meta_NS: Tensor) -> Tensor:
-    """Words [N, K/32] -> [N/32, K/32, 32 lanes]: rows g and g + 8 of a tile joined, halves of the columns apart."""
+    """Words [N, S] -> [P, S, L], 32 rows a pair: rows g and g + 8 of a tile joined, halves of the columns apart."""
     halves = rearrange(
         meta_NS.contiguous().view(torch.int16),
         "(pair s high g) (step h) -> pair step g s h high",

@@ -8,9 +8,8 @@ multiprocessor's memory busy.
 
     bytes read: 9/16 of a 16-bit dense weight, so at best 1.78 times dense where memory is the limit (few tokens)
 
-Needs compute capability 8.0 (Ampere) or newer. Compiled for sm_80 and sm_90 without spills, sparse instructions present
-in the machine code, body run on the CPU with the instruction emulated lane by lane; not yet run on a GPU, so it is
-chosen by itself only where `tune` has measured it.
+Needs compute capability 8.0 (Ampere) or newer. Not yet run on a GPU: chosen by itself only where `tune` has measured
+it.
 Sources: PTX ISA 8.5, "Matrix multiply-accumulate with sparse A"; Mishra et al. 2021, arXiv:2104.08378."""
 
 # mypy: disable-error-code="no-untyped-def,no-any-return,attr-defined,untyped-decorator"
@@ -26,8 +25,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.format.pack import WORD_COLUMNS, Packed24, padded_columns
-from sparsegpt.kernels.gpu.fragments import PAIR_ROWS, Fragments, to_fragments, whole_inputs
+from sparsegpt.kernels.format.pack import WORD_COLUMNS, padded_columns
+from sparsegpt.kernels.gpu.fragments import PAIR_ROWS, Fragments, whole_inputs
 from sparsegpt.kernels.gpu.reference import ACTIVATIONS
 
 
@@ -150,10 +149,10 @@ def decode_kernel(
         y1 = y1 * _sigmoid(y1) * _over_warps(up_lower, L)
     # result: register r of lane 4 g + q is row g + 8 (r // 2), token 2 q + r % 2
     R: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, L))
-    place = gl.arange(0, 128, layout=gl.SliceLayout(0, R))[None, :]
+    element = gl.arange(0, 128, layout=gl.SliceLayout(0, R))[None, :]
     tokens = (gl.program_id(1) * BLOCKS + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, R))[:, None]) * 8
-    tokens = (tokens + 2 * (place // 4 % 4) + place % 2).to(gl.int64)
-    row = pair * 32 + place // 16 + 8 * (place % 4 // 2)
+    tokens = (tokens + 2 * (element // 4 % 4) + element % 2).to(gl.int64)
+    row = pair * 32 + element // 16 + 8 * (element % 4 // 2)
     store(y0, bias, out, row, tokens, TOKENS, ROWS, BIAS, ACTIVATION)
     store(y1, bias, out, row + 16, tokens, TOKENS, ROWS, BIAS, ACTIVATION)
 
@@ -179,11 +178,6 @@ def choose_tile(tokens: int, gated: bool) -> Tile:
     return TILES[1 if tokens <= 8 else 2, gated]
 
 
-def refusal(weight: Packed24) -> str | None:
-    """Why mma.sp cannot serve a weight, or None."""
-    return refuse(weight.values.device, weight.values.dtype)
-
-
 def refuse(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why mma.sp cannot multiply in `dtype` on a device, or None."""
     if device.type != "cuda" or torch.version.hip:
@@ -196,7 +190,7 @@ def refuse(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def matmul(weight: Fragments, inputs: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """activation(inputs weight^T + bias) for inputs [T, K] of the weight's dtype, on its device.
+    """inputs [T, K] of the weight's dtype, on its device -> activation(inputs weight^T + bias) [T, N].
 
     Raises SparseGPTError for an unknown activation or operands that do not belong together.
     """
@@ -204,19 +198,17 @@ def matmul(weight: Fragments, inputs: Tensor, bias: Tensor | None = None, activa
 
 
 def swiglu(gate: Fragments, up: Fragments, inputs: Tensor) -> Tensor:
-    """silu(inputs gate^T) * (inputs up^T) in one kernel over both weights, which have one shape."""
+    """inputs [T, K] -> silu(inputs gate^T) * (inputs up^T) [T, N], in one kernel over both weights.
+
+    Raises SparseGPTError for weights of two shapes, and as `matmul`.
+    """
     if gate.shape != up.shape:
         raise SparseGPTError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape")
     return _launch(gate, up, inputs, None, "none")
 
 
-def prepare(weight: Packed24) -> Fragments:
-    """The weight in register order."""
-    return to_fragments(weight)
-
-
 def check_operands(weight: Fragments, inputs: Tensor, activation: str) -> None:
-    """Raise SparseGPTError for an unknown activation or inputs of another shape or type."""
+    """Raises SparseGPTError for an unknown activation, or inputs that are not [T, K] of the weight's dtype."""
     columns = weight.shape[1]
     if activation not in ACTIVATIONS:
         raise SparseGPTError(f"activation: expected one of {', '.join(ACTIVATIONS)}; found {activation!r}")

@@ -10,8 +10,8 @@ and the 8 away by one fused multiply-add, exactly. Scales multiply the float32 s
     E [N/32, K/128, 32 lanes * 4 steps] int32   metadata of fragments.py, four steps together
     S [N, K/group_size] float16
 
-Marrying the two is Sparse-MARLIN's idea (Frantar et al. 2024, arXiv:2408.11743). Compiled for sm_80 and sm_90 without
-spills, body run on the CPU with its instructions emulated; not yet run on a GPU. Needs compute capability 8.0."""
+Marrying the two is Sparse-MARLIN's idea (Frantar et al. 2024, arXiv:2408.11743). Needs compute capability 8.0. Not yet
+run on a GPU: chosen by itself only where `tune` has measured it."""
 
 # mypy: disable-error-code="no-untyped-def,no-any-return,attr-defined,untyped-decorator"
 # Gluon is not typed: bodies of jitted functions are programs in it, not Python.
@@ -28,6 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels.format.pack import EMPTY_WORD
 from sparsegpt.kernels.format.quantized import Quantized24, unpack_integers
 from sparsegpt.kernels.gpu.fragments import PAIR_ROWS, TILE_ROWS, order_meta, register_positions, whole_inputs
 from sparsegpt.kernels.gpu.mma_sp import multiply_add, ptx_type, store
@@ -35,7 +36,6 @@ from sparsegpt.kernels.gpu.reference import ACTIVATIONS
 
 STEP_COLUMNS = 128  # four instructions of 32 columns
 WARPS = 8
-_EMPTY_META = 0x44444444
 _ZERO_OFFSET = 8
 
 
@@ -122,10 +122,10 @@ def int4_kernel(
         two = _load_step(Q, E, scales, at + 3 * WARPS, element, pair, STEPS, scale_stride, STEPS_OF_SCALE)
         at += 2 * WARPS
     R: gl.constexpr = gl.SliceLayout(0, L)
-    place = gl.arange(0, 128, layout=gl.SliceLayout(0, R))[None, :]
+    element = gl.arange(0, 128, layout=gl.SliceLayout(0, R))[None, :]
     tokens = (gl.program_id(1) * BLOCKS + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, R))[:, None]) * 8
-    tokens = (tokens + 2 * (place // 4 % 4) + place % 2).to(gl.int64)
-    row = pair * 32 + place // 16 + 8 * (place % 4 // 2)
+    tokens = (tokens + 2 * (element // 4 % 4) + element % 2).to(gl.int64)
+    row = pair * 32 + element // 16 + 8 * (element % 4 // 2)
     y0, y1 = gl.convert_layout(gl.sum(upper, 0), R), gl.convert_layout(gl.sum(lower, 0), R)
     store(y0, bias, out, row, tokens, TOKENS, ROWS, BIAS, ACTIVATION)
     store(y1, bias, out, row + 16, tokens, TOKENS, ROWS, BIAS, ACTIVATION)
@@ -136,7 +136,7 @@ def int4_kernel(
 
 @dataclass(frozen=True, eq=False)
 class IntegerFragments:
-    """An int4 weight in register order: Q, E, S as in the module's key, `shape` the dense (N, K)."""
+    """An int4 weight [N, K] in register order: Q, E, S as in the module's key, `shape` the dense (N, K)."""
 
     Q: Tensor
     E: Tensor
@@ -146,7 +146,7 @@ class IntegerFragments:
 
 
 def prepare(weight: Quantized24) -> IntegerFragments:
-    """Rearrange an int4 weight; raises SparseGPTError for int8 or a group_size that 128 does not divide."""
+    """[N, K] with int4 values -> registers. Raises SparseGPTError for int8 or a group_size not divisible by 128."""
     if weight.bits != 4 or weight.group_size % STEP_COLUMNS:
         raise SparseGPTError(
             f"the int4 kernel needs 4 bits and a group_size divisible by {STEP_COLUMNS}; "
@@ -154,14 +154,14 @@ def prepare(weight: Quantized24) -> IntegerFragments:
         )
     rows, words = -weight.shape[0] % PAIR_ROWS, -weight.meta.shape[1] % (STEP_COLUMNS // 32)
     q = functional.pad(unpack_integers(weight.words, 4), (0, 16 * words, 0, rows)) + _ZERO_OFFSET
-    meta = functional.pad(weight.meta, (0, words, 0, rows), value=_EMPTY_META)
+    meta = functional.pad(weight.meta, (0, words, 0, rows), value=EMPTY_WORD)
     E = rearrange(order_meta(meta), "pair (step four) lane -> pair step (lane four)", four=4)
     S = functional.pad(weight.scales, (0, 0, 0, rows))
     return IntegerFragments(_order_nibbles(q), E.contiguous(), S.contiguous(), weight.shape, weight.group_size)
 
 
 def matmul(weight: IntegerFragments, inputs: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """activation(inputs weight^T + bias) for inputs [T, K] in float16 or bfloat16.
+    """inputs [T, K] in float16 or bfloat16 -> activation(inputs weight^T + bias) [T, N].
 
     Raises SparseGPTError for an unknown activation or inputs of another shape or type.
     """

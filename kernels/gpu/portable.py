@@ -1,14 +1,12 @@
-"""2:4 kernels in plain Triton, for any GPU that Triton serves: compress, decompress, products with few tokens.
+"""Products with packed 2:4 weights in plain Triton, for any GPU that Triton serves and few tokens.
 
     matmul   out = activation(x W^T + b): the weight is spread to dense in registers, `tl.dot` multiplies
     matvec   the same for one token: inputs are selected instead of the weight spread, float32 multiply-adds
     swiglu   out = silu(x Wg^T) * (x Wu^T), both weights in one kernel, inputs read once
     integer  the weight is int8 or int4 with a scale for each `group_size` columns (quantized.py)
 
-The format is that of pack.py, nothing is rearranged. Issue-time arithmetic for an H100 class GPU says that spreading
-costs about as much as it saves at 16 tokens: the sparse tensor cores of mma_sp.py are the faster way there. The tests
-compile these kernels and run them in Triton's interpreter; they have not been measured on a GPU.
-Torch twins: reference.py, pack.py. Tiles: T tokens, N rows of the weight, K columns.
+The format is that of pack.py, nothing is rearranged. Not yet measured on a GPU: chosen by itself only where `tune` has
+measured it. Torch twins: reference.py. Tiles: T tokens, N rows of the weight, K columns.
 
 In the interpreter bfloat16 arithmetic and `tl.dot` are wrong (values are kept as 16-bit patterns), so operands are
 widened there first, which is exact: the flag `_WIDEN`."""
@@ -25,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.format.pack import Packed24, pack, packed_shapes, padded_columns
+from sparsegpt.kernels.format.pack import Packed24, padded_columns
 from sparsegpt.kernels.format.quantized import Quantized24
 from sparsegpt.kernels.gpu.reference import check_operands
 
@@ -198,9 +196,9 @@ def integer_kernel(
     shifts = (tl.arange(0, FIELDS) * BITS)[None, None, :]
     for first in range(0, PADDED, K):
         x = _load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K)
-        place = first // 2 // FIELDS + tl.arange(0, K // 2 // FIELDS)
-        mask = row_mask[:, None] & (place < PADDED // 2 // FIELDS)[None, :]
-        q = tl.load(quantized + rows[:, None] * (PADDED // 2 // FIELDS) + place[None, :], mask=mask, other=0)
+        at = first // 2 // FIELDS + tl.arange(0, K // 2 // FIELDS)
+        mask = row_mask[:, None] & (at < PADDED // 2 // FIELDS)[None, :]
+        q = tl.load(quantized + rows[:, None] * (PADDED // 2 // FIELDS) + at[None, :], mask=mask, other=0)
         fields = (q[:, :, None] << (32 - BITS - shifts)) >> (32 - BITS)  # shifting down keeps the sign
         kept = tl.reshape(fields, (N, K // 2))
         if _WIDEN:  # noqa: SIM108 - the branches of a compile-time constant have different types
@@ -214,58 +212,6 @@ def integer_kernel(
     _finish(sums, bias, out, rows, row_mask, tokens, token_mask, ROWS, BIAS, ACTIVATION)
 
 
-# ---------------------------------------------------------------- compress, decompress
-
-
-@triton.jit
-def compress_kernel(weight, values, meta, broken, ROWS, COLUMNS, PADDED, stride, N: tl.constexpr, K: tl.constexpr):
-    """A tile of pack.pack; counts groups with more than two non-zeros in `broken`."""
-    rows = (tl.program_id(0) * N + tl.arange(0, N)).to(tl.int64)
-    row_mask = rows < ROWS
-    groups = tl.program_id(1) * (K // 4) + tl.arange(0, K // 4)
-    live = row_mask[:, None] & (groups < COLUMNS // 4)[None, :]
-    at = weight + rows[:, None] * stride + 4 * groups[None, :]
-    w0 = tl.load(at, mask=live, other=0.0)
-    w1 = tl.load(at + 1, mask=live, other=0.0)
-    w2 = tl.load(at + 2, mask=live, other=0.0)
-    w3 = tl.load(at + 3, mask=live, other=0.0)
-    n0 = w0.to(tl.float32) != 0  # float32: -0.0 is zero here, and the interpreter compares bfloat16 as bits
-    n1 = w1.to(tl.float32) != 0
-    n2 = w2.to(tl.float32) != 0
-    n3 = w3.to(tl.float32) != 0
-    count = n0.to(tl.int32) + n1.to(tl.int32) + n2.to(tl.int32) + n3.to(tl.int32)
-    lowest = tl.where(n0, 0, tl.where(n1, 1, tl.where(n2, 2, 3)))
-    highest = tl.where(n3, 3, tl.where(n2, 2, tl.where(n1, 1, 0)))
-    i0 = tl.where(count >= 2, lowest, 0)
-    i1 = tl.where(count >= 2, highest, tl.where((count == 1) & (lowest > 0), lowest, 1))
-    v0 = tl.where(i0 == 0, w0, tl.where(i0 == 1, w1, w2))
-    v1 = tl.where(i1 == 1, w1, tl.where(i1 == 2, w2, w3))
-    kept = tl.reshape(tl.join(v0, v1), (N, K // 2))
-    kept = tl.where(kept.to(tl.float32) == 0, tl.zeros_like(kept), kept)  # -0.0 becomes 0.0
-    place = tl.program_id(1) * (K // 2) + tl.arange(0, K // 2)
-    mask = row_mask[:, None] & (place < PADDED // 2)[None, :]
-    tl.store(values + rows[:, None] * (PADDED // 2) + place[None, :], kept, mask=mask)
-    nibbles = (i0 | (i1 << 2)) << ((groups % 8) * 4)[None, :]
-    words = tl.sum(tl.reshape(nibbles, (N, K // 32, 8)), axis=2)  # disjoint bits
-    place = tl.program_id(1) * (K // 32) + tl.arange(0, K // 32)
-    mask = row_mask[:, None] & (place < PADDED // 32)[None, :]
-    tl.store(meta + rows[:, None] * (PADDED // 32) + place[None, :], words, mask=mask)
-    tl.atomic_add(broken, tl.sum((count > 2).to(tl.int32)))
-
-
-@triton.jit
-def decompress_kernel(values, meta, weight, ROWS, COLUMNS, PADDED, N: tl.constexpr, K: tl.constexpr):
-    """A tile of pack.unpack."""
-    rows = (tl.program_id(0) * N + tl.arange(0, N)).to(tl.int64)
-    row_mask = rows < ROWS
-    first = tl.program_id(1) * K
-    kept = _load_values(values, rows, row_mask, first, PADDED, K)
-    words = _load_words(meta, rows, row_mask, first, PADDED, K)
-    columns = first + tl.arange(0, K)
-    mask = row_mask[:, None] & (columns < COLUMNS)[None, :]
-    tl.store(weight + rows[:, None] * COLUMNS + columns[None, :], _spread(kept, words, N, K), mask=mask)
-
-
 # ---------------------------------------------------------------- host side
 
 # Tiles that the tests compile for sm_80 and sm_90 without spilling.
@@ -273,11 +219,10 @@ MATMUL_TILE = {"T": 16, "N": 64, "K": 128}
 MATVEC_TILE = {"N": 16, "K": 512}
 SWIGLU_TILE = {"T": 16, "N": 64, "K": 64}
 INTEGER_TILE = {"T": 16, "N": 64}
-COPY_TILE = {"N": 32, "K": 128}
 
 
 def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """activation(inputs weight^T + bias) for inputs [T, K]; one token goes through the matrix-vector kernel.
+    """inputs [T, K] -> activation(inputs weight^T + bias) [T, N]; one token goes through the matrix-vector kernel.
 
     Raises SparseGPTError for operands that do not belong together.
     """
@@ -300,7 +245,10 @@ def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, activat
 
 
 def swiglu(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
-    """silu(inputs gate^T) * (inputs up^T) in one kernel; both weights of one shape."""
+    """inputs [T, K] -> silu(inputs gate^T) * (inputs up^T) [T, N] in one kernel.
+
+    Raises SparseGPTError for operands that do not belong together, and weights of two shapes.
+    """
     check_operands(gate, inputs)
     check_operands(up, inputs)
     (rows, columns), tokens = gate.shape, inputs.shape[0]
@@ -317,7 +265,10 @@ def swiglu(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
 
 
 def matmul_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """activation(inputs weight^T + bias) for int8 or int4 values, inputs [T, K]."""
+    """inputs [T, K] -> activation(inputs weight^T + bias) [T, N] for int8 or int4 values.
+
+    Raises SparseGPTError for operands that do not belong together.
+    """
     check_operands(weight, inputs, bias, activation)
     (rows, columns), tokens = weight.shape, inputs.shape[0]
     inputs = _rows_contiguous(inputs)
@@ -335,36 +286,6 @@ def matmul_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None = No
 def integer_step(bits: int, group_size: int) -> dict[str, Any]:
     """Columns of one step (the largest power of two that divides the scale group, at most 128) and its constants."""
     return {"K": min(128, group_size & -group_size), "BITS": bits, "GROUP": group_size}
-
-
-def compress(weight: Tensor, name: str = "weight") -> Packed24:
-    """`pack.pack` on the GPU; the same refusals."""
-    values_shape, meta_shape = packed_shapes((weight.shape[0], weight.shape[1]))
-    rows, columns = weight.shape
-    weight = _rows_contiguous(weight)
-    values = weight.new_empty(values_shape)
-    meta = weight.new_empty(meta_shape, dtype=torch.int32)
-    broken = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    padded = padded_columns(columns)
-    if weight.numel():
-        grid = (triton.cdiv(rows, COPY_TILE["N"]), triton.cdiv(padded, COPY_TILE["K"]))
-        sizes = (rows, columns, padded, weight.stride(0))
-        _launch(compress_kernel, grid, weight, weight, values, meta, broken, *sizes, **COPY_TILE)
-    if int(broken) > 0:
-        return pack(weight, name)  # raises, naming the first bad group
-    return Packed24(values, meta, (rows, columns))
-
-
-def decompress(weight: Packed24) -> Tensor:
-    """`pack.unpack` on the GPU."""
-    rows, columns = weight.shape
-    dense = weight.values.new_empty(rows, columns)
-    padded = padded_columns(columns)
-    if dense.numel():
-        grid = (triton.cdiv(rows, COPY_TILE["N"]), triton.cdiv(padded, COPY_TILE["K"]))
-        operands = (weight.values, weight.meta, dense)
-        _launch(decompress_kernel, grid, dense, *operands, rows, columns, padded, **COPY_TILE)
-    return dense
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *operands: object, **constants: object) -> None:

@@ -4,8 +4,7 @@
     swiglu   y = silu(x Wg^T) * (x Wu^T)                        (Shazeer 2020, arXiv:2002.05202)
     activations: none, relu, relu2 (squared, So et al. 2021, arXiv:2109.08668), silu, gelu (tanh form)
 
-The twins of compression and decompression are `pack.pack` and `pack.unpack`, of the integer forms
-`quantized.dequantize`.
+Decompressed is by `pack.unpack` and `quantized.dequantize`.
 Dimension key: T tokens, N out_features, K in_features."""
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def linear(
     weight: Packed24 | Quantized24, inputs: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    """activation(inputs weight^T + bias): inputs [T, K] -> [T, N] in the dtype of the inputs."""
+    """inputs [T, K] -> activation(inputs weight^T + bias) [T, N] in the dtype of the inputs."""
     outputs = inputs.float() @ _dense(weight).T
     return ACTIVATIONS[activation](outputs if bias is None else outputs + bias.float()).to(inputs.dtype)
 
 
 def swiglu(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
-    """silu(inputs gate^T) * (inputs up^T): inputs [T, K] -> [T, N] in the dtype of the inputs."""
+    """inputs [T, K] -> silu(inputs gate^T) * (inputs up^T) [T, N] in the dtype of the inputs."""
     gated = functional.silu(inputs.float() @ _dense(gate).T)
     return (gated * (inputs.float() @ _dense(up).T)).to(inputs.dtype)
 
@@ -46,7 +45,7 @@ def swiglu(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
 def check_operands(
     weight: Packed24 | Quantized24, inputs: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> None:
-    """Refuse shapes, dtypes, devices or an activation that no fused kernel takes (SparseGPTError)."""
+    """Raises SparseGPTError unless inputs [T, K] and bias [N] fit the weight, and there is such an activation."""
     if activation not in ACTIVATIONS:
         raise SparseGPTError(f"activation: expected one of {', '.join(ACTIVATIONS)}; found {activation!r}")
     rows, columns = weight.shape

@@ -4,8 +4,8 @@
 
 cuSPARSELt offers several algorithms for a shape; the search runs once for each power of two of tokens and the winner is
 kept. torch's CUTLASS kernels are for compute capability 8.x alone. Source of the calls: torch
-`torch/sparse/semi_structured.py` and `test/test_sparse_semi_structured.py`. Not yet measured on a GPU here, so they are
-chosen by themselves only where `tune` has measured them."""
+`torch/sparse/semi_structured.py` and `test/test_sparse_semi_structured.py`. Chosen by themselves only where `tune` has
+measured them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Compressed:
 
 
 def refuse_cutlass(weight: Packed24) -> str | None:
-    """Why torch's CUTLASS kernels cannot serve a weight, or None."""
+    """[N, K] -> why torch's CUTLASS kernels cannot serve the weight, or None."""
     reason = _refuse("CUTLASS", weight, (32, 64))
-    if reason is None and torch.cuda.get_device_capability(weight.values.device)[0] != 8:
+    if reason is None and torch.cuda.get_device_capability(weight.device)[0] != 8:
         return "torch's CUTLASS 2:4 kernels need compute capability 8.x (Ampere, Ada), no newer one; try cusparselt"
     return reason
 
 
 def refuse_cusparselt(weight: Packed24) -> str | None:
-    """Why cuSPARSELt cannot serve a weight, or None."""
+    """[N, K] -> why cuSPARSELt cannot serve the weight, or None."""
     reason = _refuse("cuSPARSELt", weight, (16, 16))
     if reason is None and not torch.backends.cusparselt.is_available():
         return "this build of torch has no cuSPARSELt"
@@ -48,22 +48,22 @@ def refuse_cusparselt(weight: Packed24) -> str | None:
 
 
 def prepare_cutlass(weight: Packed24) -> Tensor:
-    """The weight as torch's CUTLASS tensor subclass."""
+    """[N, K] packed -> torch's CUTLASS tensor subclass [N, K]."""
     return to_semi_structured(weight)
 
 
 def run_cutlass(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """Product through the tensor subclass, which pads the tokens to its tile itself."""
+    """inputs [T, K] -> [T, N], through the tensor subclass, which pads the tokens to its tile itself."""
     return functional.linear(inputs, weight, bias)
 
 
 def prepare_cusparselt(weight: Packed24) -> Compressed:
-    """The weight in cuSPARSELt's form, compressed from the dense one."""
+    """[N, K] packed -> cuSPARSELt's form, compressed from the dense weight."""
     return Compressed(torch._cslt_compress(unpack(weight)))
 
 
 def run_cusparselt(state: Compressed, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    """Product with the algorithm that the search found; tokens are padded to a multiple of eight."""
+    """inputs [T, K] -> [T, N], with the algorithm that the search found; tokens are padded to a multiple of eight."""
     tokens = inputs.shape[0]
     columns_KT = functional.pad(inputs, (0, 0, 0, -tokens % 8)).t()
     size = (tokens - 1).bit_length()
@@ -87,7 +87,7 @@ def _search(weight: Tensor, columns_KT: Tensor) -> dict[str, Any]:
 
 
 def _refuse(library: str, weight: Packed24, divisors: tuple[int, int]) -> str | None:
-    device, dtype = weight.values.device, weight.values.dtype
+    device, dtype = weight.device, weight.dtype
     if device.type != "cuda":
         return f"torch's {library} 2:4 kernels need a CUDA device; the weight is on {device.type}"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -21,10 +21,8 @@ cp.async and read through the asynchronous proxy, so a stage goes through
 
     copies, each waited for by its thread | proxy fence | barrier | products, waited for | next step's barrier | copies
 
-Needs compute capability 9.0 exactly (Hopper; Blackwell has no wgmma). Compiled for sm_90a without spills, sparse
-instructions present in the machine code; body run on the CPU with the instructions, the descriptor, shared memory and
-the order above emulated. It has not been run on a GPU, so it is chosen by itself only where `tune` has measured
-it.
+Needs compute capability 9.0 exactly (Hopper; Blackwell has no wgmma). Not yet run on a GPU: chosen by itself only where
+`tune` has measured it.
 Sources: PTX ISA 9.1, 9.7.15 "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions" (async proxy,
 register fragments, canonical layouts, matrix descriptor, sparse matrix storage, wgmma.fence); the same layouts in
 CUTLASS's cute/atom: ALayout_64x32 and CLayout_64xN of mma_traits_sm90_gmma.hpp, ELayout_64x32 of
@@ -150,7 +148,6 @@ def wgmma_kernel(
     for step in gl.static_range(STAGES - 1):
         copy(stages.index(step), x + step * 64, mask=(token < TOKENS) & (step < STEPS))
         async_copy.commit_group()
-
     upper = gl.zeros([WARPS, 32, BLOCKS, 4], gl.float32, L)
     lower = upper
     a0, a1, a2, a3, e0, e1 = _weights(A, E, pair, 0, lane, register, PAIRS, WORDS)
@@ -158,7 +155,7 @@ def wgmma_kernel(
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         barrier()
-        # the next step's weights are asked for behind the fence, which would wait for them
+        # the next step's weights are asked for after the fence, which would wait for them
         b0, b1, b2, b3, f0, f1 = _weights(A, E, pair, step + 1, lane, register, PAIRS, WORDS)
         ahead = step + STAGES - 1
         copy(stages.index(ahead % STAGES), x + ahead * 64, mask=(token < TOKENS) & (ahead < STEPS))
@@ -169,7 +166,7 @@ def wgmma_kernel(
             dtype=(gl.float32, gl.float32), is_pure=False, pack=SUMS,
         )  # fmt: skip
         a0, a1, a2, a3, e0, e1 = b0, b1, b2, b3, f0, f1
-    # the compiler may use the stages' memory from here on, where the masked copies behind the last step write zeros
+    # the compiler may use the stages' memory from here on, where the masked copies after the last step write zeros
     async_copy.wait_group(0)
     barrier()
 
@@ -222,7 +219,7 @@ def refuse(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def matmul(weight: Fragments, inputs: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """activation(inputs weight^T + bias) for inputs [T, K] of the weight's dtype, on its device.
+    """inputs [T, K] of the weight's dtype, on its device -> activation(inputs weight^T + bias) [T, N].
 
     Raises SparseGPTError for an unknown activation or operands that do not belong together.
     """

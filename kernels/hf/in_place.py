@@ -8,31 +8,36 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.format.pack import keeps_pattern, pack
+from sparsegpt.kernels.format.form import Form
+from sparsegpt.kernels.format.pack import FloatValues
 from sparsegpt.kernels.layers.dense_layers import DenseLinear, quicken_dense
 from sparsegpt.kernels.layers.experts import PackedExperts
+from sparsegpt.kernels.layers.forms import layer_class
 from sparsegpt.kernels.layers.gated import fuse_gated
-from sparsegpt.kernels.layers.linear import PackedLinear, Sparse24Linear
+from sparsegpt.kernels.layers.linear import PackedLinear
 from sparsegpt.model.experts import fused_experts, is_conv1d
 
 
-def pack_linears(model: nn.Module, *, kernels: str = "auto", skip: Iterable[str] = ("lm_head",)) -> list[str]:
-    """Replace in place every linear of `model` that keeps 2:4 by a packed one; returns their names.
+def pack_linears(
+    model: nn.Module, *, kernels: str = "auto", skip: Iterable[str] = ("lm_head",), form: Form | None = None
+) -> list[str]:
+    """Replace in place every linear of `model` that keeps the form's pattern by a packed one; returns their names.
 
-    Of experts that share a parameter, a projection is packed when those of all of them keep the pattern. `skip` lists
-    the last name components left alone. Weights that another module shares are left alone too. Linears that stay dense
-    become DenseLinear where that is quicker. Afterwards `save_pretrained` raises SparseGPTError: transformers does not
-    know how a checkpoint names what is packed here.
+    form: how weights are stored, 2:4 with every bit kept by default. skip: last name components left alone. Of experts
+    that share a parameter, a projection is packed when those of all of them keep the pattern. Weights that another
+    module shares are left alone too. Linears that stay dense become DenseLinear where that is quicker. Afterwards
+    `save_pretrained` raises SparseGPTError: transformers does not know how a checkpoint names what is packed here.
     """
+    form = form or FloatValues()
     shared = _shared_parameters(model)
     replaced = []
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in skip or any(id(parameter) in shared for parameter in module.parameters(False)):
             continue
         if type(module) in (nn.Linear, DenseLinear) or is_conv1d(module):
-            replaced += _pack_linear(model, name, module, kernels)
+            replaced += _pack_linear(model, name, module, kernels, form)
         elif any(parameter.ndim == 3 for parameter in module.parameters(False)):
-            replaced += _pack_experts(model, name, module, kernels)
+            replaced += _pack_experts(model, name, module, kernels, form)
     fuse_gated(model)
     quicken_dense(model)
     for module in model.modules() if replaced else ():
@@ -47,40 +52,41 @@ def _refuse_saving(*_: Any, **__: Any) -> None:
     )
 
 
-def _pack_linear(model: nn.Module, name: str, module: Any, kernels: str) -> list[str]:
+def _pack_linear(model: nn.Module, name: str, module: Any, kernels: str, form: Form) -> list[str]:
     transposed = is_conv1d(module)
     weight = _weight(module.weight, transposed)
-    if not keeps_pattern(weight):
+    if not form.keeps(weight):
         return []
-    layer = Sparse24Linear.from_packed(pack(weight, name), module.bias, kernels=kernels)
+    packed = form.of_model(weight.dtype).pack(weight, name)
+    layer = layer_class(form).from_packed(packed, module.bias, kernels=kernels)
     layer.transposed = transposed
     model.set_submodule(name, layer)
     return [name]
 
 
-def _pack_experts(model: nn.Module, name: str, module: nn.Module, kernels: str) -> list[str]:
+def _pack_experts(model: nn.Module, name: str, module: nn.Module, kernels: str, form: Form) -> list[str]:
     try:
-        form = fused_experts(name, module)
+        fused = fused_experts(name, module)
     except SparseGPTError:  # 3-D weights of another kind, such as a convolution's
         return []
-    weights = {key: _weight(getattr(module, key), form.transposed) for key in form.projections}
-    kept = [key for key, weight in weights.items() if all(map(keeps_pattern, weight))]
+    weights = {key: _weight(getattr(module, key), fused.transposed) for key in fused.projections}
+    kept = [key for key, weight in weights.items() if all(map(form.keeps, weight))]
     if not kept:
         return []
     experts = PackedExperts(name, module)
     for projection in kept:
 
-        def layer(place: int, part: str, weight: Tensor = weights[projection]) -> PackedLinear:
-            packed = pack(weight[place], f"{name}.{place}.{part}")
-            return Sparse24Linear.from_packed(packed, None, kernels=kernels)
+        def layer(index: int, part: str, weight: Tensor = weights[projection]) -> PackedLinear:
+            packed = form.of_model(weight.dtype).pack(weight[index], f"{name}.{index}.{part}")
+            return layer_class(form).from_packed(packed, None, kernels=kernels)
 
         experts.take(projection, [projection], layer, stacked=True)
     model.set_submodule(name, experts)
-    return [f"{name}.{place}.{projection}" for place in range(form.count) for projection in kept]
+    return [f"{name}.{index}.{projection}" for index in range(fused.count) for projection in kept]
 
 
 def _weight(weight: Tensor, transposed: bool) -> Tensor:
-    """The weight [..., out, in] of a parameter."""
+    """A parameter [..., K, N] where transposed, else [..., N, K] -> the weight [..., N, K]."""
     return weight.detach().mT if transposed else weight.detach()
 
 

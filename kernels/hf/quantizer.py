@@ -25,16 +25,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.tensor_files import CHECKSUMS, read_header, tensor_checksum
+from sparsegpt.files.tensor_files import CHECKSUMS, meta_tensor, read_header, tensor_checksum
 from sparsegpt.kernels.checkpoint.archive import check_parts, read_config, verify_files
 from sparsegpt.kernels.checkpoint.packed_config import (
     FORMAT_VERSION,
-    PATTERN,
     QUANT_METHOD,
-    IntegerValues,
     PackedConfig,
     read_packed_config,
 )
+from sparsegpt.kernels.format.form import Form
+from sparsegpt.kernels.format.pack import FloatValues
 from sparsegpt.kernels.hf.replace import install_packed, remove_packed
 from sparsegpt.kernels.layers.dense_layers import quicken_dense
 from sparsegpt.kernels.layers.experts import PackedExperts
@@ -51,16 +51,16 @@ class Sparse24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         self,
         modules: Mapping[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
-        pattern: str = PATTERN,
+        pattern: str = FloatValues.pattern,
         **others: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.pattern = pattern
         self.modules = {name: list(shape) for name, shape in (modules or {}).items()}
-        for name in ("transposed", "stacked", "values"):
-            if name in others:
-                setattr(self, name, others[name])
+        for name, value in others.items():  # `transposed`, `stacked`, and what a form says of itself
+            if name != "quant_method":
+                setattr(self, name, value)
 
     def take(self, packing: PackedConfig) -> None:
         """Become the config of another packing."""
@@ -78,8 +78,8 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         packing = self._packing()
-        _check_files(kwargs.get("checkpoint_files") or [], packing)
-        install_packed(model, packing)
+        stored = _checked_files(kwargs.get("checkpoint_files") or [], packing)
+        install_packed(model, packing, lambda name: meta_tensor(stored[name]))
         self._dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
 
     def _packing(self) -> PackedConfig:
@@ -99,7 +99,7 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         """Checksums of what transformers is about to save, for the files' headers."""
         state = model.state_dict()
         saved = _as_saved(model, state)
-        self.quantization_config.take(_packing_of(model, state, saved, self._packing().values))
+        self.quantization_config.take(_packing_of(model, state, saved, self._packing().form))
         return None, {CHECKSUMS: json.dumps({name: tensor_checksum(tensor) for name, tensor in saved.items()})}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -141,12 +141,15 @@ def load_packed(folder: str | Path, *, kernels: str = "auto", **kwargs: Any) -> 
     return model
 
 
-def _check_files(paths: list[str], packing: PackedConfig) -> None:
-    """Every checksum, and that each packed linear has all its tensors, before transformers reads one."""
-    files = {name: Path(path) for path in paths for name in read_header(Path(path)).entries}
-    verify_files(files)
-    if paths:
-        check_parts(files, packing, Path(paths[0]).parent)
+def _checked_files(paths: list[str], packing: PackedConfig) -> dict[str, dict[str, Any]]:
+    """{tensor: its header entry}, after every checksum and that each packed linear has all its tensors."""
+    if not paths:
+        raise SparseGPTError("a packed model is loaded from its files: give from_pretrained the folder that holds them")
+    entries = {path: read_header(Path(path)).entries for path in paths}
+    verify_files({name: Path(path) for path, names in entries.items() for name in names})
+    stored = {name: entry for names in entries.values() for name, entry in names.items()}
+    check_parts(stored, packing, Path(paths[0]).parent)
+    return stored
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -163,27 +166,26 @@ def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return saved
 
 
-def _packing_of(
-    model: nn.Module, state: Mapping[str, Tensor], saved: Mapping[str, Tensor], values: IntegerValues | None
-) -> PackedConfig:
+def _packing_of(model: nn.Module, state: Mapping[str, Tensor], saved: Mapping[str, Tensor], form: Form) -> PackedConfig:
     """What config.json says of a packed model once it is saved."""
-    saved_names = {id(tensor): name.removesuffix(".meta") for name, tensor in saved.items()}
+    part = form.parts[0]
+    saved_names = {id(tensor): name.removesuffix(f".{part}") for name, tensor in saved.items()}
     experts = {path: module for path, module in model.named_modules() if isinstance(module, PackedExperts)}
     modules: dict[str, tuple[int, ...]] = {}
     transposed, stacked = set(), set()
     for path, layer in packed_layers(model).items():
-        name, size = saved_names[id(state[f"{path}.meta"])], (layer.out_features, layer.in_features)
+        name, size = saved_names[id(state[f"{path}.{part}"])], (layer.out_features, layer.in_features)
         owner = experts.get(path.rsplit(".", 2)[0])
         if owner is None:
             modules[name] = size
         else:
-            start, _, part = name.rsplit(".", 2)
-            name = f"{start}.*.{part}"
+            start, _, projection = name.rsplit(".", 2)
+            name = f"{start}.*.{projection}"
             modules[name] = (owner.form.count, *size)
             stacked |= {name} if owner.is_stacked(path.rpartition(".")[2]) else set()
         if layer.transposed:
             transposed.add(name)
-    return PackedConfig(modules, frozenset(transposed), frozenset(stacked), values)
+    return PackedConfig(modules, frozenset(transposed), frozenset(stacked), form)
 
 
 register()

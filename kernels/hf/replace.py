@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.checkpoint.model_names import Bank, ModelNames
-from sparsegpt.kernels.checkpoint.packed_config import IntegerValues, PackedConfig, members, stack_name
+from sparsegpt.kernels.checkpoint.packed_config import PackedConfig, members, stack_name
 from sparsegpt.kernels.layers.dense_layers import unquicken_dense
 from sparsegpt.kernels.layers.experts import PackedExperts
-from sparsegpt.kernels.layers.linear import PackedLinear, Sparse24Linear, packed_layers
-from sparsegpt.kernels.layers.quantized_linear import Quantized24Linear
+from sparsegpt.kernels.layers.forms import layer_class
+from sparsegpt.kernels.layers.linear import PackedLinear, packed_layers
 from sparsegpt.model.experts import is_conv1d
 
 
-def install_packed(model: Any, packing: PackedConfig) -> None:
-    """Put empty packed layers, on the meta device, where the packed weights of a folder belong.
+def install_packed(model: Any, packing: PackedConfig, stored: Callable[[str], Tensor]) -> None:
+    """Put empty packed layers, on the meta device, where the packed weights [N, K] of a folder belong.
 
-    Raises SparseGPTError when the model has no place for one of them, or one of another size.
+    stored: a tensor of the folder's files by its name, on the meta device: a layer gets the shapes that it will be
+    loaded with. Raises SparseGPTError when the model has no linear for one of them or one of another size, or the files
+    hold something else than the config says.
     """
     names = ModelNames(model)
-    banks: dict[Bank, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    linears: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
+    banks: dict[Bank, dict[str, str]] = defaultdict(dict)
+    linears: dict[str, tuple[nn.Module, str]] = {}
     for name, shape in packing.modules.items():
         tensor = stack_name(name) if name in packing.stacked else f"{next(members(name, shape))}.weight"
-        place = names.place(tensor)
-        if place is not None and place.bank is not None and "*" in name:
-            banks[place.bank][name.rpartition(".")[2]] = shape
-        elif place is not None and place.module is not None and _size(place.module) is not None:
-            linears[place.parameter.removesuffix(".weight")] = (place.module, shape)
+        target = names.destination(tensor)
+        if target is not None and target.bank is not None and "*" in name:
+            banks[target.bank][name.rpartition(".")[2]] = name
+        elif target is not None and target.module is not None and _size(target.module) is not None:
+            linears[target.parameter.removesuffix(".weight")] = (target.module, name)
         else:
             raise SparseGPTError(f"packed module {name}: {type(model).__name__} has no such Linear; unpack the folder")
-    for path, (module, shape) in linears.items():
-        model.set_submodule(path, _empty_linear(path, module, shape, packing.values))
-    for bank, shapes in banks.items():
-        _install_bank(model, bank, shapes, packing.values)
+    for path, (module, name) in linears.items():
+        model.set_submodule(path, _empty_linear(path, module, name, packing, stored))
+    for bank, parts in banks.items():
+        _install_bank(model, bank, parts, packing, stored)
 
 
 def remove_packed(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put dense modules of the original kinds, with the decompressed weights, in the place of packed ones.
+    """Replace packed modules by dense ones of the original kinds, with the decompressed weights.
 
     What stayed dense is of its original kind again too.
     """
@@ -55,36 +57,63 @@ def remove_packed(model: nn.Module, dtype: torch.dtype) -> None:
         model.set_submodule(name, _dense_layer(layer, dtype))
 
 
-def _install_bank(model: Any, bank: Bank, shapes: Mapping[str, tuple[int, ...]], values: IntegerValues | None) -> None:
-    """Give a projection of experts packed layers of these shapes {part: (E, N, K)}."""
+def _install_bank(
+    model: Any, bank: Bank, names: Mapping[str, str], packing: PackedConfig, stored: Callable[[str], Tensor]
+) -> None:
+    """Give a projection of experts packed layers; names: {part: name in `packing.modules`}."""
     experts = model.get_submodule(bank.experts)
     if not isinstance(experts, PackedExperts):
         experts = PackedExperts(bank.experts, experts)
         model.set_submodule(bank.experts, experts)
     weight = getattr(experts, bank.projection)
     count, *size = weight.mT.shape if experts.form.transposed else weight.shape
+    shapes = {part: packing.modules[name] for part, name in names.items()}
     packed = [shapes.get(part, (0, 0, 0)) for part in bank.parts]
     rows = sum(shape[1] for shape in packed)
     if any((shape[0], rows, shape[2]) != (count, *size) for shape in packed):
         raise SparseGPTError(
-            f"{bank.experts}.{bank.projection}: packed as {dict(shapes)}, the model's config says {tuple(weight.shape)}"
+            f"{bank.experts}.{bank.projection}: packed as {shapes}, the model's config says {tuple(weight.shape)}"
         )
 
-    def layer(_: int, part: str) -> PackedLinear:
-        made = _empty_layer(shapes[part][1:], False, weight.dtype, values)
+    def layer(index: int, part: str) -> PackedLinear:
+        linear = names[part].replace("*", str(index))
+        made = _empty_layer(linear, shapes[part], None, weight.dtype, packing, stored)
         made.transposed = bank.transposed
         return made
 
     experts.take(bank.projection, bank.parts, layer, stacked=bank.stacked)
 
 
-def _empty_linear(name: str, module: nn.Module, shape: tuple[int, ...], values: IntegerValues | None) -> PackedLinear:
+def _empty_linear(
+    path: str, module: nn.Module, name: str, packing: PackedConfig, stored: Callable[[str], Tensor]
+) -> PackedLinear:
     """A packed layer for a Linear or Conv1D."""
+    shape = packing.modules[name]
     if _size(module) != shape:
-        raise SparseGPTError(f"{name}: packed as {shape}, the model's config says {module}")
-    layer = _empty_layer(shape, module.bias is not None, module.weight.dtype, values)  # type: ignore[arg-type]
+        raise SparseGPTError(f"{path}: packed as {shape}, the model's config says {module}")
+    bias, dtype = module.bias, module.weight.dtype
+    layer = _empty_layer(name, shape, bias, dtype, packing, stored)  # type: ignore[arg-type]
     layer.transposed = is_conv1d(module)
     return layer
+
+
+def _empty_layer(
+    linear: str,
+    shape: tuple[int, ...],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    packing: PackedConfig,
+    stored: Callable[[str], Tensor],
+) -> PackedLinear:
+    """A packed layer [N, K] on the meta device, to be loaded; bias: [N], of which the layer gets a hollow one."""
+
+    def cast(name: str) -> Tensor:
+        tensor = stored(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    packed = packing.packed(cast, linear, shape[-2:])
+    hollow = None if bias is None else torch.empty_like(bias, device="meta")
+    return layer_class(packing.form).from_packed(packed, hollow)
 
 
 def _size(module: nn.Module) -> tuple[int, int] | None:
@@ -92,14 +121,6 @@ def _size(module: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(module):
         return module.nf, module.nx  # type: ignore[return-value]
     return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
-
-
-def _empty_layer(shape: tuple[int, ...], bias: bool, dtype: torch.dtype, values: IntegerValues | None) -> PackedLinear:
-    """A packed layer of a dense shape (N, K) on the meta device, to be loaded."""
-    size = (shape[1], shape[0], bias)
-    if values is None:
-        return Sparse24Linear(*size, dtype=dtype, device="meta")
-    return Quantized24Linear(*size, bits=values.bits, group_size=values.group_size, dtype=dtype, device="meta")
 
 
 def _dense_layer(layer: PackedLinear, dtype: torch.dtype) -> nn.Module:

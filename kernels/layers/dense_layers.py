@@ -1,13 +1,13 @@
 """What stays dense in a packed model, on a CPU: linears such as the head, and norms. Each in one plain kernel.
 
-    linears  bfloat16, on a CPU that does not multiply it itself: there torch takes 1.4 to 4 times as long, and for one
-             token the head of a small model half as long as all its packed layers
-    norms    the root mean square norm of Llama and its kin, which torch computes in six steps; for one token they take
-             a third as long as all packed layers
+    linears  bfloat16, on a CPU that does not multiply it itself, where torch is slow
+    norms    the root mean square norm of Llama and its kin, which torch computes in six steps
 
-Figures: BENCHMARKS.md. Parameters, names, `state_dict` and saving stay as they are, and so do the values up to the
-order of a sum. A norm is taken when its class's forward is, instruction for instruction, `_reference` below; others
-(Gemma's 1 + weight, a mean taken off) keep their own."""
+Parameters, names, `state_dict` and saving stay as they are, and so do the values up to the order of a sum. A norm is
+taken when its class's forward is, instruction for instruction, `_reference` below; others (Gemma's 1 + weight, a mean
+taken off) keep their own.
+
+Dimension key: N out_features, K in_features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.kernels import cpu
+from sparsegpt.kernels.cpu import dense as cpu_dense
+from sparsegpt.kernels.cpu import library
+from sparsegpt.kernels.cpu import norm as cpu_norm
 from sparsegpt.kernels.layers.plain import is_plain, same_code
 from sparsegpt.kernels.layers.schemas import dense_linear
 
@@ -26,12 +28,12 @@ class DenseLinear(nn.Linear):
     """`torch.nn.Linear` that computes in our kernel what that can: bfloat16 without gradients or autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        # None where someone has put something else, a parametrization say, in the parameter's place
+        """[..., K] -> [..., N]."""
+        # None where something else, a parametrization say, stands for the parameter
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if weight is not None and (bias is not None or self.bias is None):
             if is_plain(input) and serves_linear(input, weight, bias):
-                return cpu.run_dense(weight, input.contiguous(), bias)
+                return cpu_dense.run(weight, input.contiguous(), bias)
             compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
             if compiling and _alike_on_cpu(torch.bfloat16, input, weight, bias):
                 output: Tensor = dense_linear(input, weight, bias)
@@ -48,10 +50,10 @@ def _reference(self, hidden_states):  # type: ignore[no-untyped-def]
 
 
 def norm_forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """What the norm's class computes, [..., K] -> [..., K]: in our kernel without gradients, otherwise its own way."""
+    """[..., K] -> [..., K], what the norm's class computes: in our kernel without gradients, otherwise its own way."""
     weight = norm._parameters.get("weight")
     if weight is not None and is_plain(hidden_states) and _serves_norm(hidden_states, weight):
-        return cpu.run_norm(hidden_states.contiguous(), weight, norm.variance_epsilon)  # type: ignore[arg-type]
+        return cpu_norm.run(hidden_states.contiguous(), weight, norm.variance_epsilon)  # type: ignore[arg-type]
     return type(norm).forward(norm, hidden_states)  # type: ignore[no-any-return]
 
 
@@ -80,16 +82,16 @@ def is_quick_norm(module: nn.Module) -> bool:
 
 
 def _quicken_linears(linears: list[nn.Linear]) -> int:
-    if not linears or not cpu.dense_tokens():
+    if not linears or not cpu_dense.most_tokens():
         return 0
     for linear in linears:
-        cpu.to_huge_pages(linear.weight)
+        library.to_huge_pages(linear.weight)
         linear.__class__ = DenseLinear
     return len(linears)
 
 
 def _quicken_norms(norms: list[nn.Module]) -> int:
-    if not norms or cpu.machine_level() is None:
+    if not norms or library.machine_level() is None:
         return 0
     for norm in norms:
         norm.forward = partial(norm_forward, norm)
@@ -110,17 +112,17 @@ def _is_norm(module: nn.Module) -> bool:
         and isinstance(getattr(module, "variance_epsilon", None), float)
         and weight is not None
         and weight.is_cpu
-        and weight.dtype in cpu.NORM_DTYPES
+        and weight.dtype in cpu_norm.DTYPES
     )
 
 
 def serves_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel computes this product, and faster than torch on the machine where the process now runs."""
+    """[..., K], [N, K] and [N]: whether the kernel computes this product, and faster than torch on this machine."""
     return (
         _alike_on_cpu(torch.bfloat16, input, weight, bias)
         and input.ndim > 0
         and input.shape[-1] == weight.shape[1]
-        and 0 < input.numel() <= cpu.dense_tokens() * weight.shape[1]
+        and 0 < input.numel() <= cpu_dense.most_tokens() * weight.shape[1]
         and weight.is_contiguous()
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
     )
@@ -130,12 +132,12 @@ def _serves_norm(input: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this norm, and the library is there in the process where the model now is."""
     return (
         _alike_on_cpu(weight.dtype, input, weight)
-        and weight.dtype in cpu.NORM_DTYPES
+        and weight.dtype in cpu_norm.DTYPES
         and weight.ndim == 1
         and input.shape[-1:] == weight.shape
         and input.numel() > 0
         and weight.is_contiguous()
-        and cpu.machine_level() is not None
+        and library.machine_level() is not None
     )
 
 

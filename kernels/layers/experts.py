@@ -18,12 +18,12 @@ from torch.nn import functional
 from sparsegpt.kernels.layers.linear import PackedLinear
 from sparsegpt.model.experts import DOWN, activate, fused_experts, run_experts
 
-# One expert's part of a projection: (expert, part) -> its layer.
+# One expert's part of a projection: (the expert's index, part) -> its layer.
 MakeLayer = Callable[[int, str], PackedLinear]
 
 
 class PackedExperts(nn.Module):
-    """The experts of a layer, in the place of the module `experts` (whose weights may be on the meta device).
+    """The experts of a layer, instead of the module `experts` (whose weights may be on the meta device).
 
     Raises SparseGPTError, with `name`, for experts of a form that is not known.
     """
@@ -36,17 +36,17 @@ class PackedExperts(nn.Module):
         self.stacked: set[str] = set()  # projections that ordinary checkpoints keep in one tensor
         for key, parameter in list(experts.named_parameters(recurse=False)):
             self.register_parameter(key, parameter)
-        for place in range(self.form.count):
-            self.add_module(str(place), nn.Module())
+        for index in range(self.form.count):
+            self.add_module(str(index), nn.Module())
 
     def take(self, projection: str, parts: Sequence[str], layer: MakeLayer, *, stacked: bool) -> None:
         """Give a projection packed layers in place of its parameter."""
         self.parts[projection] = tuple(parts)
         if stacked:
             self.stacked.add(projection)
-        for place in range(self.form.count):
+        for index in range(self.form.count):
             for part in parts:
-                self.get_submodule(str(place)).add_module(part, layer(place, part))
+                self.get_submodule(str(index)).add_module(part, layer(index, part))
         weight = getattr(self, projection)
         delattr(self, projection)
         hollow = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
@@ -57,7 +57,7 @@ class PackedExperts(nn.Module):
         return any(part in self.parts[projection] for projection in self.stacked)
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named_routing: Any) -> Tensor:
-        """As the original's: see `run_experts`."""
+        """[T, H] -> [T, H], as the original's: see `run_experts`."""
         return run_experts(self._expert, self.form.count, hidden_states, *routing, **named_routing)
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
@@ -66,27 +66,27 @@ class PackedExperts(nn.Module):
         for key, parameter in self.named_parameters(recurse=False):
             setattr(original, key, parameter)
         for projection, parts in self.parts.items():
-            layers = [self._layers(place, parts) for place in range(self.form.count)]
+            layers = [self._layers(index, parts) for index in range(self.form.count)]
             whole = torch.stack([torch.cat([layer.weight for layer in expert]) for expert in layers])
             weight = whole.mT.contiguous() if self.form.transposed else whole
             setattr(original, projection, nn.Parameter(weight.to(dtype), requires_grad=False))
         return original
 
-    def _expert(self, place: int, inputs: Tensor) -> Tensor:
-        hidden = activate(self.__dict__["original"], self.form, self._project(place, self.form.up, inputs))
-        return self._project(place, DOWN, hidden)
+    def _expert(self, index: int, inputs: Tensor) -> Tensor:
+        hidden = activate(self.__dict__["original"], self.form, self._project(index, self.form.up, inputs))
+        return self._project(index, DOWN, hidden)
 
-    def _project(self, place: int, projection: str, inputs: Tensor) -> Tensor:
+    def _project(self, index: int, projection: str, inputs: Tensor) -> Tensor:
         parts = self.parts.get(projection)
         if parts is None:
-            weight = getattr(self, projection)[place]
+            weight = getattr(self, projection)[index]
             outputs = functional.linear(inputs, weight.T if self.form.transposed else weight)
         else:
-            found = [layer(inputs) for layer in self._layers(place, parts)]
+            found = [layer(inputs) for layer in self._layers(index, parts)]
             outputs = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
-        return outputs + getattr(self, f"{projection}_bias")[place] if self.form.biased else outputs
+        return outputs + getattr(self, f"{projection}_bias")[index] if self.form.biased else outputs
 
-    def _layers(self, place: int, parts: Sequence[str]) -> list[PackedLinear]:
-        expert = self._modules[str(place)]
+    def _layers(self, index: int, parts: Sequence[str]) -> list[PackedLinear]:
+        expert = self._modules[str(index)]
         assert expert is not None
         return [expert._modules[part] for part in parts]  # type: ignore[misc]  # take() put them there

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from sparsegpt.kernels.layers.linear import PackedLinear, Sparse24Linear
+from sparsegpt.kernels.layers.linear import PackedLinear
 from sparsegpt.kernels.layers.plain import is_plain, same_code
 
 _GLOBAL_HOOKS = (module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks)
@@ -28,7 +28,7 @@ def _reference(self, x):  # type: ignore[no-untyped-def]
 
 
 def gated_forward(block: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
-    """What the block's class computes, to the rounding of the dtype: fused where a kernel does that.
+    """[..., K] -> [..., K], what the block's class computes, to the rounding of the dtype: fused where a kernel is.
 
     activation: the one that the block had when it was taken.
     """
@@ -55,8 +55,11 @@ def fuse_gated(model: nn.Module) -> int:
 def is_gated(module: nn.Module) -> bool:
     """Whether a module is a gated block in the sense of this file whose forward is still its class's own."""
     gate, up, down = (module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
-    if type(gate) is not Sparse24Linear or type(up) is not Sparse24Linear or not isinstance(down, PackedLinear):
+    if not isinstance(gate, PackedLinear) or type(gate) is not type(up) or not isinstance(down, PackedLinear):
         return False
+    if not any(route.swiglu for route in gate.table.routes.values()):
+        return False
+    assert isinstance(up, PackedLinear)
     if "forward" in module.__dict__ or gate.bias is not None or up.bias is not None:
         return False
     same = (gate.in_features, gate.out_features) == (up.in_features, up.out_features)
@@ -64,8 +67,8 @@ def is_gated(module: nn.Module) -> bool:
 
 
 def _fused(gate: Any, up: Any, x: Tensor) -> Tensor | None:
-    """silu(gate(x)) * up(x) in one kernel, or None where no kernel does that."""
-    if type(gate) is not Sparse24Linear or type(up) is not Sparse24Linear:
+    """[..., K] -> silu(gate(x)) * up(x) [..., N] in one kernel, or None where no kernel does that."""
+    if type(gate) is not type(up) or not isinstance(gate, PackedLinear):
         return None
     if gate.bias is not None or up.bias is not None or (x.requires_grad and torch.is_grad_enabled()):
         return None

@@ -11,7 +11,7 @@ from torch.utils import _python_dispatch
 
 
 def is_plain(input: Tensor) -> bool:
-    """Whether a kernel may go by the address of an input and return its result unseen.
+    """[...] -> whether a kernel may go by the address of an input and return its result unseen.
 
     Not for tensors of other classes, wrapped by a transform or lazily negated, nor while somebody compiles, traces,
     intercepts what is computed (fake tensors, say) or takes forward derivatives.
@@ -29,12 +29,12 @@ def is_plain(input: Tensor) -> bool:
 
 
 def has_tangent(input: Tensor) -> bool:
-    """Whether forward derivatives are taken through an input."""
+    """[...] -> whether forward derivatives are taken through an input."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None
 
 
 def autocast_device(tensor: Tensor) -> str:
-    """What to ask autocast for; of a device that it does not know (meta) it changes nothing."""
+    """[...] -> the kind of device to ask autocast about; "cpu" for one that it does not know, such as meta."""
     kind = tensor.device.type
     return kind if torch.amp.is_autocast_available(kind) else "cpu"
 

@@ -1,32 +1,35 @@
-"""A linear layer whose weight stays packed 2:4 with int8 or int4 values: y = x W^T + b, W = q * scale (quantized.py).
+"""A linear layer whose weight stays packed 2:4 with int8 or int4 values: W = q * scale (format/quantized.py).
 
 The layer computes in the dtype of its inputs. Scales lie in an int16 buffer as float16 bit patterns, so that casting a
-model leaves them alone. Storing integers rounds to nearest: it is storage, not a quantising solver, and costs what
-rounding costs."""
+model leaves them alone."""
 
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels.dispatch.integer24 import INTEGER_ROUTES, choose_integer, dense_integer
-from sparsegpt.kernels.format.pack import packed_shapes
-from sparsegpt.kernels.format.quantized import INTEGER_DTYPES, Quantized24, Typed24
+from sparsegpt.kernels.dispatch.integer24 import INTEGER24
+from sparsegpt.kernels.format.pack import EMPTY_WORD, packed_shapes
+from sparsegpt.kernels.format.quantized import IntegerValues, Quantized24
 from sparsegpt.kernels.layers.linear import PackedLinear, Plan
 from sparsegpt.kernels.layers.schemas import introduce
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs
+
 
 class Quantized24Linear(PackedLinear):
-    """`torch.nn.Linear` on a packed weight with integer values.
+    """[..., K] -> [..., N], `torch.nn.Linear` on a packed weight with integer values.
 
     Buffers: words [out, Kp / 2 * bits / 32] int32, scales [out, ceil(Kp / group_size)] int16 (float16 bits), meta
     [out, Kp / 32] int32, bias [out] or None. Inputs in bfloat16, float16 or float32 give outputs in their dtype.
     Created with zeros. Raises SparseGPTError for in_features not divisible by 4, other bits or a bad group_size.
     """
 
+    table = INTEGER24
     words: Tensor
     scales: Tensor
     meta: Tensor
@@ -43,67 +46,52 @@ class Quantized24Linear(PackedLinear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, kernels)
-        self.bits, self.group_size = bits, group_size
+        form = IntegerValues(bits, group_size) if dtype is None else IntegerValues(bits, group_size, dtype)
+        super().__init__(form, in_features, out_features, kernels)
         (_, kept), meta_shape = packed_shapes((out_features, in_features))
         words_shape, scales_shape = (out_features, kept * bits // 32), (out_features, -(-2 * kept // group_size))
         self.register_buffer("words", torch.zeros(words_shape, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.zeros(scales_shape, dtype=torch.int16, device=device))
-        self.register_buffer("meta", torch.full(meta_shape, 0x44444444, dtype=torch.int32, device=device))
+        self.register_buffer("meta", torch.full(meta_shape, EMPTY_WORD, dtype=torch.int32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
-        _ = self.quantized  # refuses what does not belong together
 
     @classmethod
-    def from_quantized(cls, weight: Quantized24, bias: Tensor | None, *, kernels: str = "auto") -> Quantized24Linear:
-        """A layer on these very tensors (no copy)."""
-        (rows, columns), bits, group_size = weight.shape, weight.bits, weight.group_size
-        layer = cls(columns, rows, bias is not None, bits=bits, group_size=group_size, kernels=kernels, device="meta")
-        layer.words, layer.scales, layer.meta = weight.words, weight.scales.view(torch.int16), weight.meta
+    def from_packed(cls, packed: Quantized24, bias: Tensor | None, *, kernels: str = "auto") -> Quantized24Linear:
+        """A layer on the very tensors of a packed weight [N, K] and a bias [N] (no copy)."""
+        (rows, columns), settings = packed.shape, {"bits": packed.bits, "group_size": packed.group_size}
+        layer = cls(columns, rows, bias is not None, **settings, kernels=kernels, dtype=packed.dtype, device="meta")
+        layer.words, layer.scales, layer.meta = layer.form.tensors(packed)
         layer.bias = None if bias is None else bias.detach()
         return layer
 
-    @property
-    def quantized(self) -> Quantized24:
-        """The weight with its integers (the buffers themselves)."""
-        shape = (self.out_features, self.in_features)
-        scales = self.scales.view(torch.float16)
-        return Quantized24(self.words, scales, self.meta, shape, self.bits, self.group_size)
+    @staticmethod
+    def for_inputs(packed: Quantized24, dtype: torch.dtype) -> Quantized24:
+        """Packed [N, K] -> it with the dtype of the inputs."""
+        return replace(packed, dtype=dtype)
 
     def extra_repr(self) -> str:
-        """Shape, bias, bits and kernels, for printing."""
-        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
-
-    @property
-    def operands(self) -> tuple[Tensor, ...]:
-        """words, scales and meta."""
-        return self.words, self.scales, self.meta
-
-    @property
-    def form(self) -> tuple[int, int, int]:
-        """in_features, bits, group_size."""
-        return self.in_features, self.bits, self.group_size
+        """Shape, bias, kernels, bits and group size, for printing."""
+        return f"{super().extra_repr()}, {self.form}"
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
         """That of the inputs."""
         return dtype
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
-        """The plan for a dtype, by default the bias's or bfloat16; raises SparseGPTError for one that it cannot be."""
+        """The plan for a dtype, by default the bias's or bfloat16. Raises SparseGPTError for one that it cannot be."""
         plan, bias = self._plan, self._buffers["bias"]
         parts = tuple(t for name in ("words", "scales", "meta", "bias") if (t := self._buffers[name]) is not None)
         same = plan is not None and len(parts) == len(plan.parts) and all(map(operator.is_, plan.parts, parts))
         if plan is None or not same or (dtype is not None and dtype != plan.dtype) or plan.written():
             if dtype is None:
                 dtype = torch.bfloat16 if bias is None else bias.dtype
-            if dtype not in INTEGER_DTYPES:
+            if dtype not in _DTYPES:
                 raise SparseGPTError(
-                    f"a layer of int{self.bits} values takes bfloat16, float16 or float32; found inputs in {dtype}"
+                    f"a layer of {self.form} takes bfloat16, float16 or float32; found inputs in {dtype}"
                 )
-            weight = Typed24(self.quantized.contiguous(), dtype)
+            weight = replace(self.packed.contiguous(), dtype=dtype)
             given = None if bias is None else bias.to(dtype)
-            plan = Plan(
-                weight, parts, given, dtype, choose_integer(weight, self.kernels), INTEGER_ROUTES, dense_integer
-            )
-            self._plan = plan
+            choice = self.table.choose(weight, self._kernels)
+            plan = self._plan = Plan(weight, parts, given, dtype, choice, self.table)
             introduce(self)
         return plan

@@ -1,10 +1,10 @@
-"""The operators' names and signatures, and which layer stands behind a weight: what layers and operators both know.
+"""The operators' names and signatures, and which layer a weight belongs to: what layers and operators both know.
 
     sparsegpt::packed_linear   x W^T + b on a packed weight, through the kernel that its layer would choose
     sparsegpt::packed_weight   W itself [N, K], for the gradient of the input
     sparsegpt::dense_linear    x W^T + b on a dense weight, through the CPU kernel where that is quicker
 
-What they compute is in operators.py, which whoever imports a layer has imported too."""
+What they compute is in operators.py, which is imported with every layer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LIBRARY = torch.library.Library("sparsegpt", "DEF")
-# weight: `PackedLinear.operands`; the integers: `PackedLinear.form`
-_FORM = "int in_features, int bits, int group_size"
+# weight: `PackedLinear.operands`; form: `PackedLinear.form_text`
+_FORM = "str form, int out_features, int in_features"
 LIBRARY.define(f"packed_linear(Tensor input, Tensor[] weight, Tensor? bias, str kernels, {_FORM}) -> Tensor")
 LIBRARY.define(f"packed_weight(Tensor[] weight, ScalarType dtype, {_FORM}) -> Tensor")
 LIBRARY.define("dense_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
@@ -35,10 +35,10 @@ class OnTensors(Protocol):
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """The tensors of its weight."""
+        """The tensors of its weight [N, K]."""
         ...
 
 
 def introduce(layer: OnTensors) -> None:
-    """Have the operators go through this very layer, with what it has prepared, for its tensors while it lives."""
+    """Have the operators use this very layer, with what it has prepared, for its tensors while it lives."""
     OWNERS[layer.operands[0]] = weakref.ref(layer)

@@ -123,7 +123,7 @@ def pack(
 ) -> None:
     """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes, fewer with --values."""
     from sparsegpt.kernels.checkpoint.archive import pack_folder
-    from sparsegpt.kernels.checkpoint.packed_config import IntegerValues
+    from sparsegpt.kernels.format.quantized import IntegerValues
 
     if values not in (None, "int8", "int4"):
         raise SparseGPTError(f"--values {values!r} is not known: expected int8 or int4")
@@ -132,7 +132,7 @@ def pack(
     integers = IntegerValues(int(values.removeprefix("int"))) if values else None
     if integers and group_size is not None:
         integers = replace(integers, group_size=group_size)
-    report = pack_folder(folder, out, values=integers, overwrite=overwrite)
+    report = pack_folder(folder, out, form=integers, overwrite=overwrite)
     before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
     print(
         f"packed {len(report.packed)} linears: {before:.1f} -> {after:.1f} MiB ({after / before:.4f}), "

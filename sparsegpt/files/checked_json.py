@@ -1,4 +1,4 @@
-"""report.json, and other JSON files of a run that say by a checksum whether they are whole."""
+"""JSON files: read with one clear line for what is wrong, and report.json and its kin with a checksum of the whole."""
 
 import hashlib
 import json
@@ -6,12 +6,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.folders import write_atomically
 
 REPORT_NAME = "report.json"
 CHECKSUM = "sha256"
 _UNKNOWN_TO_JSON = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; SparseGPTError naming it where it cannot be read or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SparseGPTError(
+            f"{path} is damaged, it cannot be read as JSON ({first_line(error)}): copy or create it again"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -26,10 +36,10 @@ def write_checked(path: Path, value: dict[str, Any]) -> None:
 
 def read_checked(path: Path) -> dict[str, Any]:
     """What `write_checked` wrote, inf and nan as numbers; SparseGPTError for anything else, such as a flipped bit."""
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         whole = content.pop(CHECKSUM) == _digest(content)
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise SparseGPTError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if not whole:
         raise SparseGPTError(f"{path} is damaged (its checksum does not match)")

@@ -3,7 +3,6 @@
 A checkpoint loaded so costs no private memory, however large it is.
 """
 
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.strips import strips
 
 # Smaller tensors are not worth a file of their own.
 SMALL = 1 << 20
@@ -88,7 +88,5 @@ def mapped_parameters(folder: Path) -> Iterator[None]:
 def chunks(tensor: Tensor, elements: int = 1 << 22) -> Iterator[Tensor]:
     """A contiguous tensor in flat pieces, so that looking at all of it needs no copy of all of it."""
     flat = tensor.reshape(-1)
-    for start in itertools.count(0, elements):
-        if start >= flat.numel():
-            return
-        yield flat[start : start + elements]
+    for piece in strips(flat.numel(), elements):
+        yield flat[piece]

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.checked_json import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -114,6 +115,14 @@ def verify_checksums(path: Path) -> frozenset[str]:
     return frozenset(header.entries)
 
 
+def meta_tensor(entry: dict[str, Any]) -> Tensor:
+    """A tensor on the meta device as an entry of a `Header` describes it; SparseGPTError for an unknown dtype."""
+    for dtype, code in _CODES.items():
+        if code == entry["dtype"]:
+            return torch.empty(entry["shape"], dtype=dtype, device="meta")
+    raise SparseGPTError(f"safetensors files here hold no {entry['dtype']}; update sparsegpt")
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """{tensor name: file} of a Hugging Face folder, single file or sharded; raises SparseGPTError without either."""
     single, index = folder / WEIGHTS, folder / INDEX
@@ -129,14 +138,6 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if missing:
         raise SparseGPTError(f"{folder}: {INDEX} lists {missing[0]}, which is not there; copy the folder again")
     return {name: folder / file for name, file in names.items()}
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; raises SparseGPTError naming it when it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SparseGPTError(f"{path}: cannot be read as JSON ({error}); copy or create it again") from error
 
 
 def header_room(names: Iterable[str]) -> int:

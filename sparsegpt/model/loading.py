@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sparsegpt.calib_data import bos_token, demo_folder
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.beside import some
 from sparsegpt.files.mapped import chunks, mapped_parameters
 from sparsegpt.model.decoder import DecoderModel, position_limit
-from sparsegpt.model.model_folder import check_folder, first_line
+from sparsegpt.model.model_folder import check_folder
 from sparsegpt.model.names import CheckpointNames, restore_dtypes
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.source import Source, cached, fetched
@@ -186,11 +186,23 @@ def _config(located: Path | str, *, trust_remote_code: bool, revision: str | Non
     return config
 
 
-def without_weights(config: "PretrainedConfig", *, trust_remote_code: bool = False) -> "PreTrainedModel":
-    """The model of a configuration on the meta device; SparseGPTError for a configuration that makes none."""
+def without_weights(
+    config: "PretrainedConfig", *, as_saved: bool = False, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """The model of a configuration on the meta device; SparseGPTError for a configuration that makes none.
+
+    as_saved: of the class that the configuration says was saved, in whose names its checkpoint is; where transformers
+    does not know that class, as by default, of the one that `load_model` takes.
+    """
+    import transformers
+
+    saved = getattr(transformers, (config.architectures or [""])[0], None) if as_saved else None
+    code = {"trust_remote_code": trust_remote_code}
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = (
+                saved._from_config(config) if saved else auto_class(config).from_config(config, **code)
+            )
     except Exception as error:
         raise _not_loaded(config.name_or_path, error) from error
     return model

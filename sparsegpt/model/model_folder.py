@@ -1,10 +1,9 @@
 """What a local model folder must look like before anything in it is read in earnest."""
 
-import json
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
+from sparsegpt.files.checked_json import read_json
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -16,7 +15,7 @@ def check_folder(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise SparseGPTError(f"model folder {folder} has no config.json: expected a Hugging Face model folder")
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
         raise SparseGPTError(f"model folder {folder} has no weights: expected {' or '.join(WEIGHT_FILES)}")
     for index in sorted(folder.glob("*.index.json")):
@@ -25,23 +24,9 @@ def check_folder(folder: Path) -> None:
         _check_whole(path)
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception of a library says, as part of one line of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SparseGPTError(f"{path} is not valid JSON: {first_line(error)}") from error
-    except OSError as error:
-        raise SparseGPTError(f"{path} cannot be read: {first_line(error)}") from error
-
-
 def _check_index(index: Path) -> None:
     """Every shard it names must lie in the folder itself: an index comes from strangers."""
-    content = _read_json(index)
+    content = read_json(index)
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise SparseGPTError(f"{index} has no weight_map of tensor names to file names: fetch the file again")

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from sparsegpt.driver.stages import expert_of
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.checked_json import REPORT_NAME
-from sparsegpt.files.tensor_files import OpenTensors, read_header, read_json, weight_files
+from sparsegpt.files.checked_json import REPORT_NAME, read_json
+from sparsegpt.files.tensor_files import OpenTensors, read_header, weight_files
 from sparsegpt.kernels.checkpoint.archive import check_parts, verify_files
 from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices, plain_matrices
 from sparsegpt.kernels.checkpoint.packed_config import QUANT_METHOD, PackedConfig, read_packed_config
-from sparsegpt.kernels.format.pack import unpack
+from sparsegpt.kernels.format.pack import first_violation
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 
 # Tried on weights that no report speaks of, the strictest first.
@@ -113,7 +112,7 @@ class _Reader:
 
     def shapes(self) -> dict[str, Sequence[int]]:
         """Shapes of the tensors that the ordinary folder has, or had."""
-        parts = {f"{linear}.{part}" for linear in self.packed for part in self.packing.parts}
+        parts = {f"{linear}.{part}" for linear in self.packed for part in self.packing.form.parts}
         kept = {name: shape for name, shape in self.tensors.shapes().items() if name not in parts}
         return {**kept, **self.packing.ordinary_shapes()}
 
@@ -122,8 +121,9 @@ class _Reader:
         if matrix.name not in self.packed:
             weight = matrix.read(self.tensors)
             return weight, str(weight.dtype).removeprefix("torch.")
-        form = self.packing.packed(self.tensors.__getitem__, matrix.name, self.packed[matrix.name])
-        return unpack(form), f"packed {self.packing.values or str(form.values.dtype).removeprefix('torch.')}"
+        form = self.packing.form
+        packed = self.packing.packed(self.tensors.__getitem__, matrix.name, self.packed[matrix.name])
+        return form.unpack(packed), f"packed {form.stored(packed)}"
 
 
 def _unchecked(layer: dict[str, Any]) -> TensorFinding:
@@ -191,11 +191,9 @@ def first_bad_group(weight: Tensor, pattern: NM) -> str | None:
     """Where a weight [R, C] first has more than n non-zeros in a group of m, in words; None where it never does."""
     if weight.shape[1] % pattern.m:
         return f"{weight.shape[1]} columns do not divide into groups of {pattern.m}"
-    count = rearrange(weight != 0, "r (g m) -> r g m", m=pattern.m).sum(-1)
-    bad = torch.nonzero(count > pattern.n)
-    if not len(bad):
+    violation = first_violation(weight, pattern)
+    if violation is None:
         return None
-    row, group = bad[0].tolist()
-    first = group * pattern.m
-    found = int(count[row, group])
+    row, first = violation[0], violation[1] * pattern.m
+    found = int((weight[row, first : first + pattern.m] != 0).sum())
     return f"row {row}, columns {first} to {first + pattern.m - 1}: {found} non-zeros, {pattern} allows {pattern.n}"

@@ -24,16 +24,15 @@ from sparsegpt.driver import listener as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
 from sparsegpt.driver.reports import PruneReport
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.figures import CARD_NAME
-from sparsegpt.kernels.dispatch.packed24 import KERNELS
+from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
 from sparsegpt.model.export import check_names, write_beside, write_model
 from sparsegpt.model.loading import LoadedModel, auto_class, load_model, source_folders
-from sparsegpt.model.model_folder import first_line
 from sparsegpt.recovery.training import TrainingOutOfMemory
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
 from sparsegpt.run.memory_plan import check_fits

@@ -10,7 +10,7 @@ Dimension key: C rows and columns.
 import torch
 from torch import Tensor
 
-from sparsegpt.solvers.strips import strips
+from sparsegpt.strips import strips
 
 # Rows or columns of one product with a triangular matrix, whose zeros beyond the strip are left out.
 STRIP = 256

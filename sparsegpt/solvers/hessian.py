@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.solvers.factor import inverse_factor
-from sparsegpt.solvers.strips import strips
+from sparsegpt.strips import strips
 
 # Tried in this order, first in the requested precision and then in float64, before giving up.
 DAMPING_STEPS = (1, 10, 100)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.solvers.hessian import ScaledHessian
-from sparsegpt.solvers.strips import strips
+from sparsegpt.strips import strips
 
 # A symmetric matrix whose rows are there, or are made when asked for.
 Symmetric = Tensor | ScaledHessian

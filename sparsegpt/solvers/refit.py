@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.solvers.products import Multiplier, pieces
-from sparsegpt.solvers.strips import strips
+from sparsegpt.strips import strips
 
 ITERATIONS = 15
 TOLERANCE = 1e-6

@@ -1,17 +1,14 @@
-"""Work on a large matrix strip by strip.
+"""A matrix turned strip by strip.
 
 Dimension key: R and C rows and columns.
 """
 
 from torch import Tensor
 
+from sparsegpt.strips import strips
+
 # Rows turned at once.
 TURNED = 64
-
-
-def strips(size: int, step: int) -> list[slice]:
-    """range(size) in slices of `step`."""
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def transposed(matrix: Tensor) -> Tensor:

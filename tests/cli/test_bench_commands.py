@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sparsegpt.kernels.dispatch import measured
-from sparsegpt.kernels.dispatch import packed24 as dispatch
 from sparsegpt.kernels.dispatch.measured import ANY, machine_name
+from sparsegpt.kernels.dispatch.packed24 import PACKED24
+from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.kernels.format.pack import pack
 from sparsegpt.run.options import KERNEL_NAMES
 
@@ -34,8 +35,8 @@ def test_what_is_no_list_of_numbers_is_refused(run_cli, arguments, named):
 
 
 def test_kernels_that_fail_are_named_beside_the_measurements_of_the_others(run_cli, monkeypatch):
-    wrong = replace(dispatch.ROUTES["dense"], run=lambda weight, inputs, bias: inputs.new_zeros(len(inputs), 32))
-    monkeypatch.setitem(dispatch.ROUTES, "wrong", wrong)
+    wrong = replace(PACKED24.routes["dense"], run=lambda weight, inputs, bias: inputs.new_zeros(len(inputs), 32))
+    monkeypatch.setitem(PACKED24.routes, "wrong", wrong)
     outcome = run_cli("bench", "kernels", "--shapes", "32x64", "--tokens", "3", "--rounds", "1", "--json")
     assert outcome.code == 0
     kernels = [json.loads(line)["kernel"] for line in outcome.out.splitlines()]
@@ -45,7 +46,7 @@ def test_kernels_that_fail_are_named_beside_the_measurements_of_the_others(run_c
 
 
 def test_the_help_names_every_kernel():
-    assert re.split(r", | or ", KERNEL_NAMES) == list(dispatch.KERNELS)
+    assert re.split(r", | or ", KERNEL_NAMES) == list(KERNELS)
 
 
 def test_tune_measures_and_remembers(run_cli, tmp_path, monkeypatch):
@@ -61,6 +62,6 @@ def test_tune_measures_and_remembers(run_cli, tmp_path, monkeypatch):
     assert [{"machine": machine_name(HERE), **row} for row in kept] == printed
     (row,) = (row for row in printed if (row["dtype"], row["weights"], row["values"]) == ("float32", 32 * 64, ""))
     steps = [*row["steps"], *([] if row["steps"] and row["steps"][-1][0] == ANY else [[ANY, "dense"]])]
-    assert dispatch.choose(pack(torch.zeros(32, 64))).steps == tuple(map(tuple, steps))
+    assert PACKED24.choose(pack(torch.zeros(32, 64))).steps == tuple(map(tuple, steps))
     assert "weights up to" in run_cli("tune", "--shapes", "32x64", "--tokens", "1", "--rounds", "1").out
     measured.remembered.cache_clear()

@@ -11,31 +11,20 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import Packed24, cpu, dequantize, quantize, unpack
-from sparsegpt.kernels.cpu import (
-    INTEGER_LEVELS,
-    LEVELS,
-    build,
-    machine_level,
-    matmul,
-    matmul_dense,
-    matmul_integer,
-    prepare,
-    refusal,
-    refuse_integer,
-    rms_norm,
-    swiglu,
-    unpack_fast,
-)
+from sparsegpt.kernels import Packed24, dequantize, quantize, unpack
+from sparsegpt.kernels.cpu import build, dense, integer24, library, norm
+from sparsegpt.kernels.cpu.library import LEVELS, machine_level
+from sparsegpt.kernels.cpu.packed24 import prepare, refusal, run, run_swiglu, unpack_fast
 from sparsegpt.kernels.dispatch.measured import ANY, MEASURED
-from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
+from sparsegpt.kernels.dispatch.packed24 import PACKED24
 from sparsegpt.kernels.format.pack import pack
-from sparsegpt.kernels.layers.linear import Sparse24Linear
+from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
 from tests.kernels.helpers import relative_error, weight24
 
 # float32 sums of products of up to 1074 terms; one rounding to 8 bits for bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 HERE = LEVELS[: LEVELS.index(machine_level() or "plain") + 1]
+ROUTES, choose = PACKED24.routes, PACKED24.choose
 needs_compiler = pytest.mark.skipif(machine_level() is None, reason="no C++ compiler here")
 
 
@@ -43,42 +32,26 @@ needs_compiler = pytest.mark.skipif(machine_level() is None, reason="no C++ comp
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 64, 65])
-def test_matmul_against_float64(tokens: int, dtype: torch.dtype, level: str, poisoned: None) -> None:
+def test_products_against_float64(tokens: int, dtype: torch.dtype, level: str, poisoned: None) -> None:
     for seed, (rows, columns) in enumerate([(1, 4), (5, 36), (64, 288), (130, 352), (33, 700), (11, 2148)]):
         weight = weight24(rows, columns, dtype, seed)
         inputs = torch.randn(tokens, columns).to(dtype)
         bias = torch.randn(rows).to(dtype) if seed % 2 else None
         expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
-        assert relative_error(matmul(pack(weight), inputs, bias, level=level), expected) < TOLERANCE[dtype]
+        assert relative_error(run(pack(weight), inputs, bias, level=level), expected) < TOLERANCE[dtype]
 
 
 @needs_compiler
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 17])
-def test_matmul_dense_against_float64(tokens: int, level: str, poisoned: None) -> None:
+def test_dense_products_against_float64(tokens: int, level: str, poisoned: None) -> None:
     for seed, (rows, columns) in enumerate([(1, 1), (5, 7), (64, 288), (130, 353), (1030, 70)]):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
         inputs = torch.randn(tokens, columns).bfloat16()
         bias = torch.randn(rows).bfloat16() if seed % 2 else None
         expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
-        found = matmul_dense(weight, inputs, bias, level=level)
+        found = dense.run(weight, inputs, bias, level=level)
         assert found.dtype == torch.bfloat16 and relative_error(found, expected) < TOLERANCE[torch.bfloat16]
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("weight", "inputs", "message"),
-    [
-        (torch.zeros(8, 64), torch.zeros(2, 64).bfloat16(), "the weight is torch.float32"),
-        (torch.zeros(64, 8).bfloat16().T, torch.zeros(2, 64).bfloat16(), r"contiguous weight; found strides \(1, 8\)"),
-        (torch.zeros(8, 64).bfloat16(), torch.zeros(2, 64), "float32"),
-        (torch.zeros(8, 64).bfloat16(), torch.zeros(2, 32).bfloat16(), r"\(2, 32\)"),
-        (torch.zeros(8, 64).bfloat16(), torch.zeros(64, 2).bfloat16().T, r"strides \(1, 2\)"),
-    ],
-)
-def test_dense_operands_that_do_not_fit_are_refused(weight: Tensor, inputs: Tensor, message: str) -> None:
-    with pytest.raises(SparseGPTError, match=message):
-        matmul_dense(weight, inputs)
 
 
 @needs_compiler
@@ -90,7 +63,7 @@ def test_rms_norm_against_float64(lead: tuple[int, ...], dtype: torch.dtype, lev
         inputs, weight = (size * torch.randn(*lead, columns)).to(dtype), torch.randn(columns).to(dtype)
         mean = inputs.double().square().mean(-1, keepdim=True)
         expected = inputs.double() / (mean + epsilon).sqrt() * weight.double()
-        found = rms_norm(inputs, weight, epsilon, level=level)
+        found = norm.run(inputs, weight, epsilon, level=level)
         assert found.shape == inputs.shape and found.dtype == dtype
         assert relative_error(found, expected) < TOLERANCE[dtype]
 
@@ -100,27 +73,9 @@ def test_rms_norm_rounds_before_the_weight() -> None:
     """As the models do: 1.00390625 is halfway between two bfloat16 and becomes 1, which 3 times is 3."""
     inputs = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
     scale = 1.00390625
-    found = rms_norm(inputs, torch.full((2,), 3.0, dtype=torch.bfloat16), scale**-2 - 1)
+    found = norm.run(inputs, torch.full((2,), 3.0, dtype=torch.bfloat16), scale**-2 - 1)
     assert torch.equal(found, torch.full((2,), 3.0, dtype=torch.bfloat16))
     assert torch.tensor(3 * scale).bfloat16() > 3
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("inputs", "weight", "message"),
-    [
-        (torch.zeros(2, 64), torch.ones(32), r"contiguous inputs \[\.\.\., 32\]"),
-        (torch.zeros(2, 64).bfloat16(), torch.ones(64), "float32"),
-        (torch.zeros(64, 2).T, torch.ones(64), r"strides \(1, 2\)"),
-        (torch.zeros(2, 64), torch.ones(128)[::2], r"strides \(2,\)"),
-        (torch.zeros(2, 64), torch.ones(1, 64), r"expects a weight \[K\].*found \(1, 64\)"),
-        (torch.zeros(2, 64).half(), torch.ones(64).half(), "float16"),
-        (torch.zeros(2, 64), torch.ones(64, device="meta"), "meta"),
-    ],
-)
-def test_norm_operands_that_do_not_fit_are_refused(inputs: Tensor, weight: Tensor, message: str) -> None:
-    with pytest.raises(SparseGPTError, match=message):
-        rms_norm(inputs, weight, 1e-5)
 
 
 @needs_compiler
@@ -133,7 +88,7 @@ def test_swiglu_against_float64(tokens: int, dtype: torch.dtype, level: str, poi
         inputs = torch.randn(tokens, columns).to(dtype)
         gated = inputs.double() @ gate.double().T
         expected = gated / (1 + (-gated).exp()) * (inputs.double() @ up.double().T)
-        assert relative_error(swiglu(pack(gate), pack(up), inputs, level=level), expected) < TOLERANCE[dtype]
+        assert relative_error(run_swiglu(pack(gate), pack(up), inputs, level=level), expected) < TOLERANCE[dtype]
 
 
 @needs_compiler
@@ -143,11 +98,11 @@ def test_swiglu_far_out() -> None:
     gate[:, 0] = torch.tensor([-2e4, 2e4, float("nan")])
     up = torch.zeros(3, 32)
     up[:, 1] = 2.0
-    found = swiglu(pack(gate), pack(up), torch.ones(1, 32))[0]
+    found = run_swiglu(pack(gate), pack(up), torch.ones(1, 32))[0]
     assert found[0] == 0 and found[1] == 4e4 and found[2].isnan()
 
 
-@pytest.mark.parametrize("level", [level for level in HERE if level in INTEGER_LEVELS])
+@pytest.mark.parametrize("level", [level for level in HERE if level in integer24.LEVELS])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("group_size", [32, 96, 128, 512])
 @pytest.mark.parametrize("tokens", [1, 4, 7])
@@ -157,50 +112,24 @@ def test_integer_values_against_float64(tokens: int, group_size: int, bits: int,
         inputs, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16() if seed % 2 else None
         dense = unpack(dequantize(small, torch.float64))  # q * scale is exact in float32
         expected = inputs.double() @ dense.T + (0 if bias is None else bias.double())
-        found = matmul_integer(small, inputs, bias, level=level)
+        found = integer24.run(small, inputs, bias, level=level)
         assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
 
 
 def test_integer_refusals() -> None:
-    small = quantize(pack(weight24(4, 32)), 4)
-    assert "bfloat16" in str(refuse_integer(small, torch.float32))
-    with pytest.raises(SparseGPTError, match="computes in bfloat16"):
-        matmul_integer(small, torch.randn(1, 32))
-    with pytest.raises(SparseGPTError, match="expected one of avx512, avx512_bf16; found avx2"):
-        matmul_integer(small, torch.randn(1, 32).bfloat16(), level="avx2")
+    small = quantize(pack(weight24(4, 32, torch.bfloat16)), 4)
+    assert (integer24.refusal(small) is None) == (machine_level() in integer24.LEVELS)
+    assert "computes in bfloat16" in str(integer24.refusal(replace(small, dtype=torch.float32)))
+    strided = replace(small, words=small.words.repeat(1, 2)[:, ::2])
+    assert "contiguous weight" in str(integer24.refusal(strided))
 
 
-@needs_compiler
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"bias": torch.zeros(8).bfloat16()}, "bfloat16"),
-        ({"bias": torch.zeros(4)}, r"\(4,\)"),
-        ({"bias": torch.zeros(16)[::2]}, r"strides \(2,\)"),
-        ({"inputs": torch.zeros(2, 64).bfloat16()}, "bfloat16"),
-        ({"inputs": torch.zeros(2, 32)}, r"\(2, 32\)"),
-        ({"inputs": torch.zeros(64, 2).T}, r"strides \(1, 2\)"),
-        ({"inputs": torch.zeros(2, 64, device="meta")}, "meta"),
-        ({"weight": (slice(None, None, 2), slice(None, None, 2))}, r"contiguous weight; found strides \(64, 1\)"),
-    ],
-)
-def test_what_the_library_would_misread_is_refused(changes: dict[str, object], message: str) -> None:
-    whole, rows = pack(weight24(16, 64)), changes.pop("weight", (slice(8), slice(8)))
-    weight = Packed24(whole.values[rows[0]], whole.meta[rows[1]], (8, 64))  # type: ignore[index]
-    operands = {"inputs": torch.zeros(2, 64), **changes}
-    with pytest.raises(SparseGPTError, match=message):
-        matmul(weight, **operands)  # type: ignore[arg-type]
-    if "bias" not in changes:
-        with pytest.raises(SparseGPTError, match=message):
-            swiglu(weight, weight, **operands)  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(machine_level() not in INTEGER_LEVELS, reason="needs AVX-512")
-def test_integer_operands_that_do_not_fit_are_refused() -> None:
-    small, inputs = quantize(pack(weight24(8, 64)), 8), torch.zeros(2, 64).bfloat16()
-    for bias in (torch.zeros(8), torch.zeros(4).bfloat16(), torch.zeros(16).bfloat16()[::2]):
-        with pytest.raises(SparseGPTError, match=r"expects contiguous inputs \[\.\.\., 64\] and bias \[8\]"):
-            matmul_integer(small, inputs, bias)
+@pytest.mark.parametrize("level", [None, "plain"])
+def test_integers_need_a_wide_path(level: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "machine_level", lambda: level)
+    monkeypatch.setattr(integer24, "load_library", lambda: level)
+    reason = str(integer24.refusal(quantize(pack(weight24(4, 32, torch.bfloat16)), 4)))
+    assert ("needs AVX-512" if level else "C++ compiler") in reason
 
 
 @needs_compiler
@@ -237,7 +166,7 @@ def test_rounding_of_bfloat16_results() -> None:
     """The kernel rounds to nearest even like torch, and keeps infinities and NaN."""
     weight = torch.zeros(6, 32, dtype=torch.bfloat16)
     weight[:, 0], weight[:, 1] = 1.0, torch.tensor([2**-9, 2**-8 + 2**-9, 3e38, float("inf"), float("nan"), -1.0])
-    found = matmul(pack(weight), torch.ones(1, 32, dtype=torch.bfloat16))
+    found = run(pack(weight), torch.ones(1, 32, dtype=torch.bfloat16), None)
     expected = weight.float().sum(1).bfloat16()
     assert torch.equal(found[0].nan_to_num(7), expected.nan_to_num(7))
 
@@ -248,13 +177,13 @@ def test_threads_do_not_change_the_bits() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = matmul(packed, inputs)
+        one = run(packed, inputs, None)
         torch.set_num_threads(3)
-        assert torch.equal(matmul(packed, inputs), one)
+        assert torch.equal(run(packed, inputs, None), one)
         norms = torch.randn(500, 256), torch.randn(256), 1e-5
-        many = rms_norm(*norms)
+        many = norm.run(*norms)
         torch.set_num_threads(1)
-        assert torch.equal(rms_norm(*norms), many)
+        assert torch.equal(norm.run(*norms), many)
     finally:
         torch.set_num_threads(threads)
 
@@ -262,10 +191,14 @@ def test_threads_do_not_change_the_bits() -> None:
 @needs_compiler
 def test_refusals() -> None:
     assert "bfloat16 and float32" in str(refusal(pack(weight24(4, 32, torch.float16))))
-    with pytest.raises(SparseGPTError, match="bfloat16 and float32"):
-        matmul(pack(weight24(4, 32, torch.float16)), torch.randn(1, 32).half())
+    whole = pack(weight24(16, 64))
+    strided = Packed24(whole.values[::2], whole.meta[::2], (8, 64))
+    assert "contiguous weight; found strides (64, 1)" in str(refusal(strided))
+    assert "it is on meta" in str(refusal(Packed24(whole.values.to("meta"), whole.meta.to("meta"), (16, 64))))
     with pytest.raises(SparseGPTError, match="expected one of plain"):
-        matmul(pack(weight24(4, 32)), torch.randn(1, 32), level="sse9")
+        run(pack(weight24(4, 32)), torch.randn(1, 32), None, level="sse9")
+    with pytest.raises(SparseGPTError, match="must have one shape and dtype"):
+        run_swiglu(pack(weight24(4, 32)), pack(weight24(8, 32)), torch.randn(1, 32))
 
 
 @needs_compiler
@@ -277,7 +210,7 @@ def test_few_tokens_use_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> N
 
     def spy(weight: Packed24, inputs: Tensor, bias: Tensor | None) -> Tensor:
         seen.append(len(inputs))
-        return matmul(weight, inputs, bias)
+        return run(weight, inputs, bias)
 
     monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], run=spy))
     limit = layer.choice.steps[0][0]
@@ -292,17 +225,17 @@ def test_few_tokens_use_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("rows", "larger"), [(64, False), (131072, True)])
 def test_the_table_knows_the_size(rows: int, larger: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "machine_level", lambda: "avx512_bf16")
+    monkeypatch.setattr(library, "machine_level", lambda: "avx512_bf16")
     monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: None))
     choice = choose(pack(torch.zeros(rows, 96, dtype=torch.float32)))
     first, second = (row.steps for row in MEASURED if (row.path, row.dtype) == ("avx512_bf16", torch.float32))
     assert choice.steps == (*(second if larger else first), (ANY, "dense")) and first > second
-    monkeypatch.setattr(cpu, "machine_level", lambda: "plain")
+    monkeypatch.setattr(library, "machine_level", lambda: "plain")
     assert choose(pack(torch.zeros(rows, 96, dtype=torch.float32))).route(1) == "dense"
 
 
 def clear_caches() -> None:
-    for cached in (build.load_library, cpu.machine_level, cpu._function, cpu._level_number):
+    for cached in (build.load_library, library.machine_level, library.find_function, library.at_best_level):
         cached.cache_clear()
 
 

@@ -1,6 +1,7 @@
 """From measured microseconds to the table of kernels, its file, and the choice that follows from it."""
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import cpu, quantize
+from sparsegpt.kernels import quantize
+from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.dispatch import measured
-from sparsegpt.kernels.dispatch.integer24 import INTEGER_ROUTES, choose_integer
+from sparsegpt.kernels.dispatch.integer24 import INTEGER24
 from sparsegpt.kernels.dispatch.measured import (
     ANY,
     MEASURED,
@@ -25,13 +27,12 @@ from sparsegpt.kernels.dispatch.measured import (
     machine_name,
     remember,
 )
-from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
-from sparsegpt.kernels.dispatch.route import from_measured
+from sparsegpt.kernels.dispatch.packed24 import PACKED24
 from sparsegpt.kernels.format.pack import pack
-from sparsegpt.kernels.format.quantized import Typed24
 from tests.kernels.helpers import weight24
 
 BF16, F32, HERE = torch.bfloat16, torch.float32, torch.device("cpu")
+ROUTES, choose = PACKED24.routes, PACKED24.choose
 
 
 def taken(tokens: int, shape: tuple[int, int] = (64, 64), dtype: str = "bfloat16", **times: float) -> list[KernelRow]:
@@ -53,6 +54,21 @@ def test_a_route_serves_as_long_as_it_wins_from_the_first_tokens_on() -> None:
     (row,) = judge("GPU", rows)
     assert row == Measured("GPU", BF16, ANY, ((8, "fast"),), ((8, "fast"),), "2.0")
     assert row.closed() == ((8, "fast"), (ANY, "dense"))
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_the_worked_example_of_the_module(many: bool) -> None:
+    """The table of gains in the docstring gives the steps that the docstring says, with and without many tokens."""
+    text = str(measured.__doc__)
+    table = [line.split() for line in text.partition("MANY_TOKENS = 1024:")[2].partition("few tokens")[0].splitlines()]
+    (_, *counts), *routes = [line for line in table if line]
+    assert f"MARGIN = {measured.MARGIN} and MANY_TOKENS = {measured.MANY_TOKENS}:" in text and len(routes) == 3
+    rows = []
+    for column, tokens in enumerate(map(int, counts), 1):
+        if many or tokens < measured.MANY_TOKENS:
+            rows += taken(tokens, dense=100, library=100, **{row[0]: 100 / float(row[column]) for row in routes})
+    said = re.search(r"all columns +(.*)\n" if many else r"those below MANY_TOKENS alone +(.*)\n", text)
+    assert said is not None and in_words(judge("GPU", rows)[0].closed()) == said[1]
 
 
 def test_our_own_dense_product_is_no_route() -> None:
@@ -92,7 +108,7 @@ def test_a_route_that_wins_against_the_kept_weight_alone_has_its_gain_too() -> N
 
 def test_a_gain_is_quoted_only_for_the_route_that_has_it(served: None) -> None:
     row = Measured("GPU", BF16, ANY, ((4, "of a later version"), (ANY, "cpu")), ratio="2.0")
-    choice = from_measured(row, pack(weight24(64, 96, BF16)), ROUTES)
+    choice = PACKED24.by_measurement(row, pack(weight24(64, 96, BF16)))
     assert choice.steps == ((4, "dense"), (ANY, "cpu")) and choice.why == "measured on GPU"
 
 
@@ -147,7 +163,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    for routes in (ROUTES, INTEGER_ROUTES):
+    for routes in (ROUTES, INTEGER24.routes):
         monkeypatch.setitem(routes, "cpu", replace(routes["cpu"], refusal=lambda weight: None))
 
 
@@ -168,19 +184,19 @@ def test_what_this_machine_remembers_goes_before_what_is_shipped(place: Path, se
 def test_other_dtypes_and_forms_keep_the_shipped_rows(
     place: Path, served: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "machine_level", lambda: "avx512_bf16")
+    monkeypatch.setattr(library, "machine_level", lambda: "avx512_bf16")
     before = {values: find(HERE, BF16, values, 99) for values in ("", "int4")}
     assert None not in before.values()
     remember([Measured(machine_name(HERE), F32, ANY, ())])
     assert {values: find(HERE, BF16, values, 99) for values in ("", "int4")} == before
     remember([Measured(machine_name(HERE), BF16, ANY, ((5, "cpu"),), values="int4")])
-    assert choose_integer(Typed24(quantize(pack(weight24(64, 128)), 4), BF16)).steps == ((5, "cpu"), (ANY, "dense"))
+    assert INTEGER24.choose(quantize(pack(weight24(64, 128, BF16)), 4)).steps == ((5, "cpu"), (ANY, "dense"))
     assert find(HERE, BF16, "", 99) == before[""]
 
 
 def test_a_route_that_is_unknown_or_cannot_serve_leaves_its_place_to_dense() -> None:
     row = Measured("GPU", BF16, ANY, ((4, "of a later version"), (8, "portable"), (9, "dense"), (ANY, "cutlass")))
-    choice = from_measured(row, pack(weight24(64, 96, BF16)), ROUTES)
+    choice = PACKED24.by_measurement(row, pack(weight24(64, 96, BF16)))
     assert choice.steps == ((ANY, "dense"),) and "no sparse kernel" in choice.why
 
 
@@ -224,9 +240,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
 
 def test_the_shipped_rows_are_in_order() -> None:
     for row in MEASURED:
-        assert row.path in cpu.LEVELS
+        assert row.path in library.LEVELS
         (limit, route), *rest = row.steps
-        assert route in (INTEGER_ROUTES if row.values else ROUTES) and limit >= 1 and not rest
+        assert route in (INTEGER24.routes if row.values else ROUTES) and limit >= 1 and not rest
         if not row.values:  # a kept weight is never slower than one made for the call
             assert [route] == [name for _, name in row.resident] and row.resident[0][0] <= limit
     for first, second in pairwise(MEASURED):

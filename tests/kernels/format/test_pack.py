@@ -1,5 +1,6 @@
 """The packed format against its definition, written out group by group."""
 
+import json
 import subprocess
 import sys
 
@@ -11,16 +12,12 @@ from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels import Packed24, dequantize, first_violation, quantize, unpack
-from sparsegpt.kernels.format.interop import (
-    from_bitmask,
-    from_cutlass,
-    from_semi_structured,
-    to_bitmask,
-    to_cutlass,
-    to_semi_structured,
-)
+from sparsegpt.kernels.format.form import Form
+from sparsegpt.kernels.format.interop import to_cutlass, to_semi_structured
 from sparsegpt.kernels.format.pack import pack, words_to_nibbles
 from sparsegpt.kernels.format.quantized import unpack_integers
+from sparsegpt.kernels.layers.forms import read_form, samples
+from sparsegpt.sparsity import NM
 from tests.kernels.helpers import relative_error, weight24
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -93,6 +90,19 @@ def test_broken_pattern_names_tensor_and_first_bad_group() -> None:
     assert first_violation(weight24(8, 100)) is None
 
 
+@pytest.mark.parametrize(("n", "m", "columns"), [(1, 4, 100), (2, 4, 64), (4, 8, 64), (3, 5, 35), (299, 300, 600)])
+def test_the_first_violation_of_any_pattern(n: int, m: int, columns: int) -> None:
+    weight = torch.zeros(3, columns)
+    weight[:, : columns // m * m].view(3, -1, m)[..., :n] = 1.0
+    weight[0, 0] = -0.0
+    assert first_violation(weight, NM(n, m)) is None
+    weight[2, -1] = weight[1, m + n] = 1.0
+    weight[1, m : m + n] = float("nan")
+    assert first_violation(weight, NM(n, m)) == (1, 1)
+    with pytest.raises(SparseGPTError, match=f"groups of {m}"):
+        first_violation(torch.zeros(2, m + 1), NM(n, m))
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
@@ -107,6 +117,36 @@ def test_refusals(weight: Tensor, message: str) -> None:
         pack(weight, "w")
 
 
+@pytest.mark.parametrize("form", samples(), ids=str)
+def test_a_form_gives_back_what_it_was_given(form: Form) -> None:
+    """Through the tensors of a file, by rows, and through plain data."""
+    weight = weight24(40, 100, torch.bfloat16)
+    packed = form.of_model(weight.dtype).pack(weight, "w")
+    again = form.of_model(weight.dtype).packed(form.tensors(packed), (40, 100))
+    dense = form.unpack(packed)
+    assert torch.equal(form.unpack(again), dense) and dense.dtype == packed.dtype == weight.dtype
+    assert torch.equal(form.unpack(again.rows(slice(7, 20))), dense[7:20]) and again.rows(slice(0, 40)) is again
+    assert packed.nbytes == sum(tensor.nbytes for tensor in form.tensors(packed))
+    assert read_form(json.loads(json.dumps(form.settings()))) == form and form.promised("2:4")
+    assert form.keeps(weight) and not form.keeps(weight + 1) and not form.keeps(weight.char())
+    assert not form.promised("0.5") and not form.keeps(weight[:, :98])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pattern": "4:8"},
+        {"pattern": "2:4", "values": {"bits": 2, "group_size": 32, "dtype": "bfloat16"}},
+        {"pattern": "2:4", "values": {"bits": 8, "group_size": 32, "dtype": "nn"}},
+        {"pattern": "2:4", "values": 8},
+    ],
+)
+def test_settings_of_no_form_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(SparseGPTError, match="update sparsegpt"):
+        read_form(settings)
+
+
 def test_mismatched_parts_are_refused() -> None:
     packed = pack(weight24(8, 64))
     with pytest.raises(SparseGPTError, match="needs values"):
@@ -118,24 +158,20 @@ def test_mismatched_parts_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(32, 32), (64, 96), (128, 160)])
 def test_cutlass_layout_is_torchs_own(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    from torch.sparse._semi_structured_conversions import (
-        sparse_semi_structured_from_dense_cutlass,
-        sparse_semi_structured_to_dense_cutlass,
-    )
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
     weight = weight24(*shape, dtype)
     values, meta = to_cutlass(pack(weight))
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, meta), weight)
-    assert torch.equal(unpack(from_cutlass(values, meta)), weight)
-    assert torch.equal(unpack(from_cutlass(*sparse_semi_structured_from_dense_cutlass(weight))), weight)
 
 
-def test_semi_structured_tensor_round_trip() -> None:
+def test_semi_structured_tensor_is_torchs_own() -> None:
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
+
     weight = weight24(64, 128, torch.float16)
     tensor = to_semi_structured(pack(weight))
-    assert type(tensor).__name__ == "SparseSemiStructuredTensorCUTLASS"
-    assert torch.equal(unpack(from_semi_structured(tensor)), weight)
-    assert torch.equal(unpack(from_semi_structured(weight)), weight)
+    assert type(tensor).__name__ == "SparseSemiStructuredTensorCUTLASS" and tensor.shape == weight.shape
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(tensor.packed, tensor.meta), weight)
 
 
 def test_cutlass_refusals() -> None:
@@ -143,21 +179,6 @@ def test_cutlass_refusals() -> None:
         to_cutlass(pack(weight24(32, 32)))
     with pytest.raises(SparseGPTError, match="divisible by 32"):
         to_cutlass(pack(weight24(16, 32, torch.float16)))
-
-
-@pytest.mark.parametrize("columns", [4, 32, 36, 100])
-def test_bitmask_round_trip_and_bit_order(columns: int) -> None:
-    weight = weight24(6, columns)
-    packed = pack(weight)
-    values, bitmask = to_bitmask(packed)
-    assert values.shape == (6, columns // 2) and bitmask.shape == (6, -(-columns // 8))
-    for column in range(columns):  # least significant bit first, a bit wherever a value is not zero
-        bit = (bitmask[:, column // 8] >> (column % 8)) & 1
-        assert bool((bit.bool() | (weight[:, column] == 0)).all())
-    assert torch.equal(unpack(from_bitmask(values, bitmask, (6, columns))), weight)
-    bitmask[2, 0] = 7
-    with pytest.raises(SparseGPTError, match=r"w: bitmask of row 2, columns 0\.\.3 sets 3 bits"):
-        from_bitmask(values, bitmask, (6, columns), "w")
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 8e-3), (4, 0.14)])

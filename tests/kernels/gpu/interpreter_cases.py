@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import Packed24, quantize, unpack
+from sparsegpt.kernels import Packed24, quantize
 from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import portable, reference
 from tests.kernels.helpers import relative_error, weight24
@@ -62,24 +62,6 @@ def test_integer_values(bits: int, group_size: int, dtype: torch.dtype, poisoned
         small = quantize(packed, bits, group_size)
         expected = reference.linear(small, inputs.float(), bias.float())
         assert relative_error(portable.matmul_integer(small, inputs, bias), expected) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(1, 4), (33, 100), (40, 256)])
-def test_compress_and_decompress_are_pack_and_unpack(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight = weight24(*shape, dtype)
-    weight[0, 0] = -0.0
-    packed, found = pack(weight), portable.compress(weight)
-    assert torch.equal(found.values, packed.values) and torch.equal(found.meta, packed.meta)
-    assert not found.values[found.values == 0].signbit().any()
-    assert torch.equal(portable.decompress(packed), unpack(packed))
-
-
-def test_compress_refuses_what_pack_refuses() -> None:
-    weight = weight24(40, 64)
-    weight[35, 8:11] = 1.0
-    with pytest.raises(SparseGPTError, match=r"w: not 2:4: row 35, columns 8\.\.11"):
-        portable.compress(weight, "w")
 
 
 def test_strided_and_empty_inputs() -> None:

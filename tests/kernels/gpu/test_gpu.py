@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import Packed24, quantize, unpack
-from sparsegpt.kernels.dispatch.packed24 import ROUTES, choose
-from sparsegpt.kernels.dispatch.trial import UNTRIED, random_packed, trials
+from sparsegpt.eval.bench.trial import UNTRIED, random_packed, trials
+from sparsegpt.kernels import Packed24, quantize
+from sparsegpt.kernels.dispatch.packed24 import PACKED24
 from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import reference
-from sparsegpt.kernels.layers.linear import Sparse24Linear
+from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
 from tests.kernels.helpers import relative_error, weight24
 
 pytestmark = [
@@ -71,31 +71,17 @@ def test_portable(shape: tuple[int, int], dtype: torch.dtype, must_run: Callable
             assert relative_error(portable.matmul_integer(small, inputs), expected) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_compress_and_decompress(
-    shape: tuple[int, int], dtype: torch.dtype, must_run: Callable[[str], None], poisoned: None
-) -> None:
-    from sparsegpt.kernels.gpu import portable
-
-    must_run("portable")
-
-    weight = weight24(*shape, dtype).cuda()
-    found, packed = portable.compress(weight), pack(weight)
-    assert torch.equal(found.values, packed.values) and torch.equal(found.meta, packed.meta)
-    assert torch.equal(portable.decompress(packed), weight) and torch.equal(unpack(packed), weight)
-
-
 @pytest.mark.parametrize("dtype", SIXTEEN)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mma_sp(shape: tuple[int, int], dtype: torch.dtype, must_run: Callable[[str], None], poisoned: None) -> None:
     from sparsegpt.kernels.gpu import mma_sp
+    from sparsegpt.kernels.gpu.fragments import to_fragments
 
     must_run("mma_sp")
 
     for tokens in FEW:
         packed, inputs, bias, expected = operands(shape, tokens, dtype)
-        fragments = mma_sp.prepare(packed)
+        fragments = to_fragments(packed)
         assert relative_error(mma_sp.matmul(fragments, inputs, bias), expected + bias.double()) < TOLERANCE[dtype]
         for activation, apply in activations(tokens):
             found = mma_sp.matmul(fragments, inputs, bias, activation)
@@ -129,7 +115,7 @@ def must_run() -> Callable[[str], None]:
 
     def check(route: str) -> None:
         if route in UNTRIED and route not in tried:
-            pytest.skip(str(ROUTES[route].refusal(random_packed((32, 32), torch.float16, device))))
+            pytest.skip(str(PACKED24.routes[route].refusal(random_packed((32, 32), torch.float16, device))))
         if reason := tried.get(route):
             pytest.fail(reason)
 
@@ -175,4 +161,4 @@ def test_layer(dtype: torch.dtype, kernels: str, must_run: Callable[[str], None]
 
 def test_automatic_choice_is_dense_until_something_is_measured() -> None:
     packed = pack(weight24(128, 256, torch.bfloat16).cuda())
-    assert choose(packed).route(1) == "dense"
+    assert PACKED24.choose(packed).route(1) == "dense"

@@ -8,13 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.tensor_files import WEIGHTS
+from sparsegpt.files.tensor_files import WEIGHTS, ShardedWriter, header_room
 from sparsegpt.kernels.checkpoint.archive import pack_folder, unpack_folder
 from sparsegpt.kernels.hf.quantizer import Sparse24Quantizer, load_packed, register
-from sparsegpt.kernels.layers.linear import Sparse24Linear, packed_layers
+from sparsegpt.kernels.layers.linear import packed_layers
+from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
 from tests.kernels.helpers import weight24
 
 LLAMA = LlamaConfig(
@@ -134,6 +144,23 @@ def test_damage_is_refused_before_loading(folders: tuple[Path, Path], tmp_path: 
         AutoModelForCausalLM.from_pretrained(damaged)
 
 
+def test_files_of_other_shapes_than_the_config_says_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Sound by their checksums: the layer that does not fit is named before anything is loaded."""
+    odd, name = copy_of(folders[1], tmp_path / "odd"), "model.layers.1.mlp.down_proj"
+    tensors = load_file(odd / WEIGHTS)
+    tensors[f"{name}.meta"] = tensors[f"{name}.meta"].repeat(1, 2)
+    with ShardedWriter(odd, header_room(tensors)) as writer:
+        writer.add(*tensors.items())
+    with pytest.raises(SparseGPTError, match=rf"{name}: packed weight of shape \(32, 52\) needs values .* found"):
+        AutoModelForCausalLM.from_pretrained(odd)
+
+
+def test_a_packed_model_without_files_is_refused(folders: tuple[Path, Path]) -> None:
+    config = AutoConfig.from_pretrained(folders[1])
+    with pytest.raises(SparseGPTError, match="loaded from its files"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=load_file(folders[1] / WEIGHTS))
+
+
 def test_newer_version_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     newer = copy_of(folders[1], tmp_path / "newer")
     config = json.loads((newer / "config.json").read_text())
@@ -155,7 +182,7 @@ def test_dense_folder_is_not_packed(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
 def test_a_damaged_config_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(SparseGPTError, match=r"config\.json: (cannot be read as JSON|expected a JSON object)"):
+    with pytest.raises(SparseGPTError, match=r"config\.json.* (cannot be read as JSON|expected a JSON object)"):
         load_packed(tmp_path)
 
 

@@ -12,29 +12,31 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from sparsegpt.kernels import cpu
 from sparsegpt.kernels.checkpoint.archive import pack_folder
+from sparsegpt.kernels.cpu import dense as cpu_dense
+from sparsegpt.kernels.cpu import library
+from sparsegpt.kernels.cpu import norm as cpu_norm
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.hf.quantizer import load_packed
 from sparsegpt.kernels.layers.dense_layers import DenseLinear, is_quick_norm, quicken_dense
 from tests.kernels.helpers import relative_error
 from tests.kernels.hf.test_hf import TOKENS, pruned_model
 
-pytestmark = pytest.mark.skipif(cpu.machine_level() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(library.machine_level() is None, reason="no C++ compiler here")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the inputs that reach the kernel, on any machine that has a library."""
     seen: list[tuple[int, ...]] = []
-    run = cpu.run_dense
+    run = cpu_dense.run
 
     def spy(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
         seen.append(tuple(inputs.shape))
         return run(weight, inputs, bias)
 
-    monkeypatch.setattr(cpu, "run_dense", spy)
-    monkeypatch.setattr(cpu, "DENSE_TOKENS", dict.fromkeys(cpu.LEVELS, 6))
+    monkeypatch.setattr(cpu_dense, "run", spy)
+    monkeypatch.setattr(cpu_dense, "TOKENS", dict.fromkeys(library.LEVELS, 6))
     return seen
 
 
@@ -42,13 +44,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the inputs that reach the norm's kernel."""
     seen: list[tuple[int, ...]] = []
-    run = cpu.run_norm
+    run = cpu_norm.run
 
     def spy(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         seen.append(tuple(inputs.shape))
         return run(inputs, weight, epsilon)
 
-    monkeypatch.setattr(cpu, "run_norm", spy)
+    monkeypatch.setattr(cpu_norm, "run", spy)
     return seen
 
 
@@ -117,14 +119,14 @@ def test_inputs_that_do_not_fit_get_torchs_own_message(inputs: Tensor, calls: li
 
 @pytest.mark.parametrize("level", [None, "plain", "avx512_bf16"])
 def test_nothing_changes_where_torch_is_as_fast(level: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "machine_level", lambda: level)
+    monkeypatch.setattr(library, "machine_level", lambda: level)
     linear = nn.Linear(8, 8, dtype=torch.bfloat16)
     assert quicken_dense(linear) == 0 and type(linear) is nn.Linear
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"dtype": torch.bfloat16, "device": "meta"}])
 def test_linears_that_the_kernel_never_serves_build_no_library(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "machine_level", lambda: pytest.fail("looked for the library"))
+    monkeypatch.setattr(library, "machine_level", lambda: pytest.fail("looked for the library"))
     linear = nn.Linear(8, 8, **options)
     assert quicken_dense(linear) == 0 and type(linear) is nn.Linear
 
@@ -208,7 +210,7 @@ def test_norms_of_other_forms_are_left_alone(monkeypatch: pytest.MonkeyPatch) ->
     replaced = LlamaRMSNorm(8)
     replaced.forward = lambda hidden_states: hidden_states  # type: ignore[method-assign]
     half, elsewhere = LlamaRMSNorm(8).half(), LlamaRMSNorm(8).to("meta")
-    monkeypatch.setattr(cpu, "machine_level", lambda: pytest.fail("looked for the library"))
+    monkeypatch.setattr(library, "machine_level", lambda: pytest.fail("looked for the library"))
     others = nn.ModuleList([Squarer(8), GemmaRMSNorm(8), nn.RMSNorm(8), nn.LayerNorm(8), replaced, half, elsewhere])
     assert quicken_dense(others) == 0
     assert not any(map(is_quick_norm, others))
@@ -217,8 +219,8 @@ def test_norms_of_other_forms_are_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_norms_stay_as_they_are_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     _, quick = norm_of()
     inputs = torch.randn(2, 40).bfloat16()
-    monkeypatch.setattr(cpu, "machine_level", lambda: None)
-    monkeypatch.setattr(cpu, "run_norm", lambda *_: pytest.fail("reached the kernel"))
+    monkeypatch.setattr(library, "machine_level", lambda: None)
+    monkeypatch.setattr(cpu_norm, "run", lambda *_: pytest.fail("reached the kernel"))
     assert quicken_dense(LlamaRMSNorm(8)) == 0
     with torch.no_grad():
         assert quick(inputs).shape == (2, 40)  # quickened on another machine

@@ -10,17 +10,20 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from sparsegpt.kernels import cpu
 from sparsegpt.kernels.checkpoint.archive import pack_folder
-from sparsegpt.kernels.dispatch import packed24 as dispatch
+from sparsegpt.kernels.cpu import packed24 as on_cpu
+from sparsegpt.kernels.cpu.library import machine_level
+from sparsegpt.kernels.dispatch.packed24 import PACKED24
+from sparsegpt.kernels.dispatch.route import Route
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.hf.quantizer import load_packed, register
 from sparsegpt.kernels.layers.gated import fuse_gated, is_gated
-from sparsegpt.kernels.layers.linear import Sparse24Linear, set_kernels
+from sparsegpt.kernels.layers.linear import set_kernels
+from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
 from tests.kernels.helpers import relative_error, weight24
 from tests.kernels.hf.test_hf import TOKENS, pruned_model
 
-needs_cpu_kernel = pytest.mark.skipif(cpu.machine_level() is None, reason="no C++ compiler here")
+needs_cpu_kernel = pytest.mark.skipif(machine_level() is None, reason="no C++ compiler here")
 
 
 class Gated(nn.Module):
@@ -52,10 +55,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     def spy(gate, up, inputs):  # type: ignore[no-untyped-def]
         seen.append(tuple(inputs.shape))
-        return cpu.swiglu(gate, up, inputs)
+        return on_cpu.run_swiglu(gate, up, inputs)
 
-    spied = dispatch.Route(cpu.refusal, cpu.prepare, cpu.matmul, spy, any_shape=True)
-    monkeypatch.setitem(dispatch.ROUTES, "cpu", spied)
+    spied = Route(on_cpu.refusal, on_cpu.prepare, on_cpu.run, spy, any_shape=True)
+    monkeypatch.setitem(PACKED24.routes, "cpu", spied)
     return seen
 
 
@@ -123,7 +126,7 @@ def test_dense_kernels_and_gradients_are_not_fused(calls: list[tuple[int, ...]])
 
 @needs_cpu_kernel
 def test_more_tokens_than_the_kernel_is_good_for(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]) -> None:
-    monkeypatch.setitem(dispatch.ROUTES, "cpu", replace(dispatch.ROUTES["cpu"], swiglu_tokens=2))
+    monkeypatch.setitem(PACKED24.routes, "cpu", replace(PACKED24.routes["cpu"], swiglu_tokens=2))
     dense, packed = packed_block()
     for tokens in (1, 2, 3):
         inputs = torch.randn(1, tokens, 64)

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import Packed24, cpu, unpack
-from sparsegpt.kernels.dispatch.packed24 import KERNELS, choose
+from sparsegpt.kernels import Packed24, unpack
+from sparsegpt.kernels.cpu.packed24 import refusal
+from sparsegpt.kernels.dispatch.packed24 import PACKED24
+from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import semi_structured
 from sparsegpt.kernels.hf.in_place import pack_linears
-from sparsegpt.kernels.layers.linear import Sparse24Linear, explain, packed_layers, set_kernels
+from sparsegpt.kernels.layers.linear import explain, packed_layers, set_kernels
+from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
 from tests.kernels.helpers import relative_error, weight24
 
 # relative to the norm of the output: summation order in float32, one rounding to 8 or 11 bits in the 16-bit types
@@ -124,7 +127,7 @@ def test_writing_to_the_buffers_is_noticed(tokens: int, kernels: str, inference:
     with torch.inference_mode(inference):
         dense, packed = pair((24, 64), torch.float32)
         packed.kernels = kernels
-        if kernels == "cpu" and cpu.refusal(packed.packed) is not None:
+        if kernels == "cpu" and refusal(packed.packed) is not None:
             pytest.skip("no C++ compiler here")
         assert relative_error(packed(inputs), dense(inputs)) < 2e-6
         dense.weight.copy_(weight24(24, 64, seed=1))
@@ -210,10 +213,8 @@ def test_packing_the_linears_of_a_model() -> None:
 
 @pytest.mark.parametrize("kernels", ["portable", "mma_sp", "wgmma_sp", "cutlass", "cusparselt"])
 def test_forced_gpu_kernels_say_why_they_cannot_serve(kernels: str) -> None:
-    with pytest.raises(
-        SparseGPTError, match=rf"kernels={kernels}: .*the weight is on cpu; use --kernels auto or dense"
-    ):
-        choose(pack(weight24(32, 64)), kernels)
+    with pytest.raises(SparseGPTError, match=rf"kernels={kernels}: .*the weight is on cpu; use auto or dense"):
+        PACKED24.choose(pack(weight24(32, 64)), kernels)
     assert kernels in KERNELS
 
 

@@ -18,13 +18,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.kernels import cpu, quantize
+from sparsegpt.kernels import quantize
+from sparsegpt.kernels.cpu import dense as on_cpu
+from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.hf.in_place import pack_linears
-from sparsegpt.kernels.layers import operators
+from sparsegpt.kernels.layers import operators, schemas
 from sparsegpt.kernels.layers.dense_layers import DenseLinear, quicken_dense
-from sparsegpt.kernels.layers.linear import PackedLinear, Sparse24Linear
+from sparsegpt.kernels.layers.linear import PackedLinear
 from sparsegpt.kernels.layers.quantized_linear import Quantized24Linear
+from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
 from tests.kernels.helpers import relative_error, weight24
 from tests.kernels.hf.test_hf import TOKENS, pruned_model
 
@@ -43,13 +46,17 @@ def layer_of(
     packed, given = pack(weight24(24, 64, dtype, seed)), torch.randn(24).to(dtype) if bias else None
     if not bits:
         return Sparse24Linear.from_packed(packed, given), weight24(24, 64, dtype, seed).double(), given
-    layer = Quantized24Linear.from_quantized(quantize(packed, bits, 32), given)
-    scale_NK = layer.quantized.scales.double().repeat_interleave(32, 1)
+    layer = Quantized24Linear.from_packed(quantize(packed, bits, 32), given)
+    scale_NK = layer.packed.scales.double().repeat_interleave(32, 1)
     return layer, (weight24(24, 64, dtype, seed).double() / scale_NK).round() * scale_NK, given
 
 
 def arguments(layer: PackedLinear, inputs: Tensor) -> tuple[object, ...]:
-    return (inputs, list(layer.operands), layer.bias, layer.kernels, *layer.form)
+    return inputs, list(layer.operands), layer.bias, layer.kernels, *form_of(layer)
+
+
+def form_of(layer: PackedLinear) -> tuple[object, ...]:
+    return layer.form_text, layer.out_features, layer.in_features
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -141,10 +148,10 @@ def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [0, 4])
 def test_what_torch_checks_of_operators(bits: int) -> None:
     layer = layer_of(bits, torch.float32)[0]
-    torch.library.opcheck(operators.packed_linear, arguments(layer, torch.randn(3, 64)))
-    torch.library.opcheck(operators.packed_weight, (list(layer.operands), torch.float32, *layer.form))
+    torch.library.opcheck(schemas.packed_linear, arguments(layer, torch.randn(3, 64)))
+    torch.library.opcheck(schemas.packed_weight, (list(layer.operands), torch.float32, *form_of(layer)))
     dense = torch.randn(3, 40).bfloat16(), torch.randn(24, 40).bfloat16(), torch.randn(24).bfloat16()
-    torch.library.opcheck(operators.dense_linear, dense)
+    torch.library.opcheck(schemas.dense_linear, dense)
 
 
 def test_writes_and_new_tensors_are_noticed() -> None:
@@ -269,14 +276,14 @@ def test_a_layer_serves_its_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None
     layer, inputs = layer_of(0, torch.float32)[0], torch.randn(3, 64)
     expected = layer(inputs)
     monkeypatch.setattr(operators, "_layer", lambda *_: pytest.fail("made a second layer"))
-    assert torch.equal(operators.packed_linear(*arguments(layer, inputs)), expected)
+    assert torch.equal(schemas.packed_linear(*arguments(layer, inputs)), expected)
     layer(inputs.requires_grad_()).sum().backward()
-    assert torch.equal(operators.packed_linear(*arguments(layer, inputs)), expected)
+    assert torch.equal(schemas.packed_linear(*arguments(layer, inputs)), expected)
 
 
 def test_nothing_is_kept_alive() -> None:
     def kept() -> int:
-        return len(operators._owners) + len(operators._made)
+        return len(schemas.OWNERS) + len(operators._made)
 
     gc.collect()
     before = kept()
@@ -284,7 +291,7 @@ def test_nothing_is_kept_alive() -> None:
     layer, loose = layer_of(0, torch.float32)[0], [part.clone() for part in layer_of(0, torch.float32)[0].operands]
     layer(inputs)
     for _ in range(2):
-        operators.packed_linear(inputs, loose, None, "auto", 64, 0, 0)
+        schemas.packed_linear(inputs, loose, None, "auto", '{"pattern": "2:4"}', 24, 64)
     assert kept() > before
     gc.disable()
     try:
@@ -296,9 +303,9 @@ def test_nothing_is_kept_alive() -> None:
 
 def test_a_head_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, inputs, seen = nn.Linear(40, 24, dtype=torch.bfloat16), torch.randn(3, 40).bfloat16(), []
-    run = cpu.run_dense
-    monkeypatch.setattr(cpu, "run_dense", lambda *operands: (seen.append(1), run(*operands))[1])
-    monkeypatch.setattr(cpu, "DENSE_TOKENS", dict.fromkeys(cpu.LEVELS, 6))
+    run = on_cpu.run
+    monkeypatch.setattr(on_cpu, "run", lambda *operands: (seen.append(1), run(*operands))[1])
+    monkeypatch.setattr(on_cpu, "TOKENS", dict.fromkeys(library.LEVELS, 6))
     linear.__class__ = DenseLinear
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -308,6 +315,6 @@ def test_a_head_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
             assert relative_error(found, expected) < 6e-3
         many = torch.randn(7, 40).bfloat16()
         assert torch.equal(compiled(many), nn.functional.linear(many, linear.weight, linear.bias))
-    assert len(seen) == (0 if cpu.machine_level() is None else 1)  # an exported head runs anywhere: torch's own
+    assert len(seen) == (0 if library.machine_level() is None else 1)  # an exported head runs anywhere: torch's own
     compiled(inputs).sum().backward()
     assert linear.weight.grad is not None

@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 from sparsegpt.cli.commands import app
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.tensor_files import WEIGHTS
-from sparsegpt.kernels import cpu, dequantize, quantize, unpack
+from sparsegpt.kernels import dequantize, quantize, unpack
 from sparsegpt.kernels.checkpoint.archive import pack_folder, unpack_folder
-from sparsegpt.kernels.checkpoint.packed_config import IntegerValues
+from sparsegpt.kernels.cpu import integer24
+from sparsegpt.kernels.cpu.library import machine_level
+from sparsegpt.kernels.dispatch import dense as dense_route
 from sparsegpt.kernels.format.pack import pack
-from sparsegpt.kernels.format.quantized import Quantized24
+from sparsegpt.kernels.format.quantized import IntegerValues, Quantized24
 from sparsegpt.kernels.hf.quantizer import load_packed, register
 from sparsegpt.kernels.layers.linear import packed_layers, set_kernels
 from sparsegpt.kernels.layers.quantized_linear import Quantized24Linear
@@ -35,7 +37,7 @@ def layer(
     """A layer and the dense float64 weight that its integers stand for."""
     small = quantize(pack(weight24(*shape)), bits, 64)
     dense = unpack(dequantize(small, torch.float64))  # q * scale is exact in float32
-    return dense, Quantized24Linear.from_quantized(small, torch.randn(shape[0]) if bias else None)
+    return dense, Quantized24Linear.from_packed(small, torch.randn(shape[0]) if bias else None)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -54,14 +56,14 @@ def test_products(lead: tuple[int, ...], kernels: str, dtype: torch.dtype, bits:
 
 
 def test_dense_route_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsegpt.kernels.layers.quantized_linear.BLOCK_BYTES", 4 * 100 * 7)
-    dense, packed = layer((40, 100), 4, True)
+    monkeypatch.setattr(dense_route, "BLOCK_BYTES", 4 * 100 * 70)
+    dense, packed = layer((150, 100), 4, True)
     inputs = torch.randn(5, 100)
     assert packed.bias is not None
     assert relative_error(packed(inputs), inputs.double() @ dense.T + packed.bias.double()) < 2e-6
 
 
-@pytest.mark.skipif(cpu.machine_level() not in cpu.INTEGER_LEVELS, reason="needs AVX-512")
+@pytest.mark.skipif(machine_level() not in integer24.LEVELS, reason="needs AVX-512")
 def test_the_cpu_kernel_serves_few_tokens() -> None:
     _, packed = layer((40, 128), 4, False)
     assert packed(torch.randn(2, 128).bfloat16()).shape == (2, 40) and packed.choice.route(1) == "cpu"
@@ -74,7 +76,7 @@ def test_the_cpu_kernel_serves_few_tokens() -> None:
 
 def test_casting_leaves_the_integers_alone() -> None:
     dense, packed = layer((24, 64), 8, True)
-    before = packed.quantized
+    before = packed.packed
     for dtype in (torch.bfloat16, torch.float32):
         cast = copy.deepcopy(packed).to(dtype)
         assert cast.scales.dtype == torch.int16 and torch.equal(cast.scales, packed.scales)
@@ -83,7 +85,7 @@ def test_casting_leaves_the_integers_alone() -> None:
     assert torch.equal(fresh(torch.ones(1, 64)), torch.zeros(1, 24))
     fresh.load_state_dict(packed.state_dict())
     assert torch.equal(fresh(torch.ones(1, 64)), packed(torch.ones(1, 64)))
-    assert torch.equal(packed.quantized.words, before.words) and "bits=8" in repr(packed)
+    assert torch.equal(packed.packed.words, before.words) and "int8, groups of 64" in repr(packed)
     assert relative_error(packed.weight, dense) < 1e-7
 
 
@@ -98,7 +100,7 @@ def test_writing_to_the_buffers_is_noticed(kernels: str, dtype: torch.dtype) -> 
     packed.bias.add_(5)
     assert relative_error(packed(inputs), inputs.double() @ dense.T + packed.bias.double()) < TOLERANCE[dtype]
     small = quantize(pack(weight24(24, 64, seed=1)), 8, 64)
-    other = Quantized24Linear.from_quantized(small, torch.randn(24), kernels=kernels)
+    other = Quantized24Linear.from_packed(small, torch.randn(24), kernels=kernels)
     packed.load_state_dict(other.state_dict())
     assert torch.equal(packed(inputs), other(inputs))
 
@@ -109,9 +111,9 @@ def test_strided_parts_and_a_bias_that_does_not_fit() -> None:
     strided = Quantized24(*parts, (24, 256), 8, 64)
     bias, inputs = torch.randn(48)[::2], torch.randn(3, 256).bfloat16()
     expected = inputs.double() @ unpack(dequantize(whole, torch.float64))[::2].T + bias.double()
-    assert relative_error(Quantized24Linear.from_quantized(strided, bias)(inputs), expected) < 6e-3
+    assert relative_error(Quantized24Linear.from_packed(strided, bias)(inputs), expected) < 6e-3
     with pytest.raises(SparseGPTError, match=r"expected a bias \[24\]"):
-        Quantized24Linear.from_quantized(strided, torch.zeros(4))(inputs)
+        Quantized24Linear.from_packed(strided, torch.zeros(4))(inputs)
     with pytest.raises(SparseGPTError, match=r"in int32, float16, int32; found .* torch\.int8"):
         Quantized24(parts[0].to(torch.int8), parts[1], parts[2], (24, 256), 8, 64)
 
@@ -139,7 +141,7 @@ def test_a_group_wider_than_the_row_is_the_row(group_size: int) -> None:
     assert torch.equal(unpack(dequantize(wide, torch.float32)), unpack(dequantize(whole, torch.float32)))
     for dtype in TOLERANCE:
         inputs = torch.randn(3, 100).to(dtype)
-        layers = (Quantized24Linear.from_quantized(weight, None) for weight in (wide, whole))
+        layers = (Quantized24Linear.from_packed(weight, None) for weight in (wide, whole))
         assert torch.equal(*(each(inputs) for each in layers))
 
 
@@ -172,13 +174,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     register()
     base = tmp_path_factory.mktemp("integers")
     pruned_model().save_pretrained(base / "dense")
-    pack_folder(base / "dense", base / "packed", values=IntegerValues(4, 32))
+    pack_folder(base / "dense", base / "packed", form=IntegerValues(4, 32))
     return base / "dense", base / "packed"
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 128), (4, 32), (4, 128)])
 def test_round_trip_within_half_a_step(bits: int, group_size: int, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    report = pack_folder(folders[0], tmp_path / "packed", values=IntegerValues(bits, group_size))
+    report = pack_folder(folders[0], tmp_path / "packed", form=IntegerValues(bits, group_size))
     unpack_folder(tmp_path / "packed", tmp_path / "back")
     dense, back = (load_file(folder / WEIGHTS) for folder in (folders[0], tmp_path / "back"))
     stored = load_file(tmp_path / "packed" / WEIGHTS)

@@ -1,0 +1,91 @@
+"""Packed 2:4 weights on a CPU; sums in float32 (matmul24.cpp).
+
+    run          outputs = inputs W^T + bias                           bfloat16 and float32
+    run_swiglu   silu(inputs Wg^T) * (inputs Wu^T)                     bfloat16 and float32
+    unpack_fast  W itself                                              bfloat16, float16 and float32
+
+Dimension key: N out_features, K in_features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels.cpu.build import load_library
+from sparsegpt.kernels.cpu.library import NO_COMPILER, NOTHING, call, find_function, misplaced, to_huge_pages
+from sparsegpt.kernels.format.pack import WORD_COLUMNS, Packed24, padded_columns, unpack
+
+_MATMUL = {torch.bfloat16: "sparse24_matmul_bf16", torch.float32: "sparse24_matmul_f32"}
+_SWIGLU = {torch.bfloat16: "sparse24_swiglu_bf16", torch.float32: "sparse24_swiglu_f32"}
+_UNPACK = {
+    torch.bfloat16: "sparse24_unpack_16",
+    torch.float16: "sparse24_unpack_16",
+    torch.float32: "sparse24_unpack_32",
+}
+
+
+def refusal(weight: Packed24) -> str | None:
+    """[N, K] -> why the CPU kernel cannot serve the weight, or None."""
+    reason = misplaced(weight.values, weight.meta)
+    if reason is not None:
+        return reason
+    if weight.dtype not in _MATMUL:
+        return f"the CPU kernel computes in bfloat16 and float32; the weight is {weight.dtype}"
+    return None if load_library() is not None else NO_COMPILER
+
+
+def prepare(weight: Packed24) -> Packed24:
+    """[N, K] -> the weight itself, its memory moved in place to huge pages where the system allows (a hint)."""
+    to_huge_pages(weight.values, weight.meta)
+    return weight
+
+
+def run(weight: Packed24, inputs: Tensor, bias: Tensor | None, *, level: str | None = None) -> Tensor:
+    """inputs [..., K] contiguous, bias [N] contiguous -> [..., N], all of the weight's dtype; unchecked.
+
+    Raises SparseGPTError for a `level` that the machine does not have (`library.call`).
+    """
+    (rows, columns), values = weight.shape, weight.values
+    missing = -columns % WORD_COLUMNS
+    padded = columns + missing
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
+    if missing:
+        inputs = functional.pad(inputs, (0, missing))
+    tensors = (values, weight.meta, inputs, NOTHING if bias is None else bias, outputs)
+    call(_MATMUL[values.dtype], tensors, (rows, padded, inputs.numel() // padded), rows * columns, level)
+    return outputs
+
+
+def run_swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | None = None) -> Tensor:
+    """inputs [..., K] contiguous, of the weights' dtype -> silu(inputs gate^T) * (inputs up^T) [..., N]; unchecked.
+
+    Raises SparseGPTError where gate and up have not one shape and dtype, and as `run`.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise SparseGPTError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape and dtype")
+    rows, columns = up.shape
+    missing = -columns % WORD_COLUMNS
+    padded = columns + missing
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
+    if missing:
+        inputs = functional.pad(inputs, (0, missing))
+    tensors = (gate.values, gate.meta, up.values, up.meta, inputs, outputs)
+    call(_SWIGLU[up.dtype], tensors, (rows, padded, inputs.numel() // padded), 2 * rows * columns, level)
+    return outputs
+
+
+def unpack_fast(weight: Packed24, *, out: Tensor | None = None, level: str | None = None) -> Tensor:
+    """Packed -> dense [N, K]: `pack.unpack` through the library where it can, otherwise `pack.unpack` itself.
+
+    `out` [N, K] contiguous, of the dtype and device of the weight, takes the result instead of a new tensor.
+    """
+    (rows, columns), values = weight.shape, weight.values
+    name = _UNPACK.get(values.dtype) if values.is_cpu else None
+    if name is None or find_function(name) is None or not values.is_contiguous() or not weight.meta.is_contiguous():
+        dense = unpack(weight)
+        return dense if out is None else out.copy_(dense)
+    dense = values.new_empty(rows, columns) if out is None else out
+    call(name, (values, weight.meta, dense), (rows, padded_columns(columns), columns), rows * columns, level)
+    return dense

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked, write_json
-from sparsegpt.files.tensor_files import read_json
+from sparsegpt.files.checked_json import REPORT_NAME, read_checked, read_json, write_checked, write_json
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- sparsegpt: figures -->", "<!-- sparsegpt: end of figures -->"

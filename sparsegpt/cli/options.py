@@ -25,7 +25,8 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except SparseGPTError as error:
-            flags = {parameter.name: parameter.opts[0] for parameter in self.params}
+            # of what is on unless it is turned off, the flag that does so
+            flags = {parameter.name: [*parameter.secondary_opts, *parameter.opts][0] for parameter in self.params}
             advice = [flags[name] for name in _settings_of(error) if name in flags]
             if not advice:
                 raise

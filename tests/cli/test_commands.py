@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from sparsegpt.files import tensor_files
+from sparsegpt.files.results import write_marker
 from sparsegpt.model import families as blocks
 from sparsegpt.settings.prune_settings import PRESETS
 from tests.architectures import tiny_variant
@@ -543,18 +544,19 @@ def test_ctrl_c_during_pruning_exits_with_130_and_leaves_the_old_result(llama_fo
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
+    write_marker(out, "run")
     flags = ["--model", llama_folder, "--calib", text_file, "--eval", "none", "--sparsity", "2:4", "--samples", 64]
     flags += ["--seqlen", WINDOW, "--out", out, "--overwrite", "--reconstruct", 100_000]
     # A shell may start the tests in the background, where Ctrl-C is ignored; a user's terminal does not.
-    process = child("run", *flags, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    try:
-        assert any(line.startswith("pruning") for line in process.stdout)
-        with pytest.raises(subprocess.TimeoutExpired):  # it is at work
-            process.wait(timeout=2)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    with child("run", *flags, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        try:
+            assert any(line.startswith("pruning") for line in process.stdout)
+            with pytest.raises(subprocess.TimeoutExpired):  # it is at work
+                process.wait(timeout=2)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if line.strip()]) == 1

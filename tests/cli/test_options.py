@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import fields
 from importlib.metadata import version
@@ -53,7 +54,8 @@ def told(run_cli, monkeypatch):
 
 def test_without_options_the_defaults_of_the_dataclasses_hold(told):
     options, settings = told("--sparsity", "2:4")
-    assert options == RunOptions("demo", "pydoc", ("pydoc",), Path("pruned/demo-2of4"))
+    typed = {"preset": "default", "command": "sparsegpt run --quiet --sparsity 2:4"}
+    assert options == RunOptions("demo", "pydoc", ("pydoc",), Path("pruned/demo-2of4"), **typed)
     assert settings == resolve_settings("2:4")
     assert settings.asked == ()
 
@@ -106,8 +108,10 @@ def test_every_option_reaches_its_field(told, tmp_path):
         words += [] if isinstance(value, bool) else [str(value)]
     options, settings = told(*words)
     # gpu_memory is for plans: see below
-    assert {field.name for field in fields(RunOptions)} == {*of_run, "evaluate", "include_head", "gpu_memory"}
-    assert options == RunOptions(evaluate=("ptb", "x.txt"), include_head=True, **of_run)
+    given = {field.name for field in fields(RunOptions) if option_of(field)}
+    assert given == {*of_run, "evaluate", "include_head", "gpu_memory"}
+    typed = {"preset": "fast", "command": shlex.join(["sparsegpt", "run", "--quiet", *words])}
+    assert options == RunOptions(evaluate=("ptb", "x.txt"), include_head=True, **of_run, **typed)
     given = {field.name for field in fields(PruneSettings) if option_of(field)}
     assert given == {*of_pruning, "sparsity", "recipe"}
     assert settings == resolve_settings("0.7", "fast", recipe=read_recipe(tmp_path / "mix.toml"), **of_pruning)
@@ -255,12 +259,12 @@ def refuse(monkeypatch, error: SparseGPTError) -> None:
 
 
 def test_a_refusal_is_given_the_flags_of_the_settings_that_it_names(run_cli, monkeypatch):
-    error = SparseGPTError("too few tokens", settings=("samples", "sequence_length", "damping", "patience"))
+    error = SparseGPTError("too few tokens", settings=("samples", "sequence_length", "verify", "patience"))
     assert str(error) == "too few tokens"
     refuse(monkeypatch, error)
     outcome = run_cli("run", "--sparsity", "2:4")
     assert outcome.code == 1
-    assert outcome.err == "sparsegpt: too few tokens (--samples, --seqlen, --damping)\n"
+    assert outcome.err == "sparsegpt: too few tokens (--samples, --seqlen, --no-verify)\n"
 
 
 def test_flags_are_those_of_the_first_cause_too(run_cli, monkeypatch):

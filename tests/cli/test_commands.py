@@ -397,9 +397,9 @@ def test_too_short_a_text_for_scoring_is_refused(prune, run_cli, tmp_path, llama
     run_cli("eval", "--model", llama_folder, "--data", path).refused("less than one window of 64")
 
 
-def test_a_width_that_groups_do_not_divide_is_refused(prune, tmp_path):
+def test_a_width_that_groups_do_not_divide_is_refused(prune, tmp_path, text_file):
     folder = save_model(tmp_path / "odd", intermediate_size=66)
-    outcome = prune(model=folder, eval=tmp_path / "never-read.txt")
+    outcome = prune(model=folder, eval=text_file)
     outcome.refused("model.layers.0.mlp.down_proj", "66", "leave this layer out of what is pruned")
     assert "scoring" not in outcome.out + outcome.err
     assert prune(model=folder, skip="down_proj").code == 0

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 VERSION = 1
 STATE = "state.json"
 # Names of what runs write into this folder.
-_OWN = re.compile(r"state\.json|\.state\.json\.writing|tensors\.writing|(block|training|distilled)-\d{5}\.safetensors")
+_OWN = re.compile(
+    r"state\.json|\.state\.json\.writing|tensors\.writing|(block|training|distilled)-\d{5}\.safetensors"
+    r"|rehearsal-\w+|\.sparsegpt-\w+"
+)
 
 
 class ResumeError(SparseGPTError):

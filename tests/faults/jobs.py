@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsegpt.files.results import MARKER, new_result
 from tests.support import CHILD_ENVIRONMENT
 
 TIMEOUT = 300.0
@@ -177,21 +178,26 @@ class Job:
 
 
 def put_old_result(out: Path) -> None:
-    """A folder that is in the way, with something that must not get lost before there is a new result."""
+    """An older result that is in the way, and must not get lost before there is a new one."""
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    for name, content in OLD.items():
-        (out / name).write_bytes(content)
+    with new_result(out, "test", overwrite=True) as draft:
+        for name, content in OLD.items():
+            (draft / name).write_bytes(content)
+
+
+# They tell when a result was made and how long it took, and the marker has their checksums.
+DATED = ("report.json", "README.md", MARKER)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a model folder but its report, which holds times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
+    """Every file of a model folder but those that hold times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in DATED}
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below a folder but the marker."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def without_seconds(row: dict[str, Any]) -> dict[str, Any]:

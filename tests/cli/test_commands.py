@@ -396,10 +396,10 @@ def test_too_short_a_text_for_scoring_is_refused(prune, run_cli, tmp_path, llama
     run_cli("eval", "--model", llama_folder, "--data", path).refused("less than one window of 64")
 
 
-def test_a_width_that_groups_do_not_divide_is_refused(prune, tmp_path):
+def test_a_width_that_groups_do_not_divide_is_refused(prune, tmp_path, text_file):
     folder = save_model(tmp_path / "odd", intermediate_size=66)
-    outcome = prune(model=folder, eval=tmp_path / "never-read.txt")
-    outcome.refused("model.layers.0.mlp.down_proj", "66", "leave this layer out of what is pruned")
+    outcome = prune(model=folder, eval=text_file)
+    outcome.refused("model.layers.0.mlp.down_proj", "66", "leave this layer out of what is pruned", "--skip")
     assert "scoring" not in outcome.out + outcome.err
     assert prune(model=folder, skip="down_proj").code == 0
 
@@ -431,7 +431,7 @@ def test_a_file_as_out_is_refused(prune, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"only": "("}, {"skip": "["}, {"only": "nothing"}, {"skip": "."}])
 def test_a_choice_of_layers_that_makes_no_sense_is_refused(prune, flags):
-    prune(**flags).refused(*flags)
+    prune(**flags).refused(*(f"--{flag}" for flag in flags))
 
 
 @pytest.mark.parametrize(

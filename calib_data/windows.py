@@ -51,7 +51,7 @@ def bos_token(tokenizer: Any, model_type: str, choice: str) -> int | None:
     if not wanted:
         return None
     if tokenizer.bos_token_id is None:
-        raise SparseGPTError("the tokenizer has no beginning-of-sequence token: set bos to never")
+        raise SparseGPTError("the tokenizer has no beginning-of-sequence token: set bos to never", settings=("bos",))
     return int(tokenizer.bos_token_id)
 
 
@@ -69,7 +69,8 @@ def draw_windows(
     if samples < 1 or text_length < 1:
         raise SparseGPTError(
             f"expected at least 1 calibration window of at least 1 token, found {samples} of {sequence_length}; "
-            "raise the samples or the sequence length"
+            "raise the samples or the sequence length",
+            settings=("samples", "sequence_length"),
         )
     generator = torch.Generator().manual_seed(seed)
     draw = _windows_within_documents if source.windows_within_documents else _windows_of_stream
@@ -103,7 +104,8 @@ def _windows_of_stream(
     if positions < 1:
         raise SparseGPTError(
             f"{source.name}: expected at least {sequence_length} tokens for one calibration window, "
-            f"found {len(tokens)}; give more text or lower the sequence length"
+            f"found {len(tokens)}; give more text or lower the sequence length",
+            settings=("sequence_length",),
         )
     starts = torch.randint(positions, (samples, 1), generator=generator)
     return tokens[starts + torch.arange(sequence_length)]
@@ -133,5 +135,6 @@ def _long_document(
         longest = max(longest, len(tokens))
     raise SparseGPTError(
         f"{source.name}: expected a document of {sequence_length} tokens, found none longer than {longest} "
-        f"in {DRAWS_WITHOUT_A_FIT} draws; lower the sequence length"
+        f"in {DRAWS_WITHOUT_A_FIT} draws; lower the sequence length",
+        settings=("sequence_length",),
     )

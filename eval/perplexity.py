@@ -101,7 +101,8 @@ def _windows(tokens: Tensor, sequence_length: int, model: "PreTrainedModel") -> 
     if count == 0:
         raise SparseGPTError(
             f"the text has {len(stream)} tokens, less than one window of {sequence_length}; "
-            "give more text or a shorter sequence length"
+            "give more text or a shorter sequence length",
+            settings=("sequence_length",),
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(stream.max()) >= vocabulary:

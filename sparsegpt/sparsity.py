@@ -61,7 +61,8 @@ class NM:
         if in_features % self.m:
             raise SparseGPTError(
                 f"{name}: {in_features} input features do not divide into groups of {self.m}; "
-                f"choose another pattern than {self} or leave this layer out of what is pruned"
+                f"choose another pattern than {self} or leave this layer out of what is pruned",
+                settings=("sparsity", "skip"),
             )
 
 

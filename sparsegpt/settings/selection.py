@@ -12,7 +12,7 @@ _RANGE = re.compile(r"(?P<first>\d{0,9})(?P<open>:(?P<end>\d{0,9}))?", re.ASCII)
 
 
 @functools.lru_cache
-def compile_regex(text: str, what: str) -> re.Pattern[str]:
+def compile_regex(text: str, what: str, setting: str = "") -> re.Pattern[str]:
     """The regular expression `text`. Raises SparseGPTError, beginning with `what`, where it is none."""
     try:
         with warnings.catch_warnings():  # what a later Python may read differently, this one reads as ever
@@ -20,7 +20,8 @@ def compile_regex(text: str, what: str) -> re.Pattern[str]:
             return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise SparseGPTError(f"{what} {text!r} is not a regular expression: {reason}") from error
+        message = f"{what} {text!r} is not a regular expression: {reason}"
+        raise SparseGPTError(message, settings=filter(None, (setting,))) from error
 
 
 def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:
@@ -28,7 +29,9 @@ def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[s
 
     Raises SparseGPTError where one of them is no regular expression.
     """
-    wanted, unwanted = (compile_regex(text, what) if text else None for what, text in (("only", only), ("skip", skip)))
+    wanted, unwanted = (
+        compile_regex(text, name, name) if text else None for name, text in (("only", only), ("skip", skip))
+    )
     return lambda name: not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))
 
 
@@ -47,7 +50,8 @@ class BlockRanges:
             if first >= count or stop > count:
                 raise SparseGPTError(
                     f"blocks {self.text} are out of range: the model has {count} blocks, 0 to {count - 1}; "
-                    "ranges leave out their end, as in 0:12"
+                    "ranges leave out their end, as in 0:12",
+                    settings=("blocks",),
                 )
             found.update(range(first, stop))
         return frozenset(found)
@@ -66,7 +70,9 @@ def parse_blocks(value: "str | BlockRanges | None") -> BlockRanges:
     for part in value.split(","):
         found = _RANGE.fullmatch(part.strip())
         if not found or not part.strip():
-            raise SparseGPTError(f"blocks {value!r} are not understood: expected ranges such as 0:12, 3, :4 or 20:")
+            raise SparseGPTError(
+                f"blocks {value!r} are not understood: expected ranges such as 0:12, 3, :4 or 20:", settings=("blocks",)
+            )
         first = int(found["first"]) if found["first"] else None
         if not found["open"]:
             assert first is not None
@@ -74,6 +80,8 @@ def parse_blocks(value: "str | BlockRanges | None") -> BlockRanges:
             continue
         end = int(found["end"]) if found["end"] else None
         if end is not None and end <= (first or 0):
-            raise SparseGPTError(f"blocks {value}: {part.strip()} holds no block, as a range leaves out its end")
+            raise SparseGPTError(
+                f"blocks {value}: {part.strip()} holds no block, as a range leaves out its end", settings=("blocks",)
+            )
         ranges.append((first, end))
     return BlockRanges(value, tuple(ranges))

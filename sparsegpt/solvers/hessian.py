@@ -104,7 +104,8 @@ class DampedHessian:
         diagonal = self.raw.diagonal()
         if not torch.isfinite(diagonal).all():
             raise SparseGPTError(
-                f"{name}: its inputs contain NaN or infinite activations; run the model in float32 or bfloat16"
+                f"{name}: its inputs contain NaN or infinite activations; run the model in float32 or bfloat16",
+                settings=("dtype",),
             )
         self.dead = diagonal == 0
         self.mean_diagonal = float(diagonal[~self.dead].mean()) if not self.dead.all() else 1.0
@@ -172,7 +173,8 @@ class DampedHessian:
                     return factor.to(self.raw.dtype), damping
         raise SparseGPTError(
             f"{self.name}: Hessian is not positive definite at damping={self.requested_damping * DAMPING_STEPS[-1]:g}, "
-            "in float64 either; raise the damping or give more calibration samples"
+            "in float64 either; raise the damping or give more calibration samples",
+            settings=("damping", "samples"),
         )
 
 

@@ -94,7 +94,8 @@ def prune_layer(
     if not math.isfinite(loss):
         raise SparseGPTError(
             f"{hessian.name}: pruned weights do not fit {weight.dtype} or the Hessian overflows; "
-            "use float32 or bfloat16"
+            "use float32 or bfloat16",
+            settings=("dtype",),
         )
     energy = float(row_losses(original_RC, hessian.raw).sum())
     return Pruned(result, mask, loss, loss / energy if energy > 0 else 0.0, hessian.damping)

@@ -97,7 +97,7 @@ class Method:
             # A copy: research code may work in place, and the loss is compared with what the weight was.
             found, mask = self._solved(weight.clone(), hessian, pattern, block_size)
             self._check(hessian.name, found, mask, weight, pattern)
-            return found.masked_fill(~mask, 0).contiguous(), mask  # a product with the mask leaves zeros of both signs
+            return found.masked_fill(~mask, 0), mask  # a product with the mask leaves zeros of both signs
         return self._solved(weight, hessian, pattern, block_size)
 
     def _solved(

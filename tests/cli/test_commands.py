@@ -400,7 +400,7 @@ def test_too_short_a_text_for_scoring_is_refused(prune, run_cli, tmp_path, llama
 def test_a_width_that_groups_do_not_divide_is_refused(prune, tmp_path, text_file):
     folder = save_model(tmp_path / "odd", intermediate_size=66)
     outcome = prune(model=folder, eval=text_file)
-    outcome.refused("model.layers.0.mlp.down_proj", "66", "leave this layer out of what is pruned")
+    outcome.refused("model.layers.0.mlp.down_proj", "66", "leave this layer out of what is pruned", "--skip")
     assert "scoring" not in outcome.out + outcome.err
     assert prune(model=folder, skip="down_proj").code == 0
 

@@ -96,7 +96,7 @@ def test_blocks_behind_the_last_pruned_one_are_not_run():
     model, ran = tiny_model("llama"), []
     for block in model.model.layers:
         block.register_forward_hook(lambda module, args, output: ran.append(module))
-    prune_model(model, random_windows(), "2:4", only_blocks="0")
+    prune_model(model, random_windows(), "2:4", only_blocks="0", verify=False)
     assert set(ran) == {model.model.layers[0]}
 
 

@@ -114,6 +114,7 @@ def child(job: dict) -> None:
         if job.get("user"):
             os.setgid(job["user"])
             os.setuid(job["user"])
+        os.environ.update(job.get("environment", {}))
         if job.get("fault"):
             Faults(**job["fault"]).install()
         code = command(job["argv"])

@@ -1,5 +1,6 @@
 """kill -9 at any moment: a run goes on behind its last finished block and ends with the bits of an undisturbed one."""
 
+import json
 import random
 import shutil
 from collections import Counter
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import Job, finished_blocks, leftovers, put_old_result, work_folder
+from tests.faults.jobs import OLD, Job, everything, finished_blocks, leftovers, put_old_result, work_folder
 from tests.support import write_text
 
 ACTIVATIONS = ("memory", "disk")
@@ -101,3 +102,45 @@ def test_a_run_killed_before_each_of_its_writes_resumes_to_the_same_bits(tiny_jo
         assert tiny_job.untouched(out), made[place]
         tiny_job.resume(out)
     print(f"\nkilled before {len(range(0, len(made), step))} of {len(made)} writes: all bit-identical")
+
+
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_packing_and_unpacking_killed_before_each_of_their_writes(tiny_job, forker, tmp_path, command, step):
+    """The old result or the new one at every moment, whole; the same command again clears up."""
+    source, packed, out, calls = (tmp_path / name for name in ("pruned", "packed", "out", "calls"))
+    outcome = tiny_job.run(source)
+    assert outcome.code == 0, outcome.err
+    assert forker.run(["pack", source, packed]).code == 0
+    arguments = [command, source if command == "pack" else packed, out, "--overwrite"]
+    fault = {"root": str(tmp_path), "calls": str(calls)}
+    put_old_result(out)
+    outcome = forker.run(arguments, fault=fault | {"kind": "count", "at": -1})
+    assert outcome.code == 0, outcome.err
+    expected, made = everything(out), calls.read_text().splitlines()
+    for at in range(0, len(made), step):
+        put_old_result(out)
+        assert forker.run(arguments, fault=fault | {"kind": "kill", "at": at}).code == -9
+        assert not out.exists() or everything(out) in (OLD, expected), made[at]
+        outcome = forker.run(arguments)
+        assert outcome.code == 0, outcome.err
+        assert everything(out) == expected
+        assert not leftovers(out)
+    print(f"\n{command} killed before {len(range(0, len(made), step))} of {len(made)} writes: all bit-identical")
+
+
+@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.faults)])
+def test_tuning_killed_before_each_of_its_writes_keeps_what_it_knew(forker, tmp_path, step):
+    """Its file is as it was, or new, and never half of either."""
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    file, calls = tmp_path / "sparsegpt" / "measured.json", tmp_path / "calls"
+    arguments = ["tune", "--shapes", "32x64", "--tokens", "1", "--rounds", "1"]
+    fault = {"root": str(file.parent), "calls": str(calls)}
+    assert forker.run(arguments, environment=environment).code == 0
+    old = file.read_text()
+    outcome = forker.run(arguments, fault=fault | {"kind": "count", "at": -1}, environment=environment)
+    assert outcome.code == 0, outcome.err
+    for at in range(0, len(calls.read_text().splitlines()), step):
+        file.write_text(old)
+        forker.run(arguments, fault=fault | {"kind": "kill", "at": at}, environment=environment)
+        assert file.read_text() == old or json.loads(file.read_text())["machines"]

@@ -41,7 +41,7 @@ def off_cpu(device: torch.device) -> bool:
 def dense_route(rows_of: RowsOf, keeps: Keeps, on_the_way: int = 0) -> Route:
     """inputs [T, K] -> [T, N]: the route of a format with such rows, the dense weight kept on some devices.
 
-    on_the_way: bytes for each weight that decompressing needs, where they are more than those of the inputs' dtype.
+    on_the_way: bytes for each weight that decompressing needs, where they are others than those of the inputs' dtype.
     """
 
     def prepare(weight: Any) -> Any:
@@ -50,7 +50,10 @@ def dense_route(rows_of: RowsOf, keeps: Keeps, on_the_way: int = 0) -> Route:
     def run(state: Any, inputs: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(state, Tensor):
             return functional.linear(inputs, state, bias)
-        block = block_rows(state.shape[1] * max(inputs.itemsize, on_the_way))
+        rows, columns = state.shape
+        block = block_rows(columns * (on_the_way or inputs.itemsize))
+        if rows <= block:
+            return functional.linear(inputs, rows_of(state, slice(0, rows), None), bias)
         return _by_blocks(rows_of, state, inputs, bias, block)
 
     return Route(lambda weight: None, prepare, run)
@@ -64,8 +67,6 @@ def block_rows(row_bytes: int) -> int:
 def _by_blocks(rows_of: RowsOf, weight: Any, inputs: Tensor, bias: Tensor | None, block: int) -> Tensor:
     """inputs [T, K] -> [T, N], the weight decompressed `block` rows at a time."""
     rows, columns = weight.shape
-    if rows <= block:
-        return functional.linear(inputs, rows_of(weight, slice(0, rows), None), bias)
     outputs, buffer = inputs.new_empty(inputs.shape[0], rows), inputs.new_empty(block, columns)
     for part in strips(rows, block):
         weight_NK = rows_of(weight, part, buffer[: part.stop - part.start])

@@ -15,8 +15,7 @@ These words are CUTLASS's reordered metadata up to a transposition of tiles.
 Rows are padded with zeros to a multiple of 32. A warpgroup of four warps reads the same registers for
 wgmma.mma_async.sp.m64nNk32, each warp a pair of tiles (wgmma_sp.py).
 
-Dimension key: N out_features, K in_features, T tokens, L lanes, R registers, S steps of 32 columns, P pairs of
-tiles."""
+Dimension key: N out_features, K in_features, L lanes, R registers, S steps of 32 columns, P pairs of tiles."""
 
 from __future__ import annotations
 

@@ -107,14 +107,15 @@ class PackedLinear(nn.Module):
     def planned(self, input: Tensor) -> tuple[Plan, Tensor]:
         """What serves inputs [..., K], and these as it takes them; SparseGPTError for inputs that do not fit."""
         plan = self.plan(input.dtype)
-        return plan, self.fitting(input, plan.parts, plan.dtype, plan.autocast)
+        return plan, self.fitting(input, plan.parts, plan.dtype, plan.device, plan.autocast)
 
-    def fitting(self, input: Tensor, parts: tuple[Tensor, ...], dtype: torch.dtype, autocast: str) -> Tensor:
+    def fitting(
+        self, input: Tensor, parts: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device, autocast: str
+    ) -> Tensor:
         """[..., K] -> [..., K], in `dtype` under autocast. Raises SparseGPTError where it or the parts do not fit."""
         for tensor in parts:
             if tensor.requires_grad:
                 raise SparseGPTError("a packed layer does not train its weight or bias; unpack the model for training")
-        device = parts[0].device
         if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise SparseGPTError(f"expected inputs [..., {self.in_features}]; found {tuple(input.shape)}")
         if input.dtype != dtype and torch.is_autocast_enabled(autocast):
@@ -132,7 +133,8 @@ class PackedLinear(nn.Module):
             raise SparseGPTError("a packed layer has no forward derivatives; unpack the model for them")
         weight, bias = self.operands, self.bias
         parts = weight if bias is None else (*weight, bias)
-        input = self.fitting(input, parts, self.computes_in(input.dtype), autocast_device(weight[0]))
+        device, autocast = weight[0].device, autocast_device(weight[0])
+        input = self.fitting(input, parts, self.computes_in(input.dtype), device, autocast)
         shape = (self.out_features, self.in_features)
         output: Tensor = packed_linear(input, list(weight), bias, self._kernels, self.form_text, *shape)
         return output
@@ -178,7 +180,7 @@ class Plan:
         self.bias = None if bias is None else bias.contiguous()
         self.parts = parts
         self._versions = [(part, part._version) for part in parts if not part.is_inference()]
-        self.autocast = autocast_device(parts[0])
+        self.device, self.autocast = device, autocast_device(parts[0])
         self._shape = weight.shape
         self._served: dict[str, tuple[Route, Any]] = {}
 

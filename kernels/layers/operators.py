@@ -44,7 +44,7 @@ def _packed_linear(
         aliases, alias = [part.detach() for part in weight], None if bias is None else bias.detach()
         layer = _made[weight[0]] = _layer(aliases, alias, kernels, form, shape)
         plan = layer.plan(input.dtype)
-    outputs: Tensor = plan.multiply(layer.fitting(input, plan.parts, plan.dtype, plan.autocast))
+    outputs: Tensor = plan.multiply(layer.fitting(input, plan.parts, plan.dtype, plan.device, plan.autocast))
     return outputs
 
 

@@ -41,7 +41,7 @@ def off_cpu(device: torch.device) -> bool:
 def dense_route(rows_of: RowsOf, keeps: Keeps, on_the_way: int = 0) -> Route:
     """inputs [T, K] -> [T, N]: the route of a format with such rows, the dense weight kept on some devices.
 
-    on_the_way: bytes for each weight that decompressing needs, where they are others than those of the inputs' dtype.
+    on_the_way: bytes that decompressing needs for each weight; 0 for those of the inputs' dtype.
     """
 
     def prepare(weight: Any) -> Any:

@@ -75,9 +75,14 @@ class Source:
         return hub_id(self.folder) or self.folder.absolute().name
 
     @functools.cached_property
+    def config_file(self) -> bytes:
+        """config.json, as it was when it was first asked for."""
+        return (self.folder / CONFIG).read_bytes()
+
+    @property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        content: dict[str, Any] = json.loads((self.folder / CONFIG).read_bytes())
+        content: dict[str, Any] = json.loads(self.config_file)
         return content
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -137,8 +142,11 @@ def fetched(hub: str, revision: str | None) -> Path:
             continue
         for shard in _shards(path) if path.suffix == ".json" else ():
             hf_hub_download(hub, shard, revision=commit)
-        break
-    return folder
+        return folder
+    raise SparseGPTError(
+        f"model {hub!r} has no weights on the Hub, or none in the cache and no network: expected one of "
+        f"{', '.join(WEIGHT_FILES)}"
+    )
 
 
 def cached(hub: str, revision: str | None) -> Path | None:

@@ -166,6 +166,7 @@ class Job:
         assert found.keys() == self.result.keys()
         differing = [name for name in found if found[name] != self.result[name]]
         assert not differing, f"{differing} differ from the undisturbed run"
+        assert "## Pruned with sparsegpt" in (out / "README.md").read_text()
         report = json.loads((out / "report.json").read_text())
         assert [without_seconds(row) for row in report["layers"]] == [
             without_seconds(row) for row in self.report["layers"]
@@ -185,8 +186,8 @@ def put_old_result(out: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a model folder but its report, which holds times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
+    """Every file of a model folder but its report, which holds times, and its card, which holds the command."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("report.json", "README.md")}
 
 
 def everything(folder: Path) -> dict[str, bytes]:

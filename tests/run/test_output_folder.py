@@ -146,6 +146,33 @@ def test_weights_of_several_dtypes_are_pruned_in_their_own_and_resume_to_the_sam
     assert (options.out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+def test_experts_of_several_dtypes_are_pruned_in_their_own_and_resume_to_the_same_bits(options, tmp_path):
+    """Even where the loader joins tensors of two dtypes; those of GPT-2 are transposed besides."""
+    for variant in ("mixtral", "gpt2"):
+        source = tmp_path / variant
+        tiny_variant(variant).save_pretrained(source)
+        save_tokenizer(source)
+        wide = ("w2.weight", "1.w1.weight", "0.attn.c_attn.weight", "1.self_attn.k_proj.weight")
+        content = {n: t if n.endswith(wide) else t.bfloat16() for n, t in tensors(source).items()}
+        safetensors.torch.save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+        chosen = changed(options, model=str(source), out=tmp_path / f"{variant}-out")
+        whole = changed(chosen, out=tmp_path / f"{variant}-whole")
+        run(whole, SETTINGS)
+        pruned = tensors(whole.out)
+        assert {name: tensor.dtype for name, tensor in pruned.items()} == {n: t.dtype for n, t in content.items()}
+        changed_ones = [name for name in content if not torch.equal(pruned[name], content[name])]
+        assert {name.endswith(wide) for name in changed_ones} == {True, False}
+
+        class Stop(Listener):
+            def block(self, report):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(chosen, SETTINGS, Stop())
+        run(changed(chosen, resume=True), SETTINGS)
+        assert (chosen.out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
+
+
 def test_surplus_tensors_are_kept_and_told(options, tmp_path):
     source = save_model(tmp_path / "model")
     name = "model.layers.0.self_attn.q_proj.bias"

@@ -55,6 +55,17 @@ def test_a_hub_model_is_its_folder_in_the_cache(tmp_path, hub):
     assert torch.equal(logits_of(loaded.model, random_windows()), logits_of(local.model, random_windows()))
 
 
+def test_a_cache_without_the_card_is_told_of(tmp_path, hub):
+    """Loaders leave it behind, and whatever else they do not read."""
+    model = save_model(tmp_path / "model")
+    in_cache(model, hub)
+    [note] = load_model("org/tiny", device="cpu", stream_through=tmp_path).notes
+    assert "README.md of org/tiny" in note
+    (model / "README.md").write_text("# Tiny")
+    in_cache(model, hub, "org/whole")
+    assert load_model("org/whole", device="cpu", stream_through=tmp_path).notes == ()
+
+
 def test_shards_and_pickles_are_found_in_the_cache(tmp_path, hub):
     model = save_model(tmp_path / "model")
     content = safetensors.torch.load_file(model / "model.safetensors")

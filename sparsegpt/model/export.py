@@ -113,26 +113,29 @@ def _config(loaded: LoadedModel) -> bytes:
     source = loaded.source
     config = copy.deepcopy(source.config)
     config.pop(FILE_KEY, None)  # the files have the usual names now
-    dtypes = {tensor.dtype for tensor in source.tensors.values()} if loaded.asked is None else {loaded.asked}
+    weights = source.tensors.keys() - set(_TensorNames(loaded).carried)
+    dtypes = {source.tensors[name].dtype for name in weights} if loaded.asked is None else {loaded.asked}
     _say_dtype(config, loaded.stored_dtype, dtypes)
     if loaded.tied and not is_tied(loaded.model):
         config["tie_word_embeddings"] = False
         for part in _parts_of(config):
             if "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
-    raw = (source.folder / CONFIG).read_bytes()
-    return raw if config == source.config else _in_the_form_of(raw, config)
+    return source.config_file if config == source.config else _in_the_form_of(source.config_file, config)
 
 
 def _say_dtype(config: dict[str, Any], stored: torch.dtype, dtypes: Iterable[torch.dtype]) -> None:
-    """Correct what a config, or a part of it, says of a dtype that no tensor has."""
-    true = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    """Correct what a config, or a part of it, says of a dtype that no weight has."""
+    true, right = {_plain(dtype) for dtype in dtypes}, _plain(stored)
     for part in (config, *_parts_of(config)):
         for key in _DTYPE_KEYS:
-            said = str(part.get(key))
-            plain = said.removeprefix("torch.")
-            if isinstance(getattr(torch, plain, None), torch.dtype) and plain not in true:
-                part[key] = said.replace(plain, str(stored).removeprefix("torch."))
+            said = part.get(key)
+            if isinstance(said, str) and said not in true and isinstance(getattr(torch, said, None), torch.dtype):
+                part[key] = right
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _parts_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -110,6 +110,7 @@ def load_model(
     located = _located(name, revision)
     try:
         folder = located if isinstance(located, Path) else fetched(located, revision)
+        check_folder(folder)
         hub = {"trust_remote_code": trust_remote_code}
         config = _config(folder, trust_remote_code=trust_remote_code)
         source = Source.of(folder)
@@ -143,6 +144,8 @@ def load_model(
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
     """The configuration of a model named as for `load_model`, whose folder is looked over before anything is read."""
     located = _located(name, revision)
+    if isinstance(located, Path):
+        check_folder(located)
     try:
         return _config(located, trust_remote_code=trust_remote_code, revision=revision)
     except SparseGPTError:
@@ -158,16 +161,15 @@ def stored_in_files(name: str, revision: str | None = None) -> torch.dtype | Non
     try:
         return Source.of(folder).dtype if folder else None
     except SparseGPTError:
-        if folder == located:
+        if isinstance(located, Path):
             raise
         return None  # the cache holds the config alone
 
 
 def _located(name: str, revision: str | None) -> Path | str:
-    """The folder of a model, looked over before anything in it is read, or its Hub id."""
+    """The folder of a model, or its Hub id; SparseGPTError for what can be neither."""
     source = _source(name)
     if _is_folder(source):
-        check_folder(Path(source))
         if revision is not None:
             raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
         return Path(source)

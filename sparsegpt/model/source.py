@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.beside import WEIGHT_SUFFIXES, Beside, some
+from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.files.tensor_files import INDEX, WEIGHTS, read_header, stored_dtype
 
 # Where transformers looks for weights, the first that is there.
@@ -75,9 +76,14 @@ class Source:
         return hub_id(self.folder) or self.folder.absolute().name
 
     @functools.cached_property
+    def config_file(self) -> bytes:
+        """config.json, as it was when it was first asked for."""
+        return (self.folder / CONFIG).read_bytes()
+
+    @property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        content: dict[str, Any] = json.loads((self.folder / CONFIG).read_bytes())
+        content: dict[str, Any] = json.loads(self.config_file)
         return content
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -99,6 +105,8 @@ class Source:
         )
         if left := tuple(path for path in self.beside.weights if path not in used):
             yield f"left behind, as files of weights before pruning: {some(left)}"
+        if hub_id(self.folder) and PurePath(CARD_NAME) not in self.beside.files:
+            yield f"{CARD_NAME} of {self.name} is not in the Hub's cache: only files that are there come along"
         if self.beside.outside:
             yield f"left behind, as no regular files of the model folder: {some(self.beside.outside)}"
 
@@ -124,11 +132,11 @@ def fetched(hub: str, revision: str | None) -> Path:
     Without network, what is in the cache must do.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     folder = Path(hf_hub_download(hub, CONFIG, revision=revision)).parent
     commit = folder.name  # from here on all files are of one state
-    with suppress(LocalEntryNotFoundError):  # offline, and the cache holds only some of the files
+    with suppress(Exception):  # without network, in whatever words; `Source.notes` tells of what then is not there
         snapshot_download(hub, revision=commit, ignore_patterns=[f"*.{suffix}" for suffix in WEIGHT_SUFFIXES])
     for name in WEIGHT_FILES:
         try:
@@ -137,8 +145,11 @@ def fetched(hub: str, revision: str | None) -> Path:
             continue
         for shard in _shards(path) if path.suffix == ".json" else ():
             hf_hub_download(hub, shard, revision=commit)
-        break
-    return folder
+        return folder
+    raise SparseGPTError(
+        f"model {hub!r} has no weights on the Hub, or none in the cache and no network: expected one of "
+        f"{', '.join(WEIGHT_FILES)}"
+    )
 
 
 def cached(hub: str, revision: str | None) -> Path | None:

@@ -28,6 +28,7 @@ from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.figures import CARD_NAME
+from sparsegpt.files.folders import is_full_disk
 from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
@@ -217,8 +218,9 @@ class _Job:
             with tempfile.TemporaryDirectory(dir=self.work.folder, prefix="rehearsal-") as folder:
                 write_beside(self.loaded, Path(folder), self.readme())
         except (OSError, ValueError, TypeError) as error:
+            refusal = "no space left for" if is_full_disk(error) else "cannot write"
             raise SparseGPTError(
-                f"the files beside the weights of {self.options.model} cannot be written again: {first_line(error)}"
+                f"{refusal} what lies beside the weights of {self.options.model}: {first_line(error)}"
             ) from error
 
     def readme(self) -> bytes:
@@ -231,7 +233,6 @@ class _Job:
             "calibration": "{source}, {samples} windows of {sequence_length} tokens, seed {seed}".format(**calibration),
             "pruned": f"{len(self.pruned.layers)} linears",
             "stored as": str(self.loaded.stored_dtype).removeprefix("torch."),
-            "date": self.date,
         }
         card = Card(
             base=source.name,

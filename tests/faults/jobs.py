@@ -167,6 +167,7 @@ class Job:
         assert found.keys() == self.result.keys()
         differing = [name for name in found if found[name] != self.result[name]]
         assert not differing, f"{differing} differ from the undisturbed run"
+        assert "## Pruned with sparsegpt" in (out / "README.md").read_text()
         report = json.loads((out / "report.json").read_text())
         assert [without_seconds(row) for row in report["layers"]] == [
             without_seconds(row) for row in self.report["layers"]

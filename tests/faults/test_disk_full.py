@@ -112,10 +112,8 @@ def large_model(folder: Path) -> Path:
 def test_scratch_without_room_for_a_converted_model_is_refused(tiny_job, small_disk, tmp_path):
     folder, resize = small_disk
     model = large_model(tmp_path / "model")
-    config = model / "config.json"
-    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
     resize(64)
-    flags = {"model": model, "scratch": folder}
+    flags = {"model": model, "scratch": folder, "dtype": "bfloat16"}
     tiny_job.run(tmp_path / "out", **flags).refused("no room for", str(folder), "--scratch")
     assert not list(folder.iterdir())
     resize(4096)

@@ -1,10 +1,14 @@
 """Weights at home and weights at work: a streamed model computes what a loaded one does and its home stays as it is."""
 
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from sparsegpt.files.mapped import is_mapped
+from sparsegpt.model import loading
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import FAMILIES
 from sparsegpt.model.loading import load_model
@@ -56,6 +60,47 @@ def test_an_explicit_dtype_computes_in_it(tmp_path):
     away = streamed(name, tmp_path, dtype="bfloat16")
     loaded = load_model(name, device="cpu", dtype="bfloat16")
     assert torch.equal(logits_of(away.model, random_windows(2)), logits_of(loaded.model, random_windows(2)))
+
+
+def mix(folder):
+    """Norms and one matrix in float32 beside halves, in the files of a folder."""
+    path = Path(folder) / "model.safetensors"
+    content = safetensors.torch.load_file(path)
+    kept = {name for name, tensor in content.items() if tensor.ndim == 1 or name.endswith("1.mlp.up_proj.weight")}
+    generator = torch.Generator().manual_seed(0)
+    content = {
+        name: tensor.float() + 1e-4 * torch.rand(tensor.shape, generator=generator) if name in kept else tensor
+        for name, tensor in content.items()
+    }
+    safetensors.torch.save_file(content, path, metadata={"format": "pt"})
+    return content
+
+
+def test_files_of_several_dtypes_compute_as_the_loader_says_and_stay_as_they_are(tmp_path, monkeypatch):
+    """As on a GPU, which computes in the dtype of the blocks."""
+    name = stored(tmp_path / "model", torch.bfloat16)
+    content = mix(name)
+    monkeypatch.setattr(loading, "dtypes_for", lambda *args: (torch.bfloat16, torch.bfloat16))
+    loaded, away = load_model(name, device="cpu"), streamed(name, tmp_path)
+    assert loaded.model.dtype == torch.bfloat16
+    assert torch.equal(logits_of(away.model, random_windows(2)), logits_of(loaded.model, random_windows(2)))
+    home = weights_of(away.model)
+    assert all(torch.equal(home[key], content[key]) and home[key].dtype == content[key].dtype for key in content)
+
+
+def test_new_values_are_rounded_to_what_is_at_home(tmp_path):
+    name = stored(tmp_path / "model", torch.bfloat16)
+    mix(name)
+    away = streamed(name, tmp_path)
+    residence, block = away.residence, away.model.model.layers[1]
+    values = torch.rand(3)
+    with residence.visit(block):
+        for linear, dtype in ((block.mlp.up_proj, torch.float32), (block.mlp.down_proj, torch.bfloat16)):
+            assert linear.weight.dtype == torch.float32
+            assert torch.equal(residence.as_stored(values, linear.weight), values.to(dtype))
+            assert torch.equal(residence.as_stored(values, linear.weight[1:].T), values.to(dtype))  # a view of it
+    assert torch.equal(residence.as_stored(values, block.mlp.up_proj.weight), values)
+    assert residence.as_stored(values, torch.rand(3)).dtype == torch.bfloat16  # of nobody who is known
 
 
 def residence_of(module, **options):

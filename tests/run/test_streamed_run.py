@@ -67,7 +67,8 @@ def compare(tmp_path, monkeypatch, model, sparsity, *, include_head=False, **cho
         resolve_settings(sparsity, **choices),
     )
     loaded = load_model(str(tmp_path / "model"))
-    windows = draw_windows(load_text(text, "calibration"), loaded.tokenizer, SAMPLES, LENGTH, 0).windows
+    bos = loaded.bos_token("auto")
+    windows = draw_windows(load_text(text, "calibration"), loaded.tokenizer, SAMPLES, LENGTH, 0, bos).windows
     prune_model(loaded.model, windows, sparsity, include_head=include_head, **choices)
     expected, found = loaded.model.state_dict(), load_model(str(tmp_path / "out")).model.state_dict()
     assert found.keys() == expected.keys()

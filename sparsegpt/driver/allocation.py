@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.driver.stages import expert_of
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.capture import BlockCall, ModelInputs, run_watched, shared_inputs
+from sparsegpt.model.routers import mixture_of
 from sparsegpt.model.unfuse import unfused
 from sparsegpt.sparsity import Sparsity, Unstructured
 
@@ -92,9 +92,8 @@ def _input_norms(
 ) -> tuple[Mapping[str, Tensor], list[Tensor]]:
     """Squared norm of every input column of each linear, [C], and the stream after the block."""
     device = next(block.parameters()).device
-    may_rest = [name for name in names if expert_of(name)]
-    first = stream[0].to(device)
-    groups = shared_inputs(block, names, calls[0], first, may_rest=may_rest.__contains__) if names else []
+    expert_of, first = mixture_of(block).expert_of, stream[0].to(device)
+    groups = shared_inputs(block, names, calls[0], first, may_rest=lambda name: bool(expert_of(name))) if names else []
     squares: dict[str, Tensor] = {}
     outputs = []
     for call, hidden in zip(calls, stream, strict=True):

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from sparsegpt.driver.groups import GroupSolver
 from sparsegpt.driver.reports import LayerReport
-from sparsegpt.driver.stages import Group, expert_of, plan_stages, waves
+from sparsegpt.driver.stages import Group, plan_stages, waves
 from sparsegpt.model.capture import BlockCall, remember_outputs, run_watched, shared_inputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import Residual, prunable_linears
+from sparsegpt.model.routers import mixture_of
 from sparsegpt.model.streams import Streams
 from sparsegpt.recovery.reconstruct import reconstruct_block
 from sparsegpt.recovery.training import training_batches
@@ -39,6 +40,7 @@ class BlockJob:
         self.settings = solver.settings
         self.prefix = decoder.prefix(index)
         self.linears = {name: linear for name, linear in prunable_linears(self.block).items() if name in choices}
+        self.expert_of = mixture_of(self.block).expert_of
         self.pruned_names: set[str] = set()
         # For each micro-batch of the pruned stream, the outputs of submodules that will not change any more.
         self.memos: list[dict[str, Any]] = [{} for _ in streams.pruned]
@@ -51,9 +53,11 @@ class BlockJob:
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""
         with self.solver.timed("capture"):
-            in_waves = waves(self._shared_inputs())
+            in_waves = waves(self._shared_inputs(), self.expert_of)
             groups = [group for wave in in_waves for group in wave]
-            stages = plan_stages(in_waves, self.settings.order, lambda name: self.linears[name].in_features)
+            stages = plan_stages(
+                in_waves, self.settings.order, lambda name: self.linears[name].in_features, self.expert_of
+            )
             dense_inputs = self._dense_pass(stages)
         layers: list[LayerReport] = []
         for stage in stages:
@@ -64,7 +68,7 @@ class BlockJob:
             with self.solver.timed("solve"):
                 for group in stage:
                     linears = {self.prefix + name: (self.linears[name], self.choices[name]) for name in group}
-                    layers += self.solver.prune(linears, *statistics.pop(group), routed=bool(expert_of(group[0])))
+                    layers += self.solver.prune(linears, *statistics.pop(group), routed=bool(self.expert_of(group[0])))
                     self.pruned_names.update(group)
         self.solver.tell_of_experts()
         return layers
@@ -148,7 +152,7 @@ class BlockJob:
         if not self.linears:
             return []
         call, hidden = self.streams.call(0, self.index), self.streams.pruned[0].to(self.device)
-        return shared_inputs(self.block, self.linears, call, hidden, may_rest=lambda name: expert_of(name) is not None)
+        return shared_inputs(self.block, self.linears, call, hidden, may_rest=lambda name: self.expert_of(name) is not None)
 
     def move_dense(self, watched: frozenset[str] = frozenset()) -> DenseInputs:
         """Move the dense stream through the block, which must be dense still; keep the inputs of what is watched."""
@@ -173,7 +177,7 @@ class BlockJob:
 
         Nothing of an expert: the pruned model sends it other tokens than the dense one.
         """
-        if expert_of(group[0]) or not any(self.choices[name].corrects for name in group):
+        if self.expert_of(group[0]) or not any(self.choices[name].corrects for name in group):
             return []
         return [group[0], *_parts(self._residual(group))]
 
@@ -196,7 +200,7 @@ class BlockJob:
         for step in range(len(self.streams.pruned)):
             pruned, _ = self.run_pruned(step, watched, unused)
             for group, (hessian, drift) in statistics.items():
-                if group[0] not in pruned and expert_of(group[0]):
+                if group[0] not in pruned and self.expert_of(group[0]):
                     continue  # no token of this micro-batch was sent to the expert
                 hessian.add(pruned[group[0]])
                 if self._compared(group):

@@ -1,12 +1,14 @@
 """Which linears of a model are pruned, and how each of them: decided and checked before any work begins."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from sparsegpt.driver.accounting import Accounting, Survey, account, in_braces, survey, unasked_note
 from sparsegpt.driver.allocation import Shapes, Visit, allocate
+from sparsegpt.driver.refusals import check_weights
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.mapped import chunks
 from sparsegpt.model.capture import ModelInputs
@@ -26,17 +28,39 @@ class Choices:
     """What is pruned, and how: decided once a run, by `choose_linears`.
 
     settings: as they hold for this model. linears: what applies to each selected linear, by its full name; None for
-    those that a rule leaves dense. notes: what the user should know of it.
+    those that a rule leaves dense. found: all that the model consists of. blocks: those selected, by index. notes: what
+    the user should know of it.
     """
 
     settings: PruneSettings
     linears: dict[str, LinearSettings | None]
+    found: Survey
+    blocks: frozenset[int]
     notes: tuple[str, ...] = ()
 
     @property
     def pruned(self) -> dict[str, LinearSettings]:
         """The linears that are pruned."""
         return {name: choice for name, choice in self.linears.items() if choice is not None}
+
+    @property
+    def accounting(self) -> Accounting:
+        """Every weight of the model: pruned, left dense by choice, or not prunable and why."""
+        return account(self.found, self.linears, self.blocks, with_head=self.linears.get(HEAD) is not None)
+
+    def without(self, names: Iterable[str], reason: str) -> "Choices":
+        """The same where these linears cannot be pruned after all, for a reason of which the notes tell.
+
+        Raises SparseGPTError when nothing is left to prune.
+        """
+        lost = [name for name in names if name in self.linears]
+        if not lost:
+            return self
+        linears = {name: choice for name, choice in self.linears.items() if name not in lost}
+        if not linears:
+            raise SparseGPTError(f"no linear layer can be pruned: {', '.join(in_braces(lost))}: {reason}")
+        note = f"left dense: {', '.join(in_braces(lost))}: {reason}"
+        return replace(self, linears=linears, found=self.found.without(lost, reason), notes=(*self.notes, note))
 
 
 def choose_linears(
@@ -51,30 +75,33 @@ def choose_linears(
 
     select(name): whether to prune the linear of this full name. only_blocks: prune in these decoder blocks alone, as
     "0:12". include_head: prune lm_head too.
-    Raises SparseGPTError when nothing is left to prune, for a pattern that does not fit a linear, and for a correction
-    that this model cannot have.
+    Raises SparseGPTError when nothing is left to prune, for a pattern that does not fit a linear, for a correction
+    that this model cannot have, and for weights that are no plain numbers in memory.
     """
+    check_weights(decoder)
     settings, notes = without_residual_correction(settings, decoder.family.uncorrectable)
+    found, blocks = survey(decoder), parse_blocks(only_blocks).indices(len(decoder.blocks))
     widths: dict[str, int] = {}
-    for index in sorted(parse_blocks(only_blocks).indices(len(decoder.blocks))):
-        inside = {decoder.prefix(index) + name: shape for name, shape in shapes_of(decoder.blocks[index]).items()}
-        widths |= {name: in_features for name, (_, in_features) in inside.items() if select(name)}
+    for index in sorted(blocks):
+        widths |= {name: in_features for name, (_, in_features) in found.of_block(index).items() if select(name)}
     if not widths and not include_head:
-        raise SparseGPTError(
-            "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
-        )
+        raise SparseGPTError(_nothing_selected(found))
     linears = choose(settings, [*widths, HEAD] if include_head else list(widths))
     for name, width in widths.items():
         if (choice := linears[name]) is not None:
             choice.sparsity.check(width, name)
-    notes = [decoder.family.note, *notes, *idle_rules(settings, linears)]
-    return Choices(settings, linears, tuple(filter(None, notes)))
+    choices = Choices(settings, linears, found, blocks)
+    unasked = unasked_note(found, choices.accounting, select, tuple(decoder.prefix(index) for index in blocks))
+    notes = [decoder.family.note, unasked, *notes, *idle_rules(settings, linears)]
+    return replace(choices, notes=tuple(filter(None, notes)))
 
 
-def shapes_of(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Weight shape [out_features, in_features] of every linear of a block, by its name inside the block."""
-    with unfused(block):
-        return {name: (linear.out_features, linear.in_features) for name, linear in prunable_linears(block).items()}
+def _nothing_selected(found: Survey) -> str:
+    """Why there is nothing to prune."""
+    if found.linears:
+        return "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
+    reasons = sorted({found.reasons.get(name, "") for name in found.matrices})
+    return f"the blocks have no linear layer that can be pruned: their matrices are {'; '.join(reasons) or 'none'}"
 
 
 def check_block(block: nn.Module, prefix: str, pruned: Mapping[str, LinearSettings], *, finite: bool) -> Shapes:

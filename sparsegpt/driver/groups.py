@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.driver.listener import Listener
-from sparsegpt.driver.reports import LayerReport, PruneReport
-from sparsegpt.driver.stages import enough_tokens, expert_of
+from sparsegpt.driver.reports import LayerReport, PruneReport, share_of_zeros
+from sparsegpt.driver.stages import enough_tokens
+from sparsegpt.model.routers import named_expert
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
 from sparsegpt.solvers import METHODS, Pruned, parse_method, prune_layer
 from sparsegpt.solvers.correction import GROWTH, DriftAccumulator, corrected_target, drift_pull, hold_back, remainder
@@ -100,7 +101,7 @@ class GroupSolver:
                 shape=(linear.out_features, linear.in_features),
                 sparsity=str(choice.sparsity),
                 method=method.name,
-                zeros=1 - float(pruned.mask.sum()) / pruned.mask.numel(),
+                zeros=share_of_zeros(linear.weight),
                 relative_error=pruned.relative_error,
                 damping=pruned.damping,
                 tokens=gram.tokens,
@@ -157,9 +158,7 @@ class GroupSolver:
         return raised
 
     def _note(self, name: str, gram: HessianAccumulator, limit: int, treatment: str) -> None:
-        expert = expert_of(name)
-        assert expert is not None
-        path, number, linear = expert
+        path, number, linear = named_expert(name)
         shortage = Shortage(f"{path}.*.{linear}", gram.width, limit, treatment)
         self._starved[shortage].append((number, gram.tokens))
 

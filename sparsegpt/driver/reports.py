@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sparsegpt.driver.accounting import Accounting
 from sparsegpt.driver.verification import Agreement
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
 
@@ -14,10 +15,10 @@ PARTS = ("verify", "capture", "solve", "reconstruct", "distill")
 class LayerReport:
     """One pruned linear.
 
-    sparsity: the pattern asked for; method: how it was solved; zeros: the share of zeros reached; relative_error:
-    ||(W - W')X||^2 / ||WX||^2 on the inputs of the pruned model; damping: what the Hessian needed; tokens: calibration
-    tokens that reached it.
-    Of an expert that too few reached, relative_error is ||W - W\'||^2 / ||W||^2.
+    sparsity: the pattern asked for; method: how it was solved; zeros: the share of zeros of the weight as it is stored;
+    relative_error: ||(W - W')X||^2 / ||WX||^2 on the inputs of the pruned model; damping: what the Hessian needed;
+    tokens: calibration tokens that reached it.
+    Of an expert that too few reached, relative_error is ||W - W'||^2 / ||W||^2.
     """
 
     name: str
@@ -63,7 +64,7 @@ class PruneReport:
     """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went.
 
     epochs: of distillation, epoch 0 among them; empty without it. choices: what the settings and the recipe say of each
-    selected linear; None: left dense. verification: "before" and "after", how far blocks run one by one agree with the
+    selected linear; None: left dense. parameters: every weight of the model in one of three lists. verification: "before" and "after", how far blocks run one by one agree with the
     whole model.
     """
 
@@ -74,6 +75,7 @@ class PruneReport:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     warnings: list[str] = field(default_factory=list)
     choices: dict[str, LinearSettings | None] = field(default_factory=dict)
+    parameters: Accounting = field(default_factory=Accounting)
     verification: dict[str, Agreement] = field(default_factory=dict)
 
     def begin(self, settings: PruneSettings, choices: dict[str, LinearSettings | None], notes: tuple[str, ...]) -> None:
@@ -96,6 +98,7 @@ class PruneReport:
             "settings": self.settings.as_dict(),
             "recipe": self._recipe() if self.settings.recipe else None,
             "density_of_pruned_linears": self.density,
+            "parameters": self.parameters.as_dict(),
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [asdict(block) for block in self.blocks],
             "epochs": [asdict(epoch) for epoch in self.epochs],

@@ -5,13 +5,15 @@ next those of their down projections; as many at a time as fit EXPERT_BYTES.
 """
 
 import math
-import re
 from collections.abc import Callable
 
+from sparsegpt.model.routers import ExpertLinear, expert_of
 from sparsegpt.settings.prune_settings import Order
 
 # Linears of one block that read the same tensor, by their names inside the block.
 Group = tuple[str, ...]
+# Which expert a linear belongs to, by its name inside the block.
+ExpertOf = Callable[[str], ExpertLinear | None]
 # Bytes of experts' Hessians that may lie in memory at once: half of a small GPU, or all of Qwen3-MoE's 128 experts.
 EXPERT_BYTES = 4 * 2**30
 # An expert's Hessian is used from one token in 64 inputs on, and two at least. Held-out error of sparsegpt and admm at
@@ -19,21 +21,12 @@ EXPERT_BYTES = 4 * 2**30
 # 1 or 2.
 INPUTS_PER_TOKEN = 64
 
-_EXPERT = re.compile(r"^(.*experts)\.(\d+)\.(.+)$")
-
-
-def expert_of(name: str) -> tuple[str, int, str] | None:
-    """ "mlp.experts.3.down_proj" -> ("mlp.experts", 3, "down_proj"); None for a linear that every token reaches."""
-    found = _EXPERT.match(name)
-    return (found[1], int(found[2]), found[3]) if found else None
-
-
 def enough_tokens(width: int) -> int:
     """The number of tokens from which an expert's Hessian over `width` inputs is used."""
     return max(2, math.ceil(width / INPUTS_PER_TOKEN))
 
 
-def waves(groups: list[Group]) -> list[list[Group]]:
+def waves(groups: list[Group], expert_of: ExpertOf = expert_of) -> list[list[Group]]:
     """Groups, in forward order, by what can be gathered together: one group, or the same linears of all experts."""
     found: dict[object, list[Group]] = {}
     for group in groups:
@@ -42,7 +35,9 @@ def waves(groups: list[Group]) -> list[list[Group]]:
     return list(found.values())
 
 
-def plan_stages(groups: list[list[Group]], order: Order, width_of: Callable[[str], int]) -> list[list[Group]]:
+def plan_stages(
+    groups: list[list[Group]], order: Order, width_of: Callable[[str], int], expert_of: ExpertOf = expert_of
+) -> list[list[Group]]:
     """Which groups are gathered in one pass, for the waves of a block: see PruneSettings.order.
 
     In order "block" it is everything, but for experts beyond EXPERT_BYTES: they follow in passes of their own.

@@ -4,11 +4,17 @@
     down  down_proj    [E, H, I]                                            transposed: [E, in, out] instead
 
 Here stands what everybody who takes the experts apart must know: the form of such a module, what its experts compute
-between the two projections, and how tokens reach them. GPT-2's Conv1D, the other linear in disguise, is told here too.
+between the two projections, and how tokens reach them. Two rarer forms are told here too, and GPT-2's Conv1D, the other
+linear in disguise:
+
+    parallel  one projection of all experts in `weight` [E, out, in], called with tokens sorted by expert (JetMoE)
+    stacked   w1, v1, w2 [E I, H], of which w2 is transposed (DBRX)
+
 Dimension key: E experts, H hidden width, I width inside an expert, T tokens, K experts a token."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +55,11 @@ def fused_experts(name: str, experts: nn.Module) -> FusedExperts:
         raise SparseGPTError(
             f"{name}: expected experts with gate_up_proj (or up_proj) and down_proj in {type(experts).__name__}, "
             f"found {', '.join(own)}: weights of this form cannot be pruned"
+        )
+    if len(own[up]) != len(own[DOWN]):
+        raise SparseGPTError(
+            f"{name}: expected as many experts in {up} as in {DOWN} of {type(experts).__name__}, found {len(own[up])} "
+            f"and {len(own[DOWN])}: weights of this form cannot be pruned"
         )
     transposed = _is_transposed(experts, own[up], own[DOWN], gated=up == "gate_up_proj")
     return FusedExperts(len(own[DOWN]), up, transposed, biased=biases <= own.keys())
@@ -102,6 +113,25 @@ def _is_transposed(experts: nn.Module, up: Tensor, down: Tensor, *, gated: bool)
     if hasattr(experts, "is_transposed"):
         return bool(experts.is_transposed)
     return gated and up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether a module keeps one projection of all experts, and is called as module(tokens [T, in], counts of each)."""
+    own = dict(module.named_parameters())
+    if own.keys() != {"weight"} or own["weight"].ndim != 3 or list(module.children()):
+        return False
+    called_with = list(inspect.signature(type(module).forward).parameters)[1:]
+    return len(called_with) == 2 and called_with[1].startswith("expert_")
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether a module keeps all experts in the 2-D parameters w1, v1 and w2 of a submodule `mlp`."""
+    own = dict(module.named_parameters())
+    count = getattr(module, "num_experts", None)
+    if own.keys() != {"mlp.w1", "mlp.v1", "mlp.w2"} or not isinstance(count, int):
+        return False
+    shapes = {parameter.shape for parameter in own.values()}
+    return len(shapes) == 1 and len(next(iter(shapes))) == 2 and hasattr(module.mlp, "activation_fn")
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.model.routers import mixture_of
+from sparsegpt.model.unfuse import is_plain_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -221,22 +223,14 @@ def _block_lists(tower: nn.Module) -> list[str]:
     return found if "" not in found else []
 
 
-# Linears by these names choose among experts when they stand beside them; a router is never pruned.
-_ROUTERS = ("router", "gate", "shared_expert_gate")
-
-
 def prunable_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer of a block by its name inside the block, routers left out.
+    """Every linear layer of a block by its name inside the block; no router, and nothing that computes otherwise.
 
     Inside `unfuse.unfused` this includes what the model keeps in another form.
     """
+    routers = mixture_of(block).routers
     return {
         name: module
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and not _is_router(block, name)
+        if isinstance(module, nn.Linear) and name not in routers and is_plain_linear(module)
     }
-
-
-def _is_router(block: nn.Module, name: str) -> bool:
-    parent, _, last = name.rpartition(".")
-    return last in _ROUTERS and any("expert" in child for child, _ in block.get_submodule(parent).named_children())

@@ -1,10 +1,10 @@
 """Weight matrices that are no nn.Linear, shown as nn.Linear for as long as a block is worked on.
 
-GPT-2 keeps its weights transposed (Conv1D), and mixtures of experts keep those of all experts in one 3-D parameter,
-which a loop or a grouped product reads where no hook sees it. `unfused` puts equivalents built of nn.Linear in their
-place; the linears' weights are views of the original parameters as long as nobody changes their dtype or device, so
-nothing is copied. On leaving, the original modules stand where they stood, with the same parameter objects, and hold
-what has been written into the linears.
+GPT-2 keeps its weights transposed (Conv1D), and mixtures of experts keep those of all experts in one parameter, which a
+loop or a grouped product reads where no hook sees it. `unfused` puts equivalents built of nn.Linear in their place; the
+linears' weights are views of the original parameters as long as nobody changes their dtype or device, so nothing is
+copied. On leaving, the original modules stand where they stood, with the same parameter objects, and hold what has been
+written into the linears.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.model.experts import FusedExperts, activate, fused_experts, is_conv1d, run_experts
+from torch.nn import functional
 
-# Kernels of true convolutions: no matrices that a linear could show.
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.model.experts import (
+    FusedExperts,
+    activate,
+    fused_experts,
+    is_conv1d,
+    is_parallel,
+    is_stacked,
+    run_experts,
+)
 
 @contextmanager
 def unfused(block: nn.Module) -> Iterator[None]:
-    """Inside, every weight matrix that the block multiplies by belongs to an nn.Linear that is called.
+    """Inside, weight matrices that belong to no nn.Linear are shown as one, if their form is known.
 
     Experts appear as `<path>.<expert>.gate_up_proj` (`up_proj` without a gate) and `<path>.<expert>.down_proj`. What
-    stands in computes the same up to the order of sums. Raises SparseGPTError for weights of a form that is not known.
+    stands in computes the same up to the order of sums. Weights of other forms stay as they are: who prunes has to say
+    so (`sources` tells what is shown).
     """
-    twins = {name: _twin(name, module) for name, module in block.named_modules() if _is_fused(module)}
+    found = ((name, _twin(name, module)) for name, module in block.named_modules())
+    twins = {name: twin for name, twin in found if twin is not None}
     originals = {name: block.get_submodule(name) for name in twins}
     try:
         for name, twin in twins.items():
@@ -39,15 +48,63 @@ def unfused(block: nn.Module) -> Iterator[None]:
             block.set_submodule(name, original)
 
 
-def _is_fused(module: nn.Module) -> bool:
-    if is_conv1d(module):
+def sources(block: nn.Module) -> dict[str, str]:
+    """Inside `unfused`: each linear by its name in the block, and the block's parameter that holds its weight."""
+    found = {}
+    for path, module in block.named_modules():
+        if isinstance(module, _Twin):
+            found.update({f"{path}.{name}".rstrip("."): f"{path}.{source}" for name, source in module.sources().items()})
+        elif isinstance(module, nn.Linear):
+            found.setdefault(path, f"{path}.weight")
+    return found
+
+
+@torch.no_grad()
+def is_plain_linear(linear: nn.Linear) -> bool:
+    """Whether a linear computes inputs times its weight plus its bias; of a class with a forward of its own, by trial.
+
+    Block-diagonal linears, such as DeepSeek-V4's, do not. Without weights in memory the shape of the result decides.
+    """
+    if type(linear).forward is nn.Linear.forward:
         return True
-    own = dict(module.named_parameters(recurse=False))
-    return not isinstance(module, _CONVOLUTIONS) and any(parameter.ndim > 2 for parameter in own.values())
+    weight = linear.weight
+    inputs = torch.linspace(-1, 1, 2 * linear.in_features).reshape(1, 2, -1).to(weight.device, weight.dtype)
+    try:
+        outputs = type(linear).forward(linear, inputs)
+        expected = functional.linear(inputs, weight, linear.bias)
+    except Exception:  # whatever it does instead
+        return False
+    if not isinstance(outputs, Tensor) or outputs.shape != expected.shape:
+        return False
+    return weight.device.type == "meta" or torch.allclose(outputs.float(), expected.float(), rtol=1e-2, atol=1e-3)
 
 
-def _twin(name: str, module: nn.Module) -> "_TransposedLinear | _LoopedExperts":
-    return _TransposedLinear(module) if is_conv1d(module) else _LoopedExperts(name, module)
+def _twin(name: str, module: nn.Module) -> "_Twin | None":
+    """What shows a module's matrices as linears; None for a module that has none, or in a form that is not known."""
+    if is_conv1d(module):
+        return _TransposedLinear(module)
+    if is_parallel(module):
+        return _ParallelExperts(module)
+    if is_stacked(module):
+        return _StackedExperts(module)
+    if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+        return None
+    try:
+        return _LoopedExperts(name, module)
+    except SparseGPTError:
+        return None
+
+
+class _Twin(nn.Module):
+    """Stands in for a module whose matrices it shows as linears."""
+
+    def sources(self) -> dict[str, str]:
+        """Its linears by their names in it, each with the original's parameter that holds its weight."""
+        raise NotImplementedError
+
+    def write_back(self) -> None:
+        """Put the linears' weights where they came from."""
+        raise NotImplementedError
 
 
 def _write(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
@@ -64,17 +121,20 @@ def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None, *, requires_gr
         linear.bias = nn.Parameter(bias, requires_grad=requires_grad)
 
 
-class _TransposedLinear(nn.Linear):
+class _TransposedLinear(_Twin, nn.Linear):
     """A Conv1D's twin."""
 
     def __init__(self, conv: nn.Module) -> None:
-        super().__init__(int(conv.nx), int(conv.nf), device="meta")  # type: ignore[arg-type]
+        nn.Linear.__init__(self, int(conv.nx), int(conv.nf), device="meta")  # type: ignore[arg-type]
         self.__dict__["conv"] = conv  # not a submodule: its parameters are shown by this linear alone
         _fill(self, *self._views(), requires_grad=any(parameter.requires_grad for parameter in conv.parameters()))
 
     def _views(self) -> tuple[Tensor, Tensor]:
         conv = self.__dict__["conv"]
         return conv.weight.detach().T, conv.bias.detach()
+
+    def sources(self) -> dict[str, str]:
+        return {"": "weight"}
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -97,7 +157,7 @@ class _Expert(nn.Module):
         return outputs
 
 
-class _LoopedExperts(nn.Module):
+class _LoopedExperts(_Twin):
     """The twin of a module that keeps all experts in one parameter a projection; its children are the experts."""
 
     def __init__(self, name: str, experts: nn.Module) -> None:
@@ -131,9 +191,85 @@ class _LoopedExperts(nn.Module):
             lambda index, inputs: experts[index](inputs), len(experts), hidden_states, *routing, **named_routing
         )
 
+    def sources(self) -> dict[str, str]:
+        return {f"{index}.{name}": name for index in range(self.form.count) for name in self.form.projections}
+
     @torch.no_grad()
     def write_back(self) -> None:
-        """Put the experts' weights where they came from."""
         for index, expert in enumerate(self.children()):
             for name in self.form.projections:
                 _write(getattr(expert, name), *self._views(name, index))
+
+
+class _ParallelExperts(_Twin):
+    """The twin of a module that keeps one projection of all experts; its linears are experts.<expert>.linear."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = module
+        self.experts = nn.ModuleList(nn.ModuleDict({"linear": linear}) for linear in map(_linear_of, self._views()))
+
+    def _views(self) -> list[Tensor]:
+        weight: nn.Parameter = self.__dict__["original"].weight
+        return list(weight.detach().unbind())
+
+    def sources(self) -> dict[str, str]:
+        return {f"experts.{index}.linear": "weight" for index in range(len(self.experts))}
+
+    def forward(self, inputs: Tensor, counts: Any) -> Tensor:
+        """inputs [T, in], sorted by expert, so many of each -> [T, out]; an expert without tokens is not called."""
+        parts = zip(self.experts, inputs.split(list(counts)), strict=True)
+        outputs: list[Tensor] = [expert.linear(part) for expert, part in parts if len(part)]
+        return torch.cat(outputs)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for expert, view in zip(self.experts, self._views(), strict=True):
+            _write(expert.linear, view, None)
+
+
+class _StackedExperts(_Twin):
+    """The twin of a module that keeps w1, v1 and w2 of all experts one above the other; its children are the experts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = module
+        for index in range(int(module.num_experts)):  # type: ignore[arg-type]
+            views = self._views(index)
+            self.add_module(str(index), nn.ModuleDict({name: _linear_of(view) for name, view in views.items()}))
+
+    def _views(self, index: int) -> dict[str, Tensor]:
+        """The weights [out, in] of an expert's linears, in the original parameters."""
+        original = self.__dict__["original"]
+        rows = {name: getattr(original.mlp, name).detach() for name in ("w1", "v1", "w2")}
+        own = {name: weight.unflatten(0, (original.num_experts, -1))[index] for name, weight in rows.items()}
+        return {**own, "w2": own["w2"].T}
+
+    def sources(self) -> dict[str, str]:
+        return {f"{index}.{name}": f"mlp.{name}" for index, _ in self.named_children() for name in ("w1", "v1", "w2")}
+
+    def forward(self, hidden_states: Tensor, *routing: Any, **named_routing: Any) -> Tensor:
+        """As the original's: see `run_experts`."""
+        experts = tuple(self.children())
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        outputs = run_experts(
+            lambda index, inputs: self._expert(experts[index], inputs), len(experts), hidden, *routing, **named_routing
+        )
+        return outputs.view_as(hidden_states)
+
+    def _expert(self, expert: Any, inputs: Tensor) -> Tensor:
+        outputs: Tensor = expert.w2(self.__dict__["original"].mlp.activation_fn(expert.w1(inputs)) * expert.v1(inputs))
+        return outputs
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for index, expert in self.named_children():
+            for name, view in self._views(int(index)).items():
+                _write(expert.get_submodule(name), view, None)
+
+
+def _linear_of(weight: Tensor) -> nn.Linear:
+    """A linear without a bias whose weight [out, in] is this view."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    _fill(linear, weight, None, requires_grad=True)
+    return linear

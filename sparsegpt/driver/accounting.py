@@ -1,7 +1,7 @@
 """Every weight of a model is accounted for: pruned, left dense by choice, or not prunable and why.
 
-The three lists hold every parameter of the model once, by its name; one that is pruned in part (some of the experts that
-it holds) stands in several, each with its share. Their counts add up to the model's parameters.
+The three lists hold every parameter of the model once, by its name; one that is pruned in part (some of the experts
+that it holds) stands in several, each with its share. Their counts add up to the model's parameters.
 """
 
 import itertools
@@ -30,7 +30,7 @@ NAMES_IN_A_WARNING = 3
 VECTOR, ROUTER, EMBEDDING = "a norm, a bias or another vector", "a router or a gate of experts", "the embedding"
 OUTSIDE, TABLE, CONVOLUTION = "outside of the decoder blocks", "a table of an embedding", "a kernel of a convolution"
 ADDED = "of a linear that the model's class does not have"
-UNREACHED = "used without its linear being called: no input of it can be seen"
+UNREACHED = "never called in a forward pass, so that no input of it can be seen"
 NO_HEAD = "the output layer, which is no linear"
 # Those that nobody expects to be pruned.
 EXPECTED = frozenset((VECTOR, ROUTER, EMBEDDING, OUTSIDE, NO_HEAD))
@@ -150,7 +150,9 @@ def account(
     return Accounting(dict(pruned), {why: dict(counts) for why, counts in by_choice.items()}, dict(not_prunable))
 
 
-def unasked_note(found: Survey, accounting: Accounting, select: Callable[[str], bool], prefixes: tuple[str, ...]) -> str:
+def unasked_note(
+    found: Survey, accounting: Accounting, select: Callable[[str], bool], prefixes: tuple[str, ...]
+) -> str:
     """One line on matrices of the selected blocks that stay dense although nothing asked for it; "" for next to none.
 
     prefixes: what the names in these blocks begin with.
@@ -165,7 +167,7 @@ def unasked_note(found: Survey, accounting: Accounting, select: Callable[[str], 
     experts = any(counts and is_of_experts(name) for counts in reasons.values() for name in counts)
     if share < WORTH_A_WARNING and not experts:
         return ""
-    told = "; ".join(f"{_some(counts)}: {reason}" for reason, counts in reasons.items() if counts)
+    told = "; ".join(f"{some(counts)}: {reason}" for reason, counts in reasons.items() if counts)
     return f"{share:.1%} of the weights in the pruned blocks stay dense although nothing asked for it: {told}"
 
 
@@ -252,9 +254,9 @@ def _described(counts: Counts) -> dict[str, Any]:
     return {"weights": sum(counts.values()), "parameters": len(counts), "names": in_braces(counts)}
 
 
-def _some(counts: Counts) -> str:
-    """The first of some names, and how many more there are."""
-    names = list(in_braces(counts))
+def some(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are; those that differ in numbers alone count as one."""
+    names = in_braces(names)
     more = f" and {len(names) - NAMES_IN_A_WARNING} more" if len(names) > NAMES_IN_A_WARNING else ""
     return ", ".join(names[:NAMES_IN_A_WARNING]) + more
 

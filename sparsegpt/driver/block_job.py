@@ -152,7 +152,9 @@ class BlockJob:
         if not self.linears:
             return []
         call, hidden = self.streams.call(0, self.index), self.streams.pruned[0].to(self.device)
-        return shared_inputs(self.block, self.linears, call, hidden, may_rest=lambda name: self.expert_of(name) is not None)
+        return shared_inputs(
+            self.block, self.linears, call, hidden, may_rest=lambda name: self.expert_of(name) is not None
+        )
 
     def move_dense(self, watched: frozenset[str] = frozenset()) -> DenseInputs:
         """Move the dense stream through the block, which must be dense still; keep the inputs of what is watched."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.driver.accounting import UNREACHED
 from sparsegpt.driver.allocation import Shapes, Visit
 from sparsegpt.driver.block_job import BlockJob
 from sparsegpt.driver.choices import HEAD, Choices, check_block, check_linear, choose_linears, spread
@@ -106,7 +107,10 @@ def prune_blocks(
     solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored)
     with evaluating(decoder.model):
         if verify:
-            _verify("before", work, solver, batches[0][:WINDOWS], residence)
+            unreached = _verify("before", work, solver, batches[0][:WINDOWS], residence)
+            choices, work = choices.without(unreached, UNREACHED), work.without(unreached)
+            report.begin(choices.settings, choices.linears, choices.notes)
+        report.parameters = choices.accounting
         with solver.timed("capture"):
             store = ActivationStore(scratch)
             inputs = ModelInputs(decoder, batches, store.keep)
@@ -149,6 +153,16 @@ class Work:
         pruned = {index: list(shapes) for index, shapes in enumerate(self.shapes) if shapes}
         return pruned if self.settings.distill else {}
 
+    def without(self, names: tuple[str, ...]) -> "Work":
+        """The same where linears of these full names stay dense."""
+        prefixes = [prefix for prefix, _ in self.decoder.by_prefix()]
+        shapes = tuple(
+            {name: shape for name, shape in block.items() if prefix + name not in names}
+            for prefix, block in zip(prefixes, self.shapes, strict=True)
+        )
+        linears = {name: choice for name, choice in self.linears.items() if name not in names}
+        return replace(self, linears=linears, shapes=shapes)
+
     def spread(self, inputs: ModelInputs, visit: Visit) -> "Work":
         """The same with a share of zeros of its own for each linear, where the allocation says so."""
         return replace(self, linears=spread(self.settings, self.linears, self.decoder, self.shapes, inputs, visit))
@@ -165,8 +179,6 @@ def prepare(decoder: DecoderModel, choices: Choices, *, finite: bool) -> Work:
 
     finite: the weights come from a loader that has looked at all of them. Raises SparseGPTError, naming the linear.
     """
-    if getattr(decoder.model.config, "quantization_config", None) is not None:
-        raise SparseGPTError("the model is packed or quantised: expected plain weights; `sparsegpt unpack` it first")
     pruned = choices.pruned
     shapes = tuple(check_block(block, prefix, pruned, finite=finite) for prefix, block in decoder.by_prefix())
     head = lm_head_of(decoder) if HEAD in pruned else None
@@ -176,8 +188,11 @@ def prepare(decoder: DecoderModel, choices: Choices, *, finite: bool) -> Work:
     return Work(decoder, choices.settings, pruned, shapes, head)
 
 
-def _verify(when: str, work: Work, solver: GroupSolver, tokens: Tensor, residence: Residence) -> None:
-    """Compare blocks run one by one with the whole model, and say in the report how far they agree."""
+def _verify(when: str, work: Work, solver: GroupSolver, tokens: Tensor, residence: Residence) -> tuple[str, ...]:
+    """Compare blocks run one by one with the whole model, and say in the report how far they agree.
+
+    Returns the linears that no input reached, for which nothing can be done.
+    """
     with solver.timed("verify"):
         found = solver.report.verification[when] = verify_blocks(work.decoder, tokens, residence)
     if not found.separable and work.settings.reconstruct + work.settings.distill:
@@ -185,6 +200,7 @@ def _verify(when: str, work: Work, solver: GroupSolver, tokens: Tensor, residenc
             f"blocks of {work.decoder.name} leave keys and values, or more, for later blocks: they cannot be trained "
             "one by one; set reconstruct and distill to 0"
         )
+    return found.unreached
 
 
 @contextmanager
@@ -233,6 +249,8 @@ class _Driver:
         job = self._job(index, choices)
         layers = job.prune_linears() if choices or not last else []
         share = self._reconstruct(job) if self.solver.settings.reconstruct and layers else None
+        if share is not None:
+            self._recount(index)
         if not last:
             self._move_pruned(job)
         return layers, share
@@ -269,6 +287,8 @@ class _Driver:
                 return
             for index in trained:
                 self._settle(self._blocks[index], self.progress.keep_distilled(index, student.finished(index)))
+                with self._at_work(index):
+                    self._recount(index)
             for step, tokens in enumerate(batches if self.work.head is not None else ()):
                 hidden = student.hidden_after(tokens)
                 self.streams.move_pruned(step, hidden.to(self.streams.pruned[step]))
@@ -319,6 +339,12 @@ class _Driver:
         block = self._blocks[index]
         with self.residence.visit(block), unfused(block):
             yield self._job(index, {})
+
+    def _recount(self, index: int) -> None:
+        """Count the zeros of a trained block anew; inside `unfused`."""
+        names, prefix = self.work.shapes[index], self.work.decoder.prefix(index)
+        block = self._blocks[index]
+        self.solver.report.recount({prefix + name: block.get_parameter(f"{name}.weight") for name in names})
 
     def _move_pruned(self, job: BlockJob) -> None:
         with self.solver.timed("capture"):

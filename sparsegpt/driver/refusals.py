@@ -106,8 +106,8 @@ def _check_plain(name: str, parameter: nn.Parameter) -> None:
     kinds = {type(parameter), type(parameter.data)} - {nn.Parameter, Tensor}
     if kinds:
         raise SparseGPTError(
-            f"{name} is a {kinds.pop().__name__}: expected plain numbers in a torch.nn.Parameter; load the model without "
-            "quantisation and sharding, or dequantise it first"
+            f"{name} is a {kinds.pop().__name__}: expected plain numbers in a torch.nn.Parameter; load the model "
+            "without quantisation and sharding, or dequantise it first"
         )
     if parameter.ndim > 1 and parameter.dtype not in PLAIN_DTYPES:
         raise SparseGPTError(

@@ -1,7 +1,10 @@
 """What the driver tells about its work, as plain values."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from sparsegpt.driver.accounting import Accounting
 from sparsegpt.driver.verification import Agreement
@@ -64,8 +67,8 @@ class PruneReport:
     """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went.
 
     epochs: of distillation, epoch 0 among them; empty without it. choices: what the settings and the recipe say of each
-    selected linear; None: left dense. parameters: every weight of the model in one of three lists. verification: "before" and "after", how far blocks run one by one agree with the
-    whole model.
+    selected linear; None: left dense. parameters: every weight of the model in one of three lists. verification:
+    "before" and "after", how far blocks run one by one agree with the whole model.
     """
 
     settings: PruneSettings
@@ -82,6 +85,13 @@ class PruneReport:
         """Take up what is to be done; a report may know finished blocks already."""
         self.settings, self.choices = settings, choices
         self.warnings += [note for note in notes if note not in self.warnings]
+
+    def recount(self, weights: Mapping[str, Tensor]) -> None:
+        """Count the zeros of these linears' weights, by full name, anew: training has changed them."""
+        self.layers[:] = [
+            replace(layer, zeros=share_of_zeros(weights[layer.name])) if layer.name in weights else layer
+            for layer in self.layers
+        ]
 
     @property
     def density(self) -> float:
@@ -117,3 +127,8 @@ class PruneReport:
                 for choice, names in linears.items()
             ],
         }
+
+
+def share_of_zeros(weight: Tensor) -> float:
+    """[R, C] -> the share of weights that are exactly zero."""
+    return float((weight == 0).sum()) / weight.numel()

@@ -21,6 +21,7 @@ EXPERT_BYTES = 4 * 2**30
 # 1 or 2.
 INPUTS_PER_TOKEN = 64
 
+
 def enough_tokens(width: int) -> int:
     """The number of tokens from which an expert's Hessian over `width` inputs is used."""
     return max(2, math.ceil(width / INPUTS_PER_TOKEN))

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.model.capture import ModelInputs, body_of, watch_inputs
+from sparsegpt.model.capture import ModelInputs, first_of, run_body, watch_inputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import prunable_linears
 from sparsegpt.model.head import head_inputs
 from sparsegpt.model.residence import Residence
+from sparsegpt.model.routers import mixture_of
 from sparsegpt.model.unfuse import unfused
 
 # Windows that are compared: the model is one program for all of them.
@@ -27,6 +28,8 @@ WINDOWS = 2
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 # Share of tokens that may be further off where there are experts: a tie of two experts can fall either way.
 SHARE_WITH_EXPERTS = 0.02
+# From this share of tokens on, those that change with a later one tell of attention in both directions.
+SHARE_THAT_LOOKS_AHEAD = 0.1
 # Shorter vectors than this share of the mean are measured against it: what is zero but for rounding differs by 100%.
 SHORT = 1e-3
 
@@ -35,34 +38,64 @@ SHORT = 1e-3
 class Agreement:
     """What was compared: linears whose inputs were, and the largest difference of a token found.
 
-    separable: a block's output depends on its hidden states alone, [batch, sequence, features], and not on what earlier
-    blocks have left for it; only such blocks can be trained.
+    unreached: linears, experts' apart, that were not called: the model may still read their weights. separable: a
+    block's output depends on its hidden states alone, [batch, sequence, features], and not on what earlier blocks have
+    left for it; only such blocks can be trained.
     """
 
     linears: int
     largest_difference: float
     separable: bool
+    unreached: tuple[str, ...] = ()
 
 
 @torch.no_grad()
 def verify_blocks(decoder: DecoderModel, tokens: Tensor, residence: Residence) -> Agreement:
     """Compare blocks run one by one with the whole model, on tokens [windows, sequence].
 
-    Raises SparseGPTError, naming the block, for a difference beyond rounding.
+    Raises SparseGPTError, naming the block, for a difference beyond rounding, and for a model that looks ahead.
     """
+    tokens = with_another_end(tokens)
     inputs = ModelInputs(decoder, [tokens])
     comparison = _Comparison(decoder, inputs, residence, inputs.hidden[0])
     with comparison.listening():
-        output = body_of(decoder.model, decoder.blocks)(input_ids=tokens.to(decoder.device), use_cache=False)
+        output = run_body(decoder, tokens)
     if comparison.passed < len(decoder.blocks):
         raise SparseGPTError(
             f"{decoder.name} ran {comparison.passed} of its {len(decoder.blocks)} blocks in a plain forward: expected "
             "a plain chain of blocks; models of this form cannot be pruned"
         )
+    _check_causal(decoder, tokens, output.last_hidden_state)
     final = head_inputs(decoder, tokens, comparison.hidden)
     comparison.compare("the model", "final hidden states", final, output.last_hidden_state, share=0.0)
     alone = not inputs.hands_on("verification") and inputs.hidden[0].shape[:2] == tokens.shape
-    return Agreement(comparison.linears, comparison.largest, alone)
+    return Agreement(comparison.linears, comparison.largest, alone, tuple(comparison.unreached))
+
+
+def with_another_end(tokens: Tensor) -> Tensor:
+    """[windows, sequence] -> the same and a window more, which is the first one but for its last token.
+
+    None is added where all tokens are alike.
+    """
+    others = tokens[tokens != tokens[0, -1]]
+    if not len(others) or tokens.shape[1] < 2:
+        return tokens
+    changed = tokens[:1].clone()
+    changed[0, -1] = others[0]
+    return torch.cat([tokens, changed])
+
+
+def _check_causal(decoder: DecoderModel, tokens: Tensor, hidden: Tensor) -> None:
+    """Refuse a model in which a token changes what comes before it, as in an encoder; hidden [windows, sequence, F]."""
+    if not torch.equal(tokens[0, :-1], tokens[-1, :-1]) or hidden.shape[:2] != tokens.shape:
+        return
+    difference_T = token_differences(hidden[0, :-1], hidden[-1, :-1])
+    changed = float((difference_T > TOLERANCE[hidden.dtype]).float().mean())
+    if changed > SHARE_THAT_LOOKS_AHEAD:
+        raise SparseGPTError(
+            f"{decoder.name} is no causal language model: its last token changes {changed:.0%} of the hidden states "
+            "before it, as in an encoder; expected a decoder"
+        )
 
 
 @dataclass
@@ -76,6 +109,7 @@ class _Comparison:
     linears: int = 0
     largest: float = 0.0
     passed: int = 0
+    unreached: list[str] = field(default_factory=list)
     _theirs: dict[str, list[Tensor]] = field(default_factory=dict)
     _is_ours: bool = False  # a block runs for the comparison, not for the model
 
@@ -103,7 +137,9 @@ class _Comparison:
         theirs, self._theirs = self._theirs, {}
         seen: dict[str, list[Tensor]] = {}
         share = self._run_ours(index, names, seen)
-        where, result = self.decoder.prefix(index)[:-1], output[0] if isinstance(output, tuple) else output
+        where, result = self.decoder.prefix(index)[:-1], first_of(output)
+        expert_of = mixture_of(self.decoder.blocks[index]).expert_of
+        self.unreached += [f"{where}.{name}" for name in names if name not in theirs and not expert_of(name)]
         for name in names:
             self._compare_inputs(f"{where}.{name}", seen.get(name, []), theirs.get(name, []), share)
         self.compare(where, "hidden states", self.hidden, result, share)

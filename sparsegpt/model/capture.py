@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.model.arguments import SharedArguments, tensors_within, to_device, with_own_objects
 from sparsegpt.model.decoder import DecoderModel
 
@@ -26,20 +26,25 @@ class BlockCall:
     kwargs: Mapping[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states [batch, sequence, features] -> the block's, whether it returns a tensor or a tuple.
+        """Hidden states [batch, sequence, features] -> the block's, whether it returns a tensor, a tuple or a list.
 
         Raises SparseGPTError when it returns neither.
         """
         args = [to_device(value, hidden.device) for value in self.args]
         kwargs = {name: to_device(value, hidden.device) for name, value in self.kwargs.items()}
         output = block(hidden, *args, **kwargs)
-        hidden_states = output[0] if isinstance(output, tuple) else output
+        hidden_states = first_of(output)
         if not isinstance(hidden_states, Tensor):
             raise SparseGPTError(
                 f"{type(block).__name__} returned {type(hidden_states).__name__}: expected the hidden states, alone or "
                 "first in a tuple"
             )
         return hidden_states
+
+
+def first_of(output: Any) -> Any:
+    """Of what a module returns the first, if it is a tuple or a list."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 # Of one micro-batch, for every block.
@@ -96,12 +101,28 @@ class ModelInputs:
         """Tokens [batch, sequence] -> the hidden states that enter the first block."""
         device, blocks = self._decoder.device, self._decoder.blocks
         with stand_ins(blocks) as recorders:
-            body_of(self._decoder.model, blocks)(input_ids=tokens.to(device), use_cache=False)
+            run_body(self._decoder, tokens)
         hidden = _unchanged(recorders, self._decoder.name)
         key = (tokens.data_ptr(), tokens.shape)
         if key not in self._recorded:
             self._recorded[key] = tokens, self._arguments.share(tuple(recorder.call for recorder in recorders))
         return hidden.to(device)
+
+
+def run_body(decoder: DecoderModel, tokens: Tensor) -> Any:
+    """What the model without its head returns for tokens [batch, sequence].
+
+    Raises SparseGPTError where its own code fails, with these blocks or with what stands in for them.
+    """
+    try:
+        return body_of(decoder.model, decoder.blocks)(input_ids=tokens.to(decoder.device), use_cache=False)
+    except (SparseGPTError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # anything, as it is anybody's code
+        raise SparseGPTError(
+            f"{decoder.name} cannot be run on tokens alone, block by block ({type(error).__name__}: "
+            f"{first_line(error)}): models of this form cannot be pruned"
+        ) from error
 
 
 def body_of(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
@@ -261,7 +282,7 @@ def _watch_outputs(
     """Call see(name, output) whenever a submodule of the block has run; of a tuple, with its first element or all."""
 
     def hook_for(name: str) -> Callable[..., None]:
-        return lambda module, args, output: see(name, output[0] if first and isinstance(output, tuple) else output)
+        return lambda module, args, output: see(name, first_of(output) if first else output)
 
     with _hooks(block.get_submodule(name).register_forward_hook(hook_for(name)) for name in names):
         yield

@@ -162,7 +162,8 @@ def family_of(model: "PreTrainedModel") -> Family:
     known model types.
     """
     config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    refuse_encoder(config)
+    text = _text_config(config)
     model_type = getattr(text, "model_type", type(model).__name__)
     if model_type not in FAMILIES:
         return _by_structure(model, model_type)
@@ -171,6 +172,16 @@ def family_of(model: "PreTrainedModel") -> Family:
         if getattr(text, attribute, None) == value:
             family = other
     return family if text is config else replace(family, blocks=_inside_tower(model, family.blocks))
+
+
+def _text_config(config: Any) -> Any:
+    """The part of a configuration that describes the language model; SparseGPTError where it describes several."""
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError as error:
+        raise SparseGPTError(
+            f"{type(config).__name__} describes more than one language model: expected a decoder alone"
+        ) from error
 
 
 def _inside_tower(model: "PreTrainedModel", path: str) -> str:
@@ -185,41 +196,68 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
+def refuse_encoder(config: Any) -> None:
+    """SparseGPTError for the configuration of a model that encodes; one that only its attention tells is found later.
+
+    BERT and its kin are decoders too, where their configuration says so.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    model_type = getattr(config, "model_type", type(config).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise SparseGPTError(f"model type {model_type!r} has an encoder: expected a decoder alone")
+    if type(config) in AutoModelForMaskedLM._model_mapping and getattr(config, "is_decoder", None) is False:
+        raise SparseGPTError(
+            f"model type {model_type!r} is an encoder (is_decoder is false): expected a causal language model"
+        )
+
+
 def _by_structure(model: "PreTrainedModel", model_type: str) -> Family:
-    """A row for a model that has exactly one list of equal blocks with weight matrices in its language tower."""
+    """A row for a model whose language tower has one list of blocks with weight matrices that is as long as it should.
+
+    Blocks may be of several classes from one file, as in hybrids of attention and Mamba.
+    """
     refusal = f"model type {model_type!r} is not known"
     advice = f"known are {', '.join(FAMILIES)}; to support it, add a row to FAMILIES in sparsegpt/model/families.py"
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise SparseGPTError(f"{refusal} and has an encoder: expected a decoder alone; {advice}")
     tower = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = _name_of(model, tower)
     found = [f"{prefix}.{name}".strip(".") for name in _block_lists(tower)]
+    layers = getattr(_text_config(model.config), "num_hidden_layers", None)
+    if len(found) > 1:
+        as_long = [name for name in found if len(_list_at(model, name)) == layers]
+        found = as_long if len(as_long) == 1 else found
     if len(found) != 1:
         lists = f"{len(found)} ({', '.join(found)})" if found else "none"
         raise SparseGPTError(
-            f"{refusal} and its structure leaves doubt: expected one list of at least two blocks of one class, "
-            f"found {lists}; {advice}"
+            f"{refusal} and its structure leaves doubt: expected one list of at least two blocks, found {lists}; "
+            f"{advice}"
         )
-    blocks = model.get_submodule(found[0])
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = _list_at(model, found[0])
+    classes = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks))
     return Family(
         found[0],
         uncorrectable="it is not known what its projections are added to",
-        note=f"{refusal}: its {len(blocks)} blocks were found by structure at {found[0]} "
-        f"({type(blocks[0]).__name__}); compare the perplexities with care",
+        note=f"{refusal}: its {len(blocks)} blocks were found by structure at {found[0]} ({classes}); compare the "
+        "perplexities with care",
     )
 
 
+def _list_at(model: nn.Module, path: str) -> nn.ModuleList:
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
 def _block_lists(tower: nn.Module) -> list[str]:
-    """Names of the outermost lists of two or more modules of one class that hold weight matrices."""
+    """Names of the outermost lists of two or more modules, from one file, that hold weight matrices."""
     found: list[str] = []
     for name, module in tower.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        classes = {type(block) for block in module}
+        files = {type(block).__module__ for block in module}
         matrices = all(any(p.ndim > 1 for p in block.parameters()) for block in module)
         if len(module) > 1 and matrices:
-            found.append(name if len(classes) == 1 else "")
+            found.append(name if len(files) == 1 else "")
     return found if "" not in found else []
 
 

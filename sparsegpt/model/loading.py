@@ -21,8 +21,9 @@ from sparsegpt.calib_data import bos_token, demo_folder
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.beside import some
 from sparsegpt.files.mapped import chunks, mapped_parameters
+from sparsegpt.files.model_folder import check_folder
 from sparsegpt.model.decoder import DecoderModel, position_limit
-from sparsegpt.model.model_folder import check_folder
+from sparsegpt.model.families import refuse_encoder
 from sparsegpt.model.names import CheckpointNames, restore_dtypes
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.source import Source, cached, fetched
@@ -205,14 +206,21 @@ def without_weights(
             model: PreTrainedModel = (
                 saved._from_config(config) if saved else auto_class(config).from_config(config, **code)
             )
+    except SparseGPTError:
+        raise
     except Exception as error:
         raise _not_loaded(config.name_or_path, error) from error
     return model
 
 
 def auto_class(config: "PretrainedConfig") -> Any:
-    """transformers' loader for a configuration: of a causal language model, else of a multimodal model around one."""
+    """transformers' loader for a configuration: of a causal language model, else of a multimodal model around one.
+
+    Raises SparseGPTError for an encoder.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    refuse_encoder(config)
 
     def known(loader: Any) -> bool:
         """To transformers, or to the code that comes with the model."""

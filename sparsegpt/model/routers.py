@@ -16,9 +16,11 @@ from torch import nn
 # A linear of an expert: the path of the list of experts, the expert's index, the linear's name inside the expert.
 ExpertLinear = tuple[str, int, str]
 
-# Experts in a list (`experts.3.w1`, `local_experts.experts.3.w1`, `experts.expert_3.w1`), or each by a name (`expert_3`).
+# Experts in a list (`experts.3.w1`, `moe.local_experts.expert_3.w1`), or each by a name of its own (`expert_3.w1`).
 _EXPERTS = (
-    re.compile(r"^(.*?(?:^|\.)(?![^.]*shared)[^.]*expert[^.]*(?:\.(?!shared)[a-z_]+)*?)\.(?:[^.]*_)?(\d+)\.(.+)$", re.I),
+    re.compile(
+        r"^(.*?(?:^|\.)(?![^.]*shared)[^.]*expert[^.]*(?:\.(?!shared)[a-z_]+)*?)\.(?:[^.]*_)?(\d+)\.(.+)$", re.I
+    ),
     re.compile(r"^(.*?(?:^|\.)(?![^.]*shared)[^.]*expert[^.]*?)_?(\d+)\.(.+)$", re.I),
 )
 _LAST_NUMBER = re.compile(r"^(.+)\.(?:[^.]*_)?(\d+)\.(.+)$")
@@ -153,7 +155,8 @@ def _matrices(block: nn.Module, groups: list[Group]) -> Iterator[Matrix]:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 2:
-                yield Matrix(f"{path}.{name}".strip("."), *parameter.shape, is_linear=False)
+                outputs, inputs = parameter.shape
+                yield Matrix(f"{path}.{name}".strip("."), outputs, inputs, is_linear=False)
 
 
 def _routers_near(group: Group, matrices: list[Matrix], counts: frozenset[int]) -> set[str]:

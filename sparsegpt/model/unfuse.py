@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
@@ -26,6 +25,7 @@ from sparsegpt.model.experts import (
     is_stacked,
     run_experts,
 )
+
 
 @contextmanager
 def unfused(block: nn.Module) -> Iterator[None]:
@@ -53,7 +53,9 @@ def sources(block: nn.Module) -> dict[str, str]:
     found = {}
     for path, module in block.named_modules():
         if isinstance(module, _Twin):
-            found.update({f"{path}.{name}".rstrip("."): f"{path}.{source}" for name, source in module.sources().items()})
+            found.update(
+                {f"{path}.{name}".rstrip("."): f"{path}.{source}" for name, source in module.sources().items()}
+            )
         elif isinstance(module, nn.Linear):
             found.setdefault(path, f"{path}.weight")
     return found
@@ -207,29 +209,31 @@ class _ParallelExperts(_Twin):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.__dict__["original"] = module
-        self.experts = nn.ModuleList(nn.ModuleDict({"linear": linear}) for linear in map(_linear_of, self._views()))
+        self.experts = nn.ModuleList(nn.ModuleDict({"linear": _linear_of(view)}) for view in self._views())
 
     def _views(self) -> list[Tensor]:
         weight: nn.Parameter = self.__dict__["original"].weight
         return list(weight.detach().unbind())
+
+    def _linears(self) -> list[nn.Linear]:
+        return [module for module in self.modules() if isinstance(module, nn.Linear)]
 
     def sources(self) -> dict[str, str]:
         return {f"experts.{index}.linear": "weight" for index in range(len(self.experts))}
 
     def forward(self, inputs: Tensor, counts: Any) -> Tensor:
         """inputs [T, in], sorted by expert, so many of each -> [T, out]; an expert without tokens is not called."""
-        parts = zip(self.experts, inputs.split(list(counts)), strict=True)
-        outputs: list[Tensor] = [expert.linear(part) for expert, part in parts if len(part)]
-        return torch.cat(outputs)
+        parts = zip(self._linears(), inputs.split(list(counts)), strict=True)
+        return torch.cat([linear(part) for linear, part in parts if len(part)])
 
     @torch.no_grad()
     def write_back(self) -> None:
-        for expert, view in zip(self.experts, self._views(), strict=True):
-            _write(expert.linear, view, None)
+        for linear, view in zip(self._linears(), self._views(), strict=True):
+            _write(linear, view, None)
 
 
 class _StackedExperts(_Twin):
-    """The twin of a module that keeps w1, v1 and w2 of all experts one above the other; its children are the experts."""
+    """The twin of a module that keeps all experts' w1, v1 and w2 one above the other; its children are the experts."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -265,7 +269,9 @@ class _StackedExperts(_Twin):
     def write_back(self) -> None:
         for index, expert in self.named_children():
             for name, view in self._views(int(index)).items():
-                _write(expert.get_submodule(name), view, None)
+                linear = expert.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                _write(linear, view, None)
 
 
 def _linear_of(weight: Tensor) -> nn.Linear:

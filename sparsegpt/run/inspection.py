@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegpt.driver.stages import expert_of
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.checked_json import REPORT_NAME, read_json
 from sparsegpt.files.tensor_files import OpenTensors, read_header, weight_files
@@ -22,6 +21,7 @@ from sparsegpt.kernels.checkpoint.archive import check_parts, verify_files
 from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices, plain_matrices
 from sparsegpt.kernels.checkpoint.packed_config import QUANT_METHOD, PackedConfig, read_packed_config
 from sparsegpt.kernels.format.pack import first_violation
+from sparsegpt.model.routers import expert_of
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 
 # Tried on weights that no report speaks of, the strictest first.

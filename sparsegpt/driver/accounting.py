@@ -29,6 +29,7 @@ NAMES_IN_A_WARNING = 3
 # Reasons why a weight is not prunable.
 VECTOR, ROUTER, EMBEDDING = "a norm, a bias or another vector", "a router or a gate of experts", "the embedding"
 OUTSIDE, TABLE, CONVOLUTION = "outside of the decoder blocks", "a table of an embedding", "a kernel of a convolution"
+NO_ROWS = "rows of experts that compute nothing"
 ADDED = "of a linear that the model's class does not have"
 UNREACHED = "never called in a forward pass, so that no input of it can be seen"
 NO_HEAD = "the output layer, which is no linear"
@@ -119,9 +120,7 @@ def survey(decoder: DecoderModel) -> Survey:
                 linears[prefix + name] = Found(index, shape, prefix + parameter)
         reasons |= {prefix + name: reason for name, reason in unprunable.items()}
         matrices |= {prefix + name for name, parameter in block.named_parameters() if not _is_vector(parameter)}
-    kept = {name: reason for name, reason in _outside(decoder).items() if name not in reasons}
-    head = _head(decoder)
-    return Survey(linears, sizes, kept | reasons, frozenset(matrices), head)
+    return Survey(linears, sizes, _outside(decoder) | reasons, frozenset(matrices & sizes.keys()), _head(decoder))
 
 
 def account(
@@ -146,7 +145,7 @@ def account(
     not_prunable: dict[str, dict[str, int]] = defaultdict(dict)
     for name, size in left.items():
         if size:
-            not_prunable[found.reasons.get(name, OUTSIDE)][name] = size
+            not_prunable[found.reasons.get(name, NO_ROWS)][name] = size
     return Accounting(dict(pruned), {why: dict(counts) for why, counts in by_choice.items()}, dict(not_prunable))
 
 
@@ -187,7 +186,7 @@ def _in_block(block: nn.Module) -> tuple[dict[str, tuple[tuple[int, int], str]],
         for name, kind in others.items()
     }
     reasons = {
-        name: odd.get(name) or _reason(name, block, mixture)
+        name: odd.get(name) or (VECTOR if name.removesuffix("_bias") in shown else _reason(name, block, mixture))
         for name, _ in block.named_parameters()
         if name not in shown
     }
@@ -224,11 +223,18 @@ def _shared_by(model: nn.Module) -> dict[str, str]:
 def _outside(decoder: DecoderModel) -> dict[str, str]:
     """Why the parameters outside of the blocks stay as they are."""
     embedding, head = decoder.embedding.weight, decoder.model.get_output_embeddings()
-    others = set(map(id, head.parameters())) if head is not None else set()
-    return {
-        name: EMBEDDING if parameter is embedding else NO_HEAD if id(parameter) in others else OUTSIDE
-        for name, parameter in decoder.model.named_parameters()
-    }
+    of_head = set(map(id, head.parameters())) if head is not None else set()
+
+    def reason(parameter: nn.Parameter) -> str:
+        if parameter is embedding:
+            return EMBEDDING
+        if id(parameter) not in of_head:
+            return OUTSIDE
+        return VECTOR if _is_vector(parameter) else NO_HEAD
+
+    inside = tuple(prefix for prefix, _ in decoder.by_prefix())
+    parameters = decoder.model.named_parameters()
+    return {name: reason(parameter) for name, parameter in parameters if not name.startswith(inside)}
 
 
 def _head(decoder: DecoderModel) -> tuple[str, int] | None:

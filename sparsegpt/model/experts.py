@@ -4,7 +4,7 @@
     down  down_proj    [E, H, I]                                            transposed: [E, in, out] instead
 
 Here stands what everybody who takes the experts apart must know: the form of such a module, what its experts compute
-between the two projections, and how tokens reach them. Two rarer forms are told here too, and GPT-2's Conv1D, the other
+between the two projections, and how tokens reach them. Rarer forms are told here too, and GPT-2's Conv1D, the other
 linear in disguise:
 
     parallel  one projection of all experts in `weight` [E, out, in], called with tokens sorted by expert (JetMoE)
@@ -32,13 +32,14 @@ class FusedExperts:
     """The form of a module of experts.
 
     count: experts. up: "gate_up_proj", or "up_proj" without a gate. transposed: weights are [E, in, out]. biased: each
-    projection has a parameter <name>_bias [E, out].
+    projection has a parameter <name>_bias [E, out]. more: experts after these that give their inputs back.
     """
 
     count: int
     up: str
     transposed: bool
     biased: bool
+    more: int = 0
 
     @property
     def projections(self) -> tuple[str, str]:
@@ -63,6 +64,15 @@ def fused_experts(name: str, experts: nn.Module) -> FusedExperts:
         )
     transposed = _is_transposed(experts, own[up], own[DOWN], gated=up == "gate_up_proj")
     return FusedExperts(len(own[DOWN]), up, transposed, biased=biases <= own.keys())
+
+
+def with_identities(experts: nn.Module) -> FusedExperts | None:
+    """The form of experts of which the last ones have rows in up but none in down, and compute nothing (LongCat)."""
+    own = dict(experts.named_parameters())
+    if own.keys() != {"gate_up_proj", DOWN} or not hasattr(experts, "identity_expert"):
+        return None
+    count, more = len(own[DOWN]), len(own["gate_up_proj"]) - len(own[DOWN])
+    return FusedExperts(count, "gate_up_proj", transposed=False, biased=False, more=more) if more > 0 else None
 
 
 def activate(experts: Any, form: FusedExperts, hidden: Tensor) -> Tensor:

@@ -161,6 +161,11 @@ def family_of(model: "PreTrainedModel") -> Family:
     Of a multimodal model it is the row of its language tower, with the path to the tower. SparseGPTError lists the
     known model types.
     """
+    if hasattr(model, "merge_and_unload"):
+        raise SparseGPTError(
+            f"{type(model).__name__} holds adapters: call `model = model.merge_and_unload()` first, and prune what it "
+            "returns"
+        )
     config = model.config
     refuse_encoder(config)
     text = _text_config(config)
@@ -220,6 +225,8 @@ def _by_structure(model: "PreTrainedModel", model_type: str) -> Family:
     refusal = f"model type {model_type!r} is not known"
     advice = f"known are {', '.join(FAMILIES)}; to support it, add a row to FAMILIES in sparsegpt/model/families.py"
     tower = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not _block_lists(tower):
+        tower = model  # some call their output layer `decoder`
     prefix = _name_of(model, tower)
     found = [f"{prefix}.{name}".strip(".") for name in _block_lists(tower)]
     layers = getattr(_text_config(model.config), "num_hidden_layers", None)

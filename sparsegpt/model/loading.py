@@ -227,6 +227,11 @@ def auto_class(config: "PretrainedConfig") -> Any:
         return type(config) in loader._model_mapping or loader.__name__ in (getattr(config, "auto_map", None) or {})
 
     multimodal, causal = known(AutoModelForImageTextToText), known(AutoModelForCausalLM)
+    if not multimodal and not causal:
+        raise SparseGPTError(
+            f"model type {config.model_type!r} has no causal language model in transformers, as encoders and models of "
+            "other kinds have none: expected a decoder"
+        )
     return AutoModelForImageTextToText if multimodal and not causal else AutoModelForCausalLM
 
 

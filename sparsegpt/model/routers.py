@@ -67,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The groups of experts of a block and the linears that choose among them, by their paths in the block."""
+    """The groups of experts of a block, and what chooses among them: linears and parameters, by their paths."""
 
     groups: tuple[Group, ...] = ()
     routers: frozenset[str] = field(default_factory=frozenset)
@@ -95,8 +95,7 @@ def mixture_of(block: nn.Module) -> Mixture:
         if found or _is_called(group.path, _holds_experts) or not group.members:
             kept.append(group)
             routers |= found
-    linears = {matrix.path for matrix in matrices if matrix.is_linear}
-    return Mixture(tuple(kept), frozenset(routers & linears))
+    return Mixture(tuple(kept), frozenset(routers))
 
 
 def _groups(block: nn.Module, counts: frozenset[int]) -> Iterator[Group]:

@@ -24,6 +24,7 @@ from sparsegpt.model.experts import (
     is_parallel,
     is_stacked,
     run_experts,
+    with_identities,
 )
 
 
@@ -92,7 +93,7 @@ def _twin(name: str, module: nn.Module) -> "_Twin | None":
     if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
         return None
     try:
-        return _LoopedExperts(name, module)
+        return _LoopedExperts(module, with_identities(module) or fused_experts(name, module))
     except SparseGPTError:
         return None
 
@@ -162,10 +163,10 @@ class _Expert(nn.Module):
 class _LoopedExperts(_Twin):
     """The twin of a module that keeps all experts in one parameter a projection; its children are the experts."""
 
-    def __init__(self, name: str, experts: nn.Module) -> None:
+    def __init__(self, experts: nn.Module, form: FusedExperts) -> None:
         super().__init__()
         self.__dict__["experts"] = experts
-        self.form = fused_experts(name, experts)
+        self.form = form
         for index in range(self.form.count):
             self.add_module(str(index), self._expert(index))
 
@@ -188,7 +189,7 @@ class _LoopedExperts(_Twin):
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named_routing: Any) -> Tensor:
         """As the original's: see `run_experts`."""
-        experts = tuple(self.children())
+        experts = (*self.children(), *[nn.Identity()] * self.form.more)
         return run_experts(
             lambda index, inputs: experts[index](inputs), len(experts), hidden_states, *routing, **named_routing
         )

@@ -1,20 +1,22 @@
 """Mixtures of experts: one Hessian an expert, experts that few or no tokens reach, bounded memory, what stands in."""
 
+import copy
 import re
 
 import pytest
 import torch
 from torch import nn
 
-from sparsegpt import SparseGPTError, prune_model
+from sparsegpt import prune_model
 from sparsegpt.driver import stages
 from sparsegpt.driver.stages import enough_tokens, plan_stages, waves
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import prunable_linears
-from sparsegpt.model.unfuse import unfused
+from sparsegpt.model.unfuse import sources, unfused
 from sparsegpt.sparsity import parse_sparsity
 from tests.architectures import MIXTURES, block_matrices, expected_inputs, tiny_variant
-from tests.support import assert_pattern, brute_layer_mask, logits_of, random_windows, refused, weights_of
+from tests.more_architectures import CONFIGS
+from tests.support import assert_pattern, brute_layer_mask, logits_of, random_windows, tiny_model, weights_of
 
 
 @pytest.fixture(params=MIXTURES)
@@ -195,19 +197,162 @@ def test_what_is_written_into_a_linear_lands_in_its_slice_alone(variant, moved):
     assert block_matrices(model)[decoder.prefix(1) + name][1, 2] == 7.0
 
 
+# Other forms
+
+
 class Packed(nn.Module):
-    """Experts in a form that nothing is known of."""
+    """Experts in a form that nothing is known of; computes what an expert each would."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.w1, self.w2 = nn.Parameter(torch.ones(2, 4, 4)), nn.Parameter(torch.ones(2, 4, 4))
+        self.w1, self.w2 = experts.gate_up_proj, experts.down_proj
+        self.act = experts.act_fn
+
+    def forward(self, hidden, chosen, shares):
+        result = torch.zeros_like(hidden)
+        for expert in range(len(self.w1)):
+            token, rank = torch.where(chosen == expert)
+            gate, up = (hidden[token] @ self.w1[expert].T).chunk(2, dim=-1)
+            result.index_add_(0, token, (self.act(gate) * up) @ self.w2[expert].T * shares[token, rank, None])
+        return result
 
 
-def test_weights_of_an_unknown_form_are_refused_rather_than_left_dense():
-    block = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": Packed()})})
-    with refused("mlp.experts", "gate_up_proj", "w1, w2", "Packed"), unfused(block):
-        pass
+def test_experts_of_an_unknown_form_stay_dense_and_are_named_with_their_share():
     model = tiny_variant("mixtral")
-    model.model.layers[1].mlp.experts = Packed()
-    with pytest.raises(SparseGPTError, match="w1, w2"):
-        prune_model(model, random_windows(), "2:4")
+    experts = Packed(model.model.layers[1].mlp.experts)
+    model.model.layers[1].mlp.experts = experts
+    before = weights_of(model)
+    report = prune_model(model, random_windows(), "2:4", preset="paper")
+    counts = {f"model.layers.1.mlp.experts.{name}": getattr(experts, name).numel() for name in ("w1", "w2")}
+    assert [found for found in report.parameters.not_prunable.values() if counts.items() <= found.items()]
+    matrices = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim > 1)
+    (told,) = [line for line in report.warnings if "stay dense" in line]
+    for part in (f"{sum(counts.values()) / matrices:.1%}", *counts, "experts", "Packed"):
+        assert part in told
+    for name in counts:
+        assert torch.equal(model.get_parameter(name), before[name])
+    assert_pattern(model.model.layers[0].mlp.experts.down_proj[0], "2:4")
+
+
+def test_experts_that_the_user_leaves_out_are_no_surprise():
+    model = tiny_variant("mixtral")
+    model.model.layers[1].mlp.experts = Packed(model.model.layers[1].mlp.experts)
+    for options in ({"only_blocks": "0"}, {"select": lambda name: "experts" not in name}):
+        report = prune_model(copy.deepcopy(model), random_windows(), "2:4", preset="paper", **options)
+        assert not [line for line in report.warnings if "stay dense" in line]
+
+
+class Members(nn.Module):
+    """A mixture whose list of experts and whose router have names of their own."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.n_routed_experts = experts
+        self.chooser = nn.Linear(width, experts, bias=False)
+        self.members = nn.ModuleList(nn.Sequential(nn.Linear(width, 16), nn.Linear(16, width)) for _ in range(experts))
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        shares, chosen = self.chooser(flat).softmax(-1).topk(2)
+        result = torch.zeros_like(flat)
+        for index, member in enumerate(self.members):
+            token, rank = torch.where(chosen == index)
+            if len(token):
+                result.index_add_(0, token, member(flat[token]) * shares[token, rank, None])
+        return result.view_as(hidden)
+
+
+@pytest.mark.parametrize("order", ["input", "block", "linear"])
+@pytest.mark.parametrize("windows", [TWO_TOKENS, random_windows()])
+def test_experts_in_a_list_of_another_name_are_treated_as_routed(order, windows):
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = Members(32, 5)
+    routers = [layer.mlp.chooser.weight.clone() for layer in model.model.layers]
+    report = prune_model(model, windows, "2:4", order=order)
+    counts = {layer.name: layer.tokens for layer in report.layers if ".members." in layer.name}
+    assert len(counts) == 2 * 5 * 2
+    assert (0 in counts.values()) == (windows is TWO_TOKENS)
+    for name in counts:
+        assert_pattern(model.get_submodule(name).weight, "2:4")
+    for layer, before in zip(model.model.layers, routers, strict=True):
+        assert torch.equal(layer.mlp.chooser.weight, before)
+    starved = [line for line in report.warnings if ".mlp.members.*." in line and "magnitude" in line]
+    assert bool(starved) == (windows is TWO_TOKENS)
+
+
+RARE = {
+    "jetmoe": ("mlp.input_linear.experts.2.linear", "mlp.input_linear", "weight", 2, False),
+    "dbrx": ("ffn.experts.2.w2", "ffn.experts", "mlp.w2", slice(32, 48), True),
+    "longcat_flash": ("mlp.experts.2.gate_up_proj", "mlp.experts", "gate_up_proj", 2, False),
+}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("model_type", RARE)
+@torch.no_grad()
+def test_rarer_forms_compute_the_same_and_take_what_is_written_into_their_slice_alone(model_type, moved):
+    linear, path, parameter, part, transposed = RARE[model_type]
+    model = tiny_model(model_type, **CONFIGS[model_type])
+    before, logits = weights_of(model), logits_of(model, random_windows())
+    decoder = DecoderModel.of(model)
+    block = decoder.blocks[1]
+    with unfused(block):
+        torch.testing.assert_close(logits_of(model, random_windows()), logits, rtol=1e-4, atol=1e-4)
+        assert sources(block)[linear] == f"{path}.{parameter}"
+        if moved:
+            block.double()
+        block.get_submodule(linear).weight[1, 2] = 7.0
+        if moved:
+            block.float()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{decoder.prefix(1)}{path}.{parameter}"}
+    expected = before[changed.pop()]
+    slice_of_it = expected[part].T if transposed else expected[part]
+    slice_of_it[1, 2] = 7.0
+    assert torch.equal(block.get_parameter(f"{path}.{parameter}"), expected)
+
+
+def test_experts_that_only_pass_on_their_inputs_go_on_doing_so():
+    model = tiny_model("longcat_flash", **CONFIGS["longcat_flash"])
+    experts = DecoderModel.of(model).blocks[0].mlp.experts
+    hidden, count = torch.randn(4, 32), CONFIGS["longcat_flash"]["n_routed_experts"]
+    chosen = torch.tensor([[0, count], [count + 2, 1], [count, count + 1], [3, 2]])
+    shares = torch.rand(4, 2)
+    expected = experts(hidden, chosen, shares)
+    holder = nn.ModuleDict({"experts": experts})
+    with unfused(holder):
+        torch.testing.assert_close(holder["experts"](hidden, chosen, shares), expected)
+    torch.testing.assert_close(expected[2], hidden[2] * shares[2].sum())
+
+
+class Grouped(nn.Linear):
+    """Block-diagonal: half of the inputs for half of the outputs."""
+
+    def forward(self, inputs):
+        halves = inputs.unflatten(-1, (2, -1)).unsqueeze(-2) @ self.weight.unflatten(0, (2, -1)).mT
+        return halves.flatten(-3)
+
+
+class Spelled(nn.Linear):
+    """The same as any linear, in other words."""
+
+    def forward(self, inputs):
+        return inputs @ self.weight.T if self.bias is None else inputs @ self.weight.T + self.bias
+
+
+def test_a_linear_that_computes_otherwise_stays_dense_and_is_named():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj, old = Grouped(16, 32, bias=False), layer.self_attn.o_proj
+        layer.mlp.up_proj.__class__ = Spelled
+        assert old.weight.shape == (32, 32)
+    before = weights_of(model)
+    report = prune_model(model, random_windows(), "2:4", preset="paper")
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        assert torch.equal(model.get_parameter(name), before[name])
+        assert any(name in counts and "Grouped" in why for why, counts in report.parameters.not_prunable.items())
+        assert_pattern(model.model.layers[layer].mlp.up_proj.weight, "2:4")
+    assert any("stay dense" in line and "Grouped" in line for line in report.warnings)

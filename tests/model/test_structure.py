@@ -1,5 +1,7 @@
 """Models that the table does not know: found where their structure leaves no doubt, else refused with the reason."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from sparsegpt import prune_model
 from sparsegpt.model.capture import BlockCall, ModelInputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import FAMILIES, Family, family_of
+from sparsegpt.model.loading import load_config
+from sparsegpt.run.memory_plan import shape_of
 from tests.architectures import WRAPPERS, block_matrices, stored_keys, tiny_wrapper
 from tests.support import assert_pattern, logits_of, random_windows, refused, tiny_model, weights_of
 
@@ -75,24 +79,106 @@ def single(model: nn.Module) -> nn.Module:
     return unnamed(model)
 
 
-def encoder(model: nn.Module) -> nn.Module:
-    model.config.is_encoder_decoder = True
-    return unnamed(model)
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (twice, "found 2 (model.layers, model.more)"),
         (mixed, "found none"),
         (single, "found none"),
-        (encoder, "has an encoder"),
     ],
 )
 def test_structure_that_leaves_doubt_is_refused_with_the_known_types_and_the_way_out(change, reason):
     model = change(tiny_model("llama"))
     with refused("'mystery'", reason, *FAMILIES, "FAMILIES", "sparsegpt/model/families.py"):
         prune_model(model, random_windows(), "2:4")
+
+
+def test_of_several_lists_the_one_as_long_as_the_model_is_taken():
+    model = twice(tiny_model("llama"))
+    model.model.more.append(nn.Linear(4, 4))
+    assert family_of(model).blocks == "model.layers"
+
+
+def test_blocks_of_several_classes_from_one_file_are_one_list():
+    class Other(type(tiny_model("llama").model.layers[0])):
+        """Hybrids keep attention and Mamba in two classes."""
+
+    Other.__module__ = Other.__base__.__module__
+    model = unnamed(tiny_model("llama"))
+    model.model.layers[1].__class__ = Other
+    assert family_of(model).blocks == "model.layers"
+    assert "LlamaDecoderLayer, Other" in family_of(model).note
+
+
+def test_a_head_called_decoder_is_not_taken_for_the_language_tower():
+    model = unnamed(tiny_model("llama"))
+    model.get_decoder = lambda: model.lm_head
+    assert family_of(model).blocks == "model.layers"
+
+
+# Encoders
+
+
+def encoder_decoder(model: nn.Module) -> nn.Module:
+    model.config.is_encoder_decoder = True
+    return model
+
+
+def looking_ahead(model: nn.Module) -> nn.Module:
+    """Attention in both directions, whatever the configuration says."""
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.config._attn_implementation = "sdpa"
+    model.model.forward = functools.partial(_unmasked, model.model.forward)
+    return model
+
+
+def _unmasked(forward, **options):
+    tokens = options["input_ids"]
+    return forward(**options, attention_mask=torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(encoder_decoder, ("'llama'", "has an encoder")), (looking_ahead, ("no causal language model", "encoder"))],
+)
+def test_encoders_are_refused_before_anything_changes(change, words):
+    model = change(tiny_model("llama"))
+    before = weights_of(model)
+    with refused(*words, "decoder"):
+        prune_model(model, random_windows(), "2:4")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+BERT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODERS = {
+    "bert": ("AutoModelForMaskedLM", BERT),
+    "modernbert": ("AutoModelForMaskedLM", {**BERT, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 1}),
+    "t5": ("AutoModelForSeq2SeqLM", {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_encoders_of_transformers_are_refused_in_memory_and_before_a_run(model_type, tmp_path):
+    import transformers
+
+    kind, sizes = ENCODERS[model_type]
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    model = getattr(transformers, kind).from_config(config).eval()
+    with refused("decoder"):
+        prune_model(model, random_windows(), "2:4")
+    model.save_pretrained(tmp_path)
+    with refused("expected", repr(model_type)):
+        shape_of(load_config(str(tmp_path)), torch.float32)
+
+
+def test_a_decoder_of_bert_is_no_encoder():
+    model = tiny_model("bert", is_decoder=True)
+    assert prune_model(model, random_windows(), "2:4", preset="paper").layers
+
+
+# Against the rows
 
 
 def test_a_row_wins_over_structure():

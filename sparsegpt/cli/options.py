@@ -32,7 +32,9 @@ class Command(TyperCommand):
             raise typer.Exit(INTERRUPTED) from None
         except SparseGPTError as error:
             # of what is on unless it is turned off, the flag that does so
-            flags = {parameter.name: _shown([*parameter.secondary_opts, *parameter.opts][0]) for parameter in self.params}
+            flags = {
+                parameter.name: _shown([*parameter.secondary_opts, *parameter.opts][0]) for parameter in self.params
+            }
             advice = [flags[name] for name in _settings_of(error) if name in flags]
             if not advice:
                 raise

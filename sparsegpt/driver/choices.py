@@ -61,7 +61,8 @@ def choose_linears(
         widths |= {name: in_features for name, (_, in_features) in inside.items() if select(name)}
     if not widths and not include_head:
         raise SparseGPTError(
-            "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
+            "no linear layer is selected: loosen what selects them by expressions on full module names, or by blocks",
+            settings=("only", "skip", "blocks"),
         )
     linears = choose(settings, [*widths, HEAD] if include_head else list(widths))
     for name, width in widths.items():

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparsegpt.errors import SparseGPTError, first_line
+from sparsegpt.errors import SparseGPTError, did_you_mean, first_line, nearest
+from sparsegpt.files.hub import ask_hub, hub_reason
 
 from . import pydoc_topics
 
@@ -103,11 +104,39 @@ def load_text(name_or_path: str, split: Split) -> TextSource:
     Raises `SparseGPTError` for an unknown name, an unreadable or empty file, and for a data set of the Hub that is
     neither cached nor reachable.
     """
-    if name_or_path in HUB_DATA:
-        return _hub_source(name_or_path, split)
-    if name_or_path == "pydoc":
-        return _pydoc_source(split)
-    return _local_source(name_or_path)
+    with _naming(split):
+        if name_or_path in HUB_DATA:
+            return _hub_source(name_or_path, split)
+        if name_or_path == "pydoc":
+            return _pydoc_source(split)
+        return _local_source(name_or_path)
+
+
+def check_text(name_or_path: str, split: Split) -> None:
+    """Look whether `load_text` can begin: a known name, or files that are there, can be opened and are not all empty.
+
+    Raises SparseGPTError.
+    """
+    if name_or_path in KNOWN_SOURCES:
+        return
+    with _naming(split), _reading(name_or_path):
+        sizes = []
+        for path in _text_files(_there(name_or_path)):
+            _reader(path)
+            with path.open("rb") as file:
+                sizes.append(file.seek(0, os.SEEK_END))
+        if not any(sizes):
+            raise _without_text(name_or_path)
+
+
+@contextmanager
+def _naming(split: Split) -> Iterator[None]:
+    """Let refusals name the setting that the text was given as."""
+    try:
+        yield
+    except SparseGPTError as error:
+        error.settings = error.settings or ("calibration" if split == "calibration" else "evaluate",)
+        raise
 
 
 def _pydoc_source(split: Split) -> TextSource:
@@ -119,40 +148,76 @@ def _pydoc_source(split: Split) -> TextSource:
 
 
 def _local_source(name: str) -> TextSource:
-    path = Path(name)
-    try:
-        if not name or not path.exists():
-            raise SparseGPTError(_not_found(name))
-        documents = tuple(document for file in _text_files(path) for document in _read_file(file))
-    except OSError as error:
-        raise SparseGPTError(f"{name}: cannot be read: {error.strerror or error}") from error
+    with _reading(name):
+        documents = tuple(document for file in _text_files(_there(name)) for document in _read_file(file))
     if not any(document.strip() for document in documents):
-        raise SparseGPTError(f"{name}: expected text, found none; give a file with some")
+        raise _without_text(name)
     return TextSource(name, documents)
 
 
-def _not_found(name: str) -> str:
-    if Path(name).suffix in READERS or os.sep in name:
-        return f"{name}: no such file or folder; check the path, or give one of {', '.join(KNOWN_SOURCES)}"
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what the system refuses into one line; RuntimeError is for the home of somebody who is not there."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SparseGPTError(f"{name}: cannot be read: {reason or error}") from error
+
+
+def _without_text(name: str) -> SparseGPTError:
+    return SparseGPTError(f"{name}: expected text, found none; give a file with some")
+
+
+def _there(name: str) -> Path:
+    """The file or folder of this name. Raises SparseGPTError where there is none, with the nearest name that exists."""
+    path = Path(name)
+    if name and not path.exists():
+        path = path.expanduser()
+    if not name or not path.exists():
+        raise SparseGPTError(_not_found(name, path))
+    return path
+
+
+def _not_found(name: str, path: Path) -> str:
+    beside = [each.name for each in path.parent.iterdir()] if name and path.parent.is_dir() else []
+    if path.suffix.lower() in READERS or os.sep in name:
+        near = nearest(path.name, beside)
+        question = f"; did you mean {path.with_name(near)}?" if near else ""
+        return f"{name}: no such file or folder; check the path, or give one of {', '.join(KNOWN_SOURCES)}{question}"
     return (
         f"'{name}': unknown text; expected one of {', '.join(KNOWN_SOURCES)}, or a path to {', '.join(READERS)} files"
+        f"{did_you_mean(name, (*KNOWN_SOURCES, *beside))}"
     )
 
 
 def _text_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
     if not files:
-        raise SparseGPTError(f"{path}: expected {', '.join(READERS)} files in the folder, found none")
+        model = ", and it is a model folder" if (path / "config.json").is_file() else ""
+        raise SparseGPTError(
+            f"{path}: expected {', '.join(READERS)} files in the folder, found none{model}; give a folder of texts"
+        )
     return files
 
 
+def _reader(path: Path) -> Callable[[Path], list[str]]:
+    """How a file is read, by its suffix."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        found = path.suffix or "no suffix"
+        raise SparseGPTError(
+            f"{path}: expected one of {', '.join(READERS)}, found {found}; save the text as one of them"
+        )
+    return reader
+
+
 def _read_file(path: Path) -> list[str]:
-    if path.suffix not in READERS:
-        raise SparseGPTError(f"{path}: expected one of {', '.join(READERS)}, found {path.suffix or 'no suffix'}")
+    reader = _reader(path)
     try:
-        return READERS[path.suffix](path)
+        return reader(path)
     except UnicodeDecodeError as error:
         raise SparseGPTError(
             f"{path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} at offset {error.start}; "
@@ -241,7 +306,7 @@ def _hub_source(name: str, split: Split) -> TextSource:
 def _fetch(name: str, data: HubData, split: Split) -> Path:
     """The split's file in the local Hub cache, downloaded at its first use."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(cached: bool) -> Path:
         return Path(
@@ -259,8 +324,11 @@ def _fetch(name: str, data: HubData, split: Split) -> Path:
             try:
                 return download(cached=True)  # a published file does not change: no need to ask again
             except LocalEntryNotFoundError:
+                ask_hub(data.repository, data.files[split], data.revision, kind="dataset")
                 return download(cached=False)
-    except (OSError, EntryNotFoundError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and hub_reason(error, data.files[split], data.revision) is None:
+            raise
         raise SparseGPTError(
             f"{name}: the data set {data.repository} is neither in the local cache nor reachable on the Hugging Face "
             f"Hub; go online once, or give {LOCAL_ALTERNATIVE} instead"

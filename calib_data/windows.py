@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, unknown
 
 from .sources import TextSource
 
@@ -39,14 +39,19 @@ class Calibration:
         }
 
 
+def check_bos(choice: str) -> None:
+    """Raises SparseGPTError for another choice than those of BOS_CHOICES."""
+    if choice not in BOS_CHOICES:
+        raise unknown("bos", choice, BOS_CHOICES)
+
+
 def bos_token(tokenizer: Any, model_type: str, choice: str) -> int | None:
     """The beginning-of-sequence token before every window, in calibration and evaluation alike; None for none.
 
     choice: "always", "never", or "auto", where the family needs it. Raises SparseGPTError for another choice, and for a
     tokenizer without such a token where it is wanted.
     """
-    if choice not in BOS_CHOICES:
-        raise SparseGPTError(f"bos {choice!r} is not known: expected {', '.join(BOS_CHOICES)}")
+    check_bos(choice)
     wanted = choice == "always" or (choice == "auto" and model_type.startswith(BOS_IN_EVERY_WINDOW))
     if not wanted:
         return None

@@ -30,6 +30,7 @@ from sparsegpt.kernels.cpu import dense as on_cpu
 from sparsegpt.kernels.dispatch.measured import OWN_DENSE, KernelRow, dtype_name
 from sparsegpt.kernels.dispatch.route import DENSE, RESIDENT, Choice, Route
 from sparsegpt.kernels.format.pack import packed_shapes
+from sparsegpt.model.loading import one_line
 
 try:
     import resource
@@ -112,6 +113,7 @@ def bench_decode(
     dense: Path,
     packed: Path,
     *,
+    trust_remote_code: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     kernels: str = "auto",
@@ -127,11 +129,15 @@ def bench_decode(
 
     from sparsegpt.kernels.hf.quantizer import load_packed
 
+    code = {"trust_remote_code": trust_remote_code}
+
     def load_dense() -> Any:
-        return AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).to(device)
+        with one_line(str(dense)):
+            return AutoModelForCausalLM.from_pretrained(dense, dtype=dtype, **code).to(device)
 
     def load_sparse() -> Any:
-        return load_packed(packed, dtype=dtype, kernels="auto").to(device)
+        with one_line(str(packed)):
+            return load_packed(packed, dtype=dtype, kernels="auto", **code).to(device)
 
     models, peaks = {}, {}
     for name, load in (("dense", load_dense), ("packed", load_sparse)):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from sparsegpt.errors import SparseGPTError
+
 ORDERS = ("block", "linear")
 
 
@@ -20,18 +22,41 @@ class PipelineRow:
     peak_memory_bytes: int
 
 
-def bench_pipeline(model: str, calibration: str, samples: int, sequence_length: int, device: str) -> list[PipelineRow]:
-    """Prune `model` to 2:4 with sparsegpt, once in each order."""
+def bench_pipeline(
+    model: str,
+    calibration: str,
+    samples: int,
+    sequence_length: int,
+    device: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[PipelineRow]:
+    """Prune `model` to 2:4 with sparsegpt, once in each order. Raises SparseGPTError where a process is refused."""
     rows = []
     for order in ORDERS:
-        arguments = json.dumps([model, calibration, samples, sequence_length, device, order])
+        arguments = json.dumps(
+            [model, calibration, samples, sequence_length, device, order, revision, trust_remote_code]
+        )
         command = [sys.executable, "-m", "sparsegpt.eval.bench.pipeline", arguments]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        if result.returncode:
+            said = result.stderr.strip().splitlines() or [f"it ended with exit code {result.returncode}"]
+            raise SparseGPTError(said[-1])
         rows.append(PipelineRow(order, **json.loads(result.stdout.splitlines()[-1])))
     return rows
 
 
-def _measure(model: str, calibration: str, samples: int, sequence_length: int, device: str, order: str) -> None:
+def _measure(
+    model: str,
+    calibration: str,
+    samples: int,
+    sequence_length: int,
+    device: str,
+    order: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
     """Prune in this process and print the measurement as one line of JSON."""
     import time
 
@@ -40,9 +65,10 @@ def _measure(model: str, calibration: str, samples: int, sequence_length: int, d
     from sparsegpt.model.loading import load_model
     from sparsegpt.run.memory import peak_memory
 
-    loaded = load_model(model, device=device)
-    text, bos = load_text(calibration, "calibration"), loaded.bos_token("auto")
-    windows = draw_windows(text, loaded.tokenizer, samples, sequence_length, 0, bos).windows
+    text = load_text(calibration, "calibration")
+    loaded = load_model(model, device=device, revision=revision, trust_remote_code=trust_remote_code, to_prune=True)
+    length, bos = loaded.sequence_length(sequence_length), loaded.bos_token("auto")
+    windows = draw_windows(text, loaded.tokenizer, samples, length, 0, bos).windows
     started = time.perf_counter()
     prune_model(loaded.model, windows, "2:4", preset="paper", order=order)
     seconds = time.perf_counter() - started
@@ -50,4 +76,7 @@ def _measure(model: str, calibration: str, samples: int, sequence_length: int, d
 
 
 if __name__ == "__main__":
-    _measure(*json.loads(sys.argv[1]))
+    try:
+        _measure(*json.loads(sys.argv[1]))
+    except SparseGPTError as error:
+        sys.exit(str(error))

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsegpt.calib_data import draw_windows, load_text
+from sparsegpt.calib_data import check_text, draw_windows, load_text
 from sparsegpt.driver.pipeline import prune_model
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import score_text
 from sparsegpt.files.checked_json import read_checked, write_checked
-from sparsegpt.model.loading import LoadedModel, load_model
+from sparsegpt.model.loading import LoadedModel, load_config, load_model, sequence_length
+from sparsegpt.settings.machine import pick_device
 from sparsegpt.sparsity import parse_sparsity
 
 PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7")
@@ -38,7 +39,10 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityBench:
-    """What to prune and how to judge it; max_windows of the evaluation text are scored, all where None."""
+    """What to prune and how to judge it; max_windows of the evaluation text are scored, all where None.
+
+    revision, trust_remote_code: as for `load_model`.
+    """
 
     model: str
     calibration: str
@@ -48,6 +52,20 @@ class QualityBench:
     seed: int = 0
     device: str = "auto"
     max_windows: int | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Look at texts, device and configuration, before anything is loaded. Raises SparseGPTError."""
+        check_text(self.calibration, "calibration")
+        check_text(self.evaluation, "evaluation")
+        pick_device(self.device)
+        config = load_config(
+            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code, to_prune=True
+        )
+        sequence_length(self.model, config, self.sequence_length)
+        load_text(self.calibration, "calibration")
+        load_text(self.evaluation, "evaluation")
 
     def run(
         self, methods: tuple[str, ...], patterns: tuple[str, ...], known: list[QualityRow] | None = None
@@ -55,7 +73,7 @@ class QualityBench:
         """One new row at a time, the dense model first; what is known already is not measured again."""
         there = {(row.method, row.pattern) for row in known or []}
         if ("dense", "-") not in there:
-            yield QualityRow("dense", "-", self._score(load_model(self.model, device=self.device)), 0.0)
+            yield QualityRow("dense", "-", self._score(self._load()), 0.0)
         for pattern in patterns:
             for method in methods:
                 if (method, pattern) not in there:
@@ -69,7 +87,7 @@ class QualityBench:
         there = content.get("bench")
         if not isinstance(there, dict):
             raise SparseGPTError(f"{path} is no file of this benchmark, which keeps its rows there: give another file")
-        for name, value in asdict(self).items():
+        for name, value in self._measured_on().items():
             if there.get(name) != value:
                 raise SparseGPTError(
                     f"{path} holds rows of another measurement ({name} {there.get(name)} there, {value} now): "
@@ -80,10 +98,23 @@ class QualityBench:
     def write(self, path: Path, rows: list[QualityRow]) -> None:
         """Write the rows, and what they were measured on, so that a later call need not measure them again."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_checked(path, {"bench": asdict(self), "rows": [asdict(row) for row in rows]})
+        write_checked(path, {"bench": self._measured_on(), "rows": [asdict(row) for row in rows]})
+
+    def _measured_on(self) -> dict[str, Any]:
+        """What decides the rows; whether code may run does not."""
+        return {name: value for name, value in asdict(self).items() if name != "trust_remote_code"}
+
+    def _load(self) -> LoadedModel:
+        return load_model(
+            self.model,
+            device=self.device,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            to_prune=True,
+        )
 
     def _prune(self, method: str, pattern: str) -> QualityRow:
-        loaded = load_model(self.model, device=self.device)
+        loaded = self._load()
         text = load_text(self.calibration, "calibration")
         windows = draw_windows(
             text, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")

@@ -119,10 +119,12 @@ def pack_folder(
     form: Form | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> PackReport:
     """Write the packed form of the Hugging Face folder `source` to the new folder `target`.
 
     form: how the weights are stored, 2:4 with every bit kept by default; one that rounds changes the model by that.
+    trust_remote_code: run code of the folder to learn what its model calls the tensors.
 
     Raises:
         SparseGPTError: no safetensors weights or config.json in `source`; already quantised or packed; a layer that
@@ -136,7 +138,7 @@ def pack_folder(
     files = weight_files(source)
     with OpenTensors(files) as tensors:
         form = (form or FloatValues()).of_model(_stored_dtype(tensors))
-        plan = _plan(source, tensors, form)
+        plan = _plan(source, tensors, form, trust_remote_code=trust_remote_code)
         with new_result(target, "pack", overwrite=overwrite, sources=[source]) as stage:
             with ShardedWriter(stage, _room(tensors, plan, form), shard_bytes) as writer:
                 packer = _Packer(plan, tensors, writer, form)
@@ -206,11 +208,11 @@ def check_parts(names: Container[str], packing: PackedConfig, where: object) -> 
                 raise SparseGPTError(f"{where}: config.json promises {name}, which is not in the weights; pack again")
 
 
-def _plan(source: Path, tensors: OpenTensors, form: Form) -> _Plan:
+def _plan(source: Path, tensors: OpenTensors, form: Form, *, trust_remote_code: bool) -> _Plan:
     """Which matrices to pack: those that report.json lists, of experts a projection of all or of none."""
     listed = _reported_layers(source)
     shapes = tensors.shapes()  # a truncated file is refused here, before anything is written
-    found = checkpoint_matrices(source, shapes, listed or ())
+    found = checkpoint_matrices(source, shapes, listed or (), trust_remote_code=trust_remote_code)
     promised = frozenset(layer for layer, sparsity in (listed or {}).items() if form.promised(sparsity))
     _check_promised(source, promised, found)
     left_dense = {name: _why_no_matrix(name) for name, shape in shapes.items() if len(shape) in (2, 3)}

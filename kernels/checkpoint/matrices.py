@@ -58,19 +58,26 @@ class Matrix:
         return weight.T if self.transposed else weight
 
 
-def checkpoint_matrices(folder: Path, shapes: Mapping[str, Sequence[int]], layers: Iterable[str] = ()) -> list[Matrix]:
+def checkpoint_matrices(
+    folder: Path,
+    shapes: Mapping[str, Sequence[int]],
+    layers: Iterable[str] = (),
+    *,
+    trust_remote_code: bool = False,
+) -> list[Matrix]:
     """Every weight matrix among the tensors {name: shape} of a folder.
 
     layers: names that report.json uses. transformers is asked what the model calls a tensor only where names may not
-    say: experts, other 3-D weights, a layer of no tensor's name. Raises SparseGPTError when it does not know a model
-    with experts or such layers.
+    say: experts, other 3-D weights, a layer of no tensor's name. trust_remote_code: for that, run code of the folder.
+    Raises SparseGPTError when it does not know a model with experts or such layers.
     """
     plain = list(plain_matrices(folder, shapes))
     needed = any(map(_OF_EXPERTS.search, shapes)) or not {matrix.name for matrix in plain}.issuperset(layers)
     if not needed and all(len(shape) != 3 for shape in shapes.values()):
         return plain
     try:
-        names = ModelNames(without_weights(load_config(str(folder.absolute())), as_saved=True))
+        config = load_config(str(folder.absolute()), trust_remote_code=trust_remote_code)
+        names = ModelNames(without_weights(config, as_saved=True, trust_remote_code=trust_remote_code))
     except SparseGPTError:
         if needed:
             raise

@@ -245,7 +245,7 @@ def _nibbles(weight: Tensor, name: str, first_row: int) -> Tensor:
         found = weight[row, GROUP * group : GROUP * (group + 1)].tolist()
         raise SparseGPTError(
             f"{name}: not 2:4: row {first_row + row}, columns {GROUP * group}..{GROUP * group + 3} hold {found}, "
-            "more than two non-zeros; prune with --sparsity 2:4 first or leave this layer dense"
+            "more than two non-zeros; prune it to 2:4 first or leave this layer dense"
         )
     return nibbles_NG
 

@@ -1,9 +1,12 @@
 """`python -m sparsegpt bench ...` and `tune`: measurements, each side by side in one run."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +20,17 @@ from sparsegpt.cli.options import (
     Device,
     EvalWindows,
     Model,
+    Revision,
     Samples,
     Seed,
+    TrustRemoteCode,
     WindowLength,
+    at_home,
+    folder_of,
 )
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, unknown
 from sparsegpt.run.options import KERNEL_NAMES, default_data
+from sparsegpt.sparsity import parse_sparsity
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,9 +56,9 @@ def bench_solver_command(
     """The textbook column loop against this engine's solvers: time, ratio, loss."""
     from sparsegpt.eval.bench.solver import bench_solver
     from sparsegpt.eval.bench.tables import solver_table
-    from sparsegpt.model.loading import pick_device
+    from sparsegpt.settings.machine import pick_device
 
-    rows = list(bench_solver(pick_device(device), _shapes(sizes), tuple(patterns.split(",")), repeats))
+    rows = list(bench_solver(pick_device(device), _shapes(sizes), _patterns(patterns), repeats))
     _print_rows(rows, solver_table(rows), as_json=as_json)
 
 
@@ -60,14 +68,24 @@ def bench_pipeline_command(
     calibration: Calibration = None,
     samples: Samples = 128,
     sequence_length: WindowLength = 256,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """One Hessian and one pass per shared input against one of each per linear: seconds and peak memory."""
+    from sparsegpt.calib_data import check_text
     from sparsegpt.eval.bench.pipeline import bench_pipeline
     from sparsegpt.eval.bench.tables import pipeline_table
+    from sparsegpt.model.loading import load_config
+    from sparsegpt.settings.machine import pick_device
 
-    rows = bench_pipeline(model, calibration or default_data(model, "calibration"), samples, sequence_length, device)
+    silence_libraries()
+    text, code = calibration or default_data(model, "calibration"), {"trust_remote_code": trust_remote_code}
+    pick_device(device)
+    check_text(text, "calibration")
+    load_config(model, revision=revision, to_prune=True, **code)
+    rows = bench_pipeline(model, text, samples, sequence_length, device, revision=revision, **code)
     _print_rows(rows, pipeline_table(rows), as_json=as_json)
 
 
@@ -89,9 +107,12 @@ def bench_quality_command(
         str | None, typer.Option(help="Rows of the ladder, comma-separated.", show_default="all")
     ] = None,
     patterns: Patterns = "2:4,4:8,0.5,0.6,0.7",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     out: Annotated[
-        Path, typer.Option(help="Figure to write, as .png and .svg; rows are kept beside it as .json.")
+        Path,
+        typer.Option(help="Figure to write, as .png and .svg; rows are kept beside it as .json.", callback=at_home),
     ] = Path("quality.png"),
     as_json: AsJson = False,
 ) -> None:
@@ -101,8 +122,11 @@ def bench_quality_command(
 
     silence_libraries()
     chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
-    if unknown := [name for name in chosen if name not in LADDER]:
-        raise SparseGPTError(f"--methods {unknown[0]!r} is not known: choose from {', '.join(LADDER)}")
+    for name in chosen:
+        if name not in LADDER:
+            raise unknown("row of the ladder", name, LADDER, settings=("methods",))
+    asked = _patterns(patterns)
+    _check_figure(out)
     job = QualityBench(
         model,
         calibration or default_data(model, "calibration"),
@@ -112,10 +136,13 @@ def bench_quality_command(
         seed,
         device,
         eval_windows,
+        revision,
+        trust_remote_code,
     )
+    job.check()
     kept = out.with_suffix(".json")
     rows = job.read(kept)
-    for row in job.run(chosen, tuple(patterns.split(",")), rows):
+    for row in job.run(chosen, asked, rows):
         rows.append(row)
         job.write(kept, rows)
         print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
@@ -135,7 +162,7 @@ def bench_kernels_command(
     """Every 2:4 kernel against the library's dense product: time, bandwidth, speed-up and its ceiling."""
     from sparsegpt.eval.bench.kernels import bench_kernels
     from sparsegpt.eval.bench.tables import kernels_table
-    from sparsegpt.model.loading import pick_device
+    from sparsegpt.settings.machine import pick_device
 
     found = bench_kernels(
         device=str(pick_device(device)),
@@ -160,7 +187,7 @@ def tune(
     from sparsegpt.eval.bench.kernels import bench_kernels
     from sparsegpt.eval.bench.tables import measured_table
     from sparsegpt.kernels.dispatch.measured import judge, machine_name, remember, to_plain
-    from sparsegpt.model.loading import DTYPES, pick_device
+    from sparsegpt.settings.machine import DTYPES, pick_device
 
     target = pick_device(device)
     found = bench_kernels(
@@ -183,8 +210,10 @@ def tune(
 
 @bench.command("decode", cls=Command)
 def bench_decode_command(
-    dense: Annotated[Path, typer.Argument(help="The pruned model folder.")],
-    packed: Annotated[Path, typer.Argument(help="Its packed form.")],
+    dense: Annotated[str, typer.Argument(help="The pruned model folder, or a Hub id.")],
+    packed: Annotated[Path, typer.Argument(help="The folder of its packed form.", callback=at_home)],
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     kernels: Annotated[str, typer.Option(help=KERNEL_NAMES)] = "auto",
@@ -194,13 +223,20 @@ def bench_decode_command(
     """A whole model generating, batch size 1, packed beside dense: tokens per second and memory."""
     from sparsegpt.eval.bench.kernels import bench_decode
     from sparsegpt.eval.bench.tables import decode_table
-    from sparsegpt.model.loading import DTYPES, pick_device
+    from sparsegpt.run.planning import check_kernels
+    from sparsegpt.settings.machine import DTYPES, parse_dtype, pick_device
 
     silence_libraries()
-    if dtype not in DTYPES:
-        raise SparseGPTError(f"dtype {dtype!r} is not known: expected {', '.join(DTYPES)}")
-    target = str(pick_device(device))
-    rows = bench_decode(dense, packed, device=target, dtype=DTYPES[dtype], kernels=kernels, new_tokens=new_tokens)
+    check_kernels(kernels)
+    rows = bench_decode(
+        folder_of(dense, revision),
+        folder_of(str(packed), None),
+        trust_remote_code=trust_remote_code,
+        device=str(pick_device(device)),
+        dtype=parse_dtype(dtype) or DTYPES["bfloat16"],
+        kernels=kernels,
+        new_tokens=new_tokens,
+    )
     _print_rows(rows, decode_table(rows), as_json=as_json)
 
 
@@ -214,8 +250,12 @@ def bench_memory_command(
     """Private memory of whole runs on synthetic models of equal blocks, 122 MiB each, beside the plan's prediction."""
     from sparsegpt.eval.bench.memory import bench_memory
     from sparsegpt.eval.bench.tables import memory_table
+    from sparsegpt.settings.prune_settings import resolve_settings
 
-    rows = list(bench_memory(_counts(blocks, "--blocks"), tuple(presets.split(",")), tuple(patterns.split(","))))
+    counts, names, asked = _counts(blocks, "--blocks"), tuple(presets.split(",")), _patterns(patterns)
+    for preset, pattern in product(names, asked):
+        resolve_settings(pattern, preset)
+    rows = list(bench_memory(counts, names, asked))
     _print_rows(rows, memory_table(rows), as_json=as_json)
 
 
@@ -228,7 +268,7 @@ def bench_gpu_command(
     """Everything about a GPU in one go: correctness, kernels, solver, a whole prune; under nine minutes."""
     from sparsegpt.eval.bench.gpu import DEADLINES, GpuBench
     from sparsegpt.eval.bench.tables import gpu_tables, markdown
-    from sparsegpt.model.loading import pick_device
+    from sparsegpt.settings.machine import pick_device
 
     job = GpuBench(pick_device(device), out, small)
     results = job.run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
@@ -246,6 +286,25 @@ def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     if not all(len(shape) == 2 and all(_is_count(size) for size in shape) for shape in shapes):
         raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096")
     return tuple((int(rows), int(columns)) for rows, columns in shapes)
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    patterns = tuple(text.split(","))
+    for pattern in patterns:
+        parse_sparsity(pattern)
+    return patterns
+
+
+def _check_figure(out: Path) -> None:
+    """What would be found after hours: a library that draws, and a folder for the figure and its rows."""
+    if find_spec("matplotlib") is None:
+        raise SparseGPTError("matplotlib, which draws the figure, is not installed: pip install matplotlib")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SparseGPTError(f"figure {out} cannot be written: {error}; choose another", settings=("out",)) from error
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise SparseGPTError(f"figure {out} cannot be written: it is a folder, or lies in one that is not writable")
 
 
 def _counts(text: str, option: str) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 refused with one line on stderr, 2 wrong usage, 130 interr
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from sparsegpt.cli.run_command import run
 from sparsegpt.errors import SparseGPTError
 
 NAME = "sparsegpt"  # of the script, also where shells complete it
+WRONG_USAGE = 2  # the exit code
+# Of click, which typer may keep inside itself under another name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     name=NAME,
     no_args_is_help=True,
@@ -54,13 +57,27 @@ def _all_commands(
 
 
 def main() -> None:
-    """Run the command line; every refusal is one line on stderr and exit code 1."""
+    """Run the command line; every refusal is one line on stderr, with exit code 1, or 2 for wrong usage."""
     try:
         _check_words(sys.argv)
-        app(prog_name=NAME)
+        code = app(prog_name=NAME, standalone_mode=False)
     except SparseGPTError as error:
         say(str(error))
-        sys.exit(1)
+        code = 1
+    except _UsageError as error:
+        _say_usage(error)
+        code = WRONG_USAGE
+    if code:
+        sys.exit(code)
+
+
+def _say_usage(error: Any) -> None:
+    """What is wrong with the words of a command, and where it says how they go; without words it printed its help."""
+    said, command = error.format_message().strip(), error.ctx.command_path if error.ctx else NAME
+    if said and said != command and not said.startswith("Usage:"):
+        say(f"{said.rstrip('.')} (see `{command} --help`)")
+    elif said:
+        print(said)
 
 
 def _check_words(words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """How the command line speaks: its console, its one line of refusal, and libraries that keep silent."""
 
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -43,3 +44,12 @@ def silence_libraries() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    silence_hub()
+
+
+def silence_hub() -> None:
+    """No progress bars of the Hub's client, and no lines about each of its retries: the refusal says what matters."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -19,6 +19,8 @@ from sparsegpt.run.memory import readable
 from sparsegpt.run.memory_plan import Plan
 
 WORST_LAYERS = 5
+# Letters of a text's name that a table shows whole.
+NAME_WIDTH = 30
 
 
 class RunDisplay(Listener):
@@ -106,6 +108,29 @@ def print_scores(console: Console, scores: Sequence[TextScore], length: int) -> 
             print_warning(console, score.alarm)
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """What a table calls texts: of long paths the last parts, as many as tell all of them apart."""
+    if max(map(len, names), default=0) <= NAME_WIDTH:
+        return {name: name for name in names}
+    parts = [name.split("/") for name in names]
+    for count in range(1, max(map(len, parts))):
+        short = ["/".join(part[-count:]) for part in parts]
+        if len(set(short)) == len(set(names)) and all(short):
+            return dict(zip(names, short, strict=True))
+    return {name: name for name in names}
+
+
+def new_table(*columns: str, broken: Sequence[str], title: str | None = None) -> Table:
+    """A table of which these columns are broken into lines where they do not fit: the ends of names tell them apart.
+
+    The others, which are numbers, stay whole.
+    """
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column not in broken)
+    return table
+
+
 def print_plan(console: Console, model: str, planned: Plan) -> None:
     """The table of `run --plan`."""
     table = Table("", "part", "at its peak", title=f"{model}: {planned.micro_batch} windows in one forward pass")
@@ -134,16 +159,18 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
 
 def _score_table(report: dict[str, Any]) -> Table:
     columns = ("data", "model", "perplexity", "bits per byte", "tokens/s")
-    table = Table(*columns, title=f"{report['model']} at {report['sparsity']}")
+    table = new_table(*columns, broken=("data",), title=f"{report['model']} at {report['sparsity']}")
+    shown = short_names(list(report["perplexity"]))
     for data, by_model in report["perplexity"].items():
         for which, perplexity in by_model.items():
             bits, speed = report["bits_per_byte"][data][which], report["tokens_per_second"][data][which]
-            table.add_row(data, which, f"{perplexity:.4f}", f"{bits:.4f}", f"{speed:.0f}")
+            table.add_row(shown[data], which, f"{perplexity:.4f}", f"{bits:.4f}", f"{speed:.0f}")
     return table
 
 
 def _worst_layers(layers: list[dict[str, Any]]) -> Table:
-    table = Table("layer", "shape", "zeros", "relative error", title=f"{len(layers)} layers pruned, the worst:")
+    title = f"{len(layers)} layers pruned, the worst:"
+    table = new_table("layer", "shape", "zeros", "relative error", broken=("layer",), title=title)
     for layer in sorted(layers, key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS]:
         shape = " x ".join(map(str, layer["shape"]))
         table.add_row(layer["name"], shape, f"{layer['zeros']:.1%}", f"{layer['relative_error']:.4f}")
@@ -152,7 +179,7 @@ def _worst_layers(layers: list[dict[str, Any]]) -> Table:
 
 def print_findings(console: Console, findings: list[TensorFinding]) -> None:
     """The table of `inspect`."""
-    table = Table("weight", "shape", "stored", "zeros", "pattern", "holds")
+    table = new_table("weight", "shape", "stored", "zeros", "pattern", "holds", broken=("weight", "holds"))
     for finding in findings:
         shape = " x ".join(map(str, finding.shape))
         holds = finding.problem or "yes"

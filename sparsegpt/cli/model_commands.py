@@ -20,18 +20,23 @@ from sparsegpt.cli.options import (
     Overwrite,
     Revision,
     TrustRemoteCode,
+    at_home,
     data_names,
+    folder_of,
 )
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, unknown
 from sparsegpt.run.options import KERNEL_NAMES, default_data
 from sparsegpt.settings.option import Group
+
+VALUES = ("int8", "int4")
 
 
 def evaluate_model(
     model: Model = "demo",
-    data: Annotated[
+    evaluate: Annotated[
         str | None,
         typer.Option(
+            "--data",
             help="Texts to score on: wikitext2, ptb, c4, pydoc, files or folders, comma-separated.",
             rich_help_panel=Group.MODEL,
             show_default="pydoc for the demo, else wikitext2",
@@ -56,20 +61,32 @@ def evaluate_model(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and bits per byte of a model, dense or pruned, by the published protocol."""
+    from sparsegpt.calib_data import check_bos, check_text, load_text
     from sparsegpt.cli.display import print_scores
     from sparsegpt.eval.perplexity import score_text
-    from sparsegpt.model.loading import load_model
+    from sparsegpt.model.loading import load_config, load_model
+    from sparsegpt.run.planning import check_kernels
+    from sparsegpt.settings.machine import parse_dtype, pick_device
 
     silence_libraries()
+    names = data_names(evaluate or default_data(model, "evaluation"))
+    check_kernels(kernels)
+    check_bos(bos)
+    parse_dtype(dtype)
+    pick_device(device)
+    for name in names:
+        check_text(name, "evaluation")
+    load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    texts = [load_text(name, "evaluation") for name in names]
     loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     length = loaded.sequence_length(sequence_length)
     if kernels is not None:
         say(_use_kernels(loaded.model, kernels))
     scores = [
         score_text(
-            loaded.model, loaded.tokenizer, name, length, batch_size=batch_size, bos=bos, max_windows=eval_windows
+            loaded.model, loaded.tokenizer, text, length, batch_size=batch_size, bos=bos, max_windows=eval_windows
         )
-        for name in data_names(data or default_data(model, "evaluation"))
+        for text in texts
     ]
     if as_json:
         print(json.dumps([asdict(score) for score in scores]))
@@ -84,19 +101,21 @@ def _use_kernels(model: Any, kernels: str) -> str:
 
     pack_linears(model, kernels=kernels)
     if not set_kernels(model, kernels):
-        raise SparseGPTError("--kernels: no linear of this model keeps 2:4; prune it with --sparsity 2:4 first")
+        raise SparseGPTError("no linear of this model keeps 2:4: prune it to 2:4 first", settings=("kernels",))
     return explain(model)
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A model folder with safetensors files.")],
+    folder: Annotated[str, typer.Argument(help="A model folder with safetensors files, or a Hub id.")],
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """What is sparse in a model folder; exit code 1 when a promised pattern is broken anywhere."""
     from sparsegpt.cli.display import print_findings
     from sparsegpt.run.inspection import inspect_folder
 
-    findings = inspect_folder(folder)
+    findings = inspect_folder(folder_of(folder, revision), trust_remote_code=trust_remote_code)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -110,8 +129,8 @@ def inspect(
 
 
 def pack(
-    folder: Annotated[Path, typer.Argument(help="A model folder pruned to 2:4.")],
-    out: Annotated[Path, typer.Argument(help="The packed folder to write.")],
+    folder: Annotated[str, typer.Argument(help="A model folder pruned to 2:4, or a Hub id.")],
+    out: Annotated[Path, typer.Argument(help="The packed folder to write.", callback=at_home)],
     values: Annotated[
         str | None,
         typer.Option(help="Round kept values to int8 or int4, to nearest.", show_default="keep every bit"),
@@ -119,20 +138,23 @@ def pack(
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale, with --values.", show_default="128")
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes, fewer with --values."""
     from sparsegpt.kernels.checkpoint.archive import pack_folder
     from sparsegpt.kernels.format.quantized import IntegerValues
 
-    if values not in (None, "int8", "int4"):
-        raise SparseGPTError(f"--values {values!r} is not known: expected int8 or int4")
+    if values not in (None, *VALUES):
+        raise unknown("values", values, VALUES, settings=("values",))
     if group_size is not None and values is None:
         raise SparseGPTError("--group-size is for rounded values: give --values int8 or int4 too")
+    source = folder_of(folder, revision)
     integers = IntegerValues(int(values.removeprefix("int"))) if values else None
     if integers and group_size is not None:
         integers = replace(integers, group_size=group_size)
-    report = pack_folder(folder, out, form=integers, overwrite=overwrite)
+    report = pack_folder(source, out, form=integers, overwrite=overwrite, trust_remote_code=trust_remote_code)
     before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
     print(
         f"packed {len(report.packed)} linears: {before:.1f} -> {after:.1f} MiB ({after / before:.4f}), "
@@ -142,8 +164,9 @@ def pack(
 
 
 def unpack(
-    folder: Annotated[Path, typer.Argument(help="A packed folder.")],
-    out: Annotated[Path, typer.Argument(help="The ordinary model folder to write.")],
+    folder: Annotated[str, typer.Argument(help="A packed folder, or a Hub id.")],
+    out: Annotated[Path, typer.Argument(help="The ordinary model folder to write.", callback=at_home)],
+    revision: Revision = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a packed folder back into an ordinary one, dense with zeros, that any server loads.
@@ -152,4 +175,5 @@ def unpack(
     """
     from sparsegpt.kernels.checkpoint.archive import unpack_folder
 
-    print(f"unpacked {len(unpack_folder(folder, out, overwrite=overwrite))} linears; wrote {out}")
+    linears = unpack_folder(folder_of(folder, revision), out, overwrite=overwrite)
+    print(f"unpacked {len(linears)} linears; wrote {out}")

@@ -4,16 +4,19 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from inspect import Parameter
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 from typer.models import OptionInfo
 
+from sparsegpt.cli.console import say, silence_hub
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.run.options import RunOptions
 from sparsegpt.settings.option import Group, Option, option_of
 
+INTERRUPTED = 130  # the exit code
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
@@ -24,13 +27,23 @@ class Command(TyperCommand):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
         except SparseGPTError as error:
             # of what is on unless it is turned off, the flag that does so
-            flags = {parameter.name: [*parameter.secondary_opts, *parameter.opts][0] for parameter in self.params}
+            flags = {
+                parameter.name: _shown([*parameter.secondary_opts, *parameter.opts][0]) for parameter in self.params
+            }
             advice = [flags[name] for name in _settings_of(error) if name in flags]
             if not advice:
                 raise
             raise SparseGPTError(f"{error} ({', '.join(advice)})") from error
+
+
+def _shown(name: str) -> str:
+    """A flag as it is typed; an argument as the help calls it."""
+    return name if name.startswith("-") else name.upper()
 
 
 def _settings_of(error: BaseException | None) -> list[str]:
@@ -78,7 +91,7 @@ def _info(name: str, told: Option, shown: str | bool) -> OptionInfo:
     def check(value: Any) -> Any:  # typer's own maximum would fill a column of the help with 19 digits
         if told.maximum is not None and value is not None and value > told.maximum:
             raise typer.BadParameter(f"{value} is more than {told.maximum}.")
-        return value
+        return at_home(value) if isinstance(value, Path) else value
 
     info: OptionInfo = typer.Option(
         told.flag or f"--{name.replace('_', '-')}",
@@ -89,6 +102,14 @@ def _info(name: str, told: Option, shown: str | bool) -> OptionInfo:
         show_default=shown,
     )
     return info
+
+
+def at_home(path: Path) -> Path:
+    """A path with the `~` that a shell leaves alone, as in --out=~/pruned, turned into the home folder."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{path}: there is no such user.") from error
 
 
 def takes(*options: Parameter) -> Callable[[Function], Function]:
@@ -137,3 +158,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_pa
 def data_names(text: str) -> tuple[str, ...]:
     """The texts of a comma-separated list; none for "none"."""
     return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def folder_of(model: str, revision: str | None) -> Path:
+    """The folder of a model by its path, Hub id or short name; one of another kind is refused."""
+    from sparsegpt.model.loading import model_folder
+
+    silence_hub()
+    return model_folder(model, revision)

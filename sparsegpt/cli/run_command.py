@@ -4,12 +4,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from sparsegpt.cli.console import open_console, say, silence_libraries, typed_command
-from sparsegpt.cli.options import data_names, given, parameters, takes
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.cli.options import INTERRUPTED, data_names, given, parameters, takes
+from sparsegpt.errors import SparseGPTError, unknown
 from sparsegpt.run.options import RunOptions, default_data, default_folder
 from sparsegpt.settings.option import Group, option, option_of
 from sparsegpt.settings.prune_settings import PRESETS, PruneSettings, resolve_settings
+from sparsegpt.sparsity import doubtful
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def run(**arguments: Any) -> None:
     """Prune a model, score it before and after, and save it with a report."""
     from sparsegpt.cli.display import RunDisplay, print_plan, print_report
     from sparsegpt.run.job import run as run_job
-    from sparsegpt.run.planning import plan_run
+    from sparsegpt.run.planning import check_options, plan_run
 
     call = RunCall(**given(RunCall, arguments))
     settings = _settings(call.preset, given(PruneSettings, arguments))
@@ -49,16 +52,19 @@ def run(**arguments: Any) -> None:
     console = open_console()
     silence_libraries()
     if call.plan:
+        check_options(options, settings)
         print_plan(console, options.model, plan_run(options, settings))
         return
     if options.gpu_memory is not None:
         raise SparseGPTError("--gpu-memory is for planning: add --plan, or leave it out")
     try:
         with RunDisplay(console, quiet=call.quiet) as display:
+            if doubt := doubtful(arguments["sparsity"]):
+                display.warn(doubt)
             report = run_job(options, settings, display)
     except KeyboardInterrupt:
         _say_what_is_left(options.out)
-        raise
+        raise typer.Exit(INTERRUPTED) from None
     if not call.quiet:
         print_report(console, report, options.out)
 
@@ -74,7 +80,7 @@ def _options(told: dict[str, Any], settings: PruneSettings) -> RunOptions:
     """The options of a run, with what follows from the others where nothing was given."""
     model, include = told["model"], told["include_head"]
     if include not in (None, "lm_head"):
-        raise SparseGPTError(f"--include {include!r} is not known: only lm_head can be pruned besides the blocks")
+        raise unknown("what to include", include, ("lm_head",), settings=("include_head",))
     return RunOptions(
         **told
         | {

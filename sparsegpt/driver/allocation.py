@@ -64,7 +64,8 @@ def block_shares(outliers: list[float], sizes: list[int], target: float) -> list
     if min(shares) < 0 or max(shares) >= 1:
         raise SparseGPTError(
             f"allocation owl cannot meet {target:g}: blocks would get {min(shares):.2f} to {max(shares):.2f} zeros, "
-            "expected [0, 1); use --allocation uniform"
+            "expected [0, 1); use uniform allocation",
+            settings=("allocation",),
         )
     return shares
 

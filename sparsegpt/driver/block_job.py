@@ -94,7 +94,7 @@ class BlockJob:
         if result.diverged:
             self.solver.report.warnings.append(
                 f"{self.prefix[:-1]}: reconstruction diverged after {result.best_epoch} good epochs and was rolled "
-                "back to the best; lower --learning-rate"
+                "back to the best; lower the learning rate"
             )
         return result.after / result.before if result.before else 1.0
 

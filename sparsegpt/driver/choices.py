@@ -85,7 +85,7 @@ def choose_linears(
     for index in sorted(blocks):
         widths |= {name: in_features for name, (_, in_features) in found.of_block(index).items() if select(name)}
     if not widths and not include_head:
-        raise SparseGPTError(_nothing_selected(found))
+        raise _nothing_selected(found)
     linears = choose(settings, [*widths, HEAD] if include_head else list(widths))
     for name, width in widths.items():
         if (choice := linears[name]) is not None:
@@ -96,12 +96,17 @@ def choose_linears(
     return replace(choices, notes=tuple(filter(None, notes)))
 
 
-def _nothing_selected(found: Survey) -> str:
+def _nothing_selected(found: Survey) -> SparseGPTError:
     """Why there is nothing to prune."""
     if found.linears:
-        return "no linear layer is selected: loosen --only or --skip, which match full module names, or --blocks"
+        return SparseGPTError(
+            "no linear layer is selected: loosen what selects them by expressions on full module names, or by blocks",
+            settings=("only", "skip", "blocks"),
+        )
     reasons = sorted({found.reasons.get(name, "") for name in found.matrices})
-    return f"the blocks have no linear layer that can be pruned: their matrices are {'; '.join(reasons) or 'none'}"
+    return SparseGPTError(
+        f"the blocks have no linear layer that can be pruned: their matrices are {'; '.join(reasons) or 'none'}"
+    )
 
 
 def check_block(block: nn.Module, prefix: str, pruned: Mapping[str, LinearSettings], *, finite: bool) -> Shapes:

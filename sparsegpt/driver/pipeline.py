@@ -309,7 +309,7 @@ class _Driver:
             return True
         report.warnings.append(
             f"distillation raised the held-out divergence from {before:.4g} to {after:.4g} nats and was "
-            "rolled back; lower --distill-rate or give more --samples"
+            "rolled back; lower the distillation rate or give more samples"
         )
         return False
 

@@ -51,7 +51,8 @@ def mapped_empty(shape: torch.Size | list[int], dtype: torch.dtype, folder: Path
     except OSError as error:
         raise SparseGPTError(
             f"no room for {numel * dtype.itemsize / 2**30:.2f} GiB of scratch in {folder} ({error.strerror}): free "
-            "space, or give another --scratch"
+            "space, or give another folder",
+            settings=("scratch",),
         ) from error
     return tensor[: torch.Size(shape).numel()].view(shape)
 

@@ -1,27 +1,140 @@
-"""What a local model folder must look like before anything in it is read in earnest."""
+"""From a model's name to its folder: what a user may call a model, and what a folder must look like before it is read.
+
+A name is the demo, a short name, a folder, or else a model on the Hub.
+"""
 
 from pathlib import Path, PurePosixPath
 
-from sparsegpt.errors import SparseGPTError, first_line
+from sparsegpt.calib_data import demo_folder
+from sparsegpt.errors import SparseGPTError, did_you_mean, first_line, nearest
 from sparsegpt.files.checked_json import read_json
+from sparsegpt.files.kinds import CONFIG, TOKENIZER, describe, matching
+from sparsegpt.files.kinds import WEIGHTS as WEIGHT_FILES
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+DEMO = "demo"
+# The names of the papers' tables. Anything else is taken as a folder or a Hub id.
+SHORT_NAMES = {
+    **{f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")},
+    **{f"llama-2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")},
+    **{f"llama-3-{size}": f"meta-llama/Meta-Llama-3-{size.upper()}" for size in ("8b", "70b")},
+    **{f"llama-3.2-{size}": f"meta-llama/Llama-3.2-{size.upper()}" for size in ("1b", "3b")},
+    **{f"smollm2-{size}": f"HuggingFaceTB/SmolLM2-{size.upper()}" for size in ("135m", "360m", "1.7b")},
+    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")},
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+}
+# A name this like a short name is a slip of it, and not worth a question to the Hub.
+SLIP = 0.75
+_EXPECTED = "expected a folder, a Hub id or one of the short names"
+
+
+def find_model(name: str, revision: str | None = None) -> Path | str:
+    """The folder that a model's name means on this machine, or its Hub id, before anything is read or asked.
+
+    Raises SparseGPTError for a file, a web address, a path that leads nowhere, a slip of a short name, and a revision
+    of a local folder.
+    """
+    source = SHORT_NAMES.get(name.lower(), name)
+    folder = local_path(name)
+    if not name.strip():
+        raise SparseGPTError(f"model {name!r} has no name: {_EXPECTED}", settings=("model",))
+    if folder is not None and _exists(folder):
+        if not folder.is_dir():
+            raise SparseGPTError(f"model {folder} {describe(folder)}")
+        if revision is not None:
+            raise SparseGPTError(
+                f"revision {revision} belongs to a Hub model, and {folder} is a local folder: leave it out",
+                settings=("revision",),
+            )
+        return folder
+    if "://" in name:
+        raise SparseGPTError(f"model {name} is a web address: {_of_address(name)}")
+    if folder is None or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
+        raise SparseGPTError(f"model folder {name} does not exist: {_EXPECTED}{_near_path(folder)}")
+    if "/" not in source and (meant := nearest(source, (*SHORT_NAMES, DEMO), SLIP)):
+        raise SparseGPTError(f"model {name!r} is no short name and no folder here: {_EXPECTED}; did you mean {meant}?")
+    return source
+
+
+def local_path(name: str) -> Path | None:
+    """Where a model of this name lies or would lie on this machine; None for the home of a user who is not there."""
+    if name == DEMO:
+        return demo_folder()
+    try:
+        return Path(SHORT_NAMES.get(name.lower(), name)).expanduser()
+    except RuntimeError:
+        return None
+
+
+def suggestion(name: str) -> str:
+    """A question that ends a message about a model that could not be had: the nearest Hub id we know, or folder."""
+    hub = SHORT_NAMES.get(name.lower(), name)
+    return did_you_mean(hub, set(SHORT_NAMES.values()) - {hub}, SLIP) or _near_path(local_path(name))
+
+
+def look_over(folder: Path) -> None:
+    """Refuse a folder that is no model's, saying what it is. Raises SparseGPTError."""
+    try:
+        found = describe(folder)
+    except OSError as error:
+        raise SparseGPTError(f"model folder {folder} cannot be read: {error.strerror or error}") from error
+    if found:
+        raise SparseGPTError(f"model folder {folder} {found}")
 
 
 def check_folder(folder: Path) -> None:
     """A configuration and weights must be there, every shard of an index, and whole safetensors files.
 
-    Raises SparseGPTError naming the file.
+    Raises SparseGPTError naming the file, or the kind of folder that it is.
     """
-    if not (folder / "config.json").is_file():
+    look_over(folder)
+    if not (folder / CONFIG).is_file():
         raise SparseGPTError(f"model folder {folder} has no config.json: expected a Hugging Face model folder")
-    read_json(folder / "config.json")
+    read_json(folder / CONFIG)
     if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
-        raise SparseGPTError(f"model folder {folder} has no weights: expected {' or '.join(WEIGHT_FILES)}")
+        raise SparseGPTError(
+            f"model folder {folder} has no weights: expected {' or '.join(WEIGHT_FILES)}; fetch or save it whole"
+        )
+    of_safetensors = any(folder.glob("*.safetensors"))
     for index in sorted(folder.glob("*.index.json")):
-        _check_index(index)
+        if not of_safetensors or ".safetensors." in index.name:  # those of other forms are not read then
+            _check_index(index)
     for path in sorted(folder.glob("*.safetensors")):
         _check_whole(path)
+
+
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether there is any file that a tokenizer is read from."""
+    return bool(matching([path.name for path in folder.iterdir()], TOKENIZER))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise SparseGPTError(f"model folder {path} cannot be read: {first_line(error)}") from error
+
+
+def _near_path(path: Path | None) -> str:
+    """A question for what lies where this path leads, by a name like its own."""
+    if path is None or not path.name:
+        return ""
+    try:
+        there = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        first = next((parent for parent in path.parents if parent.is_dir()), None)
+        return (
+            "" if first is None or first == Path() else f"; {first} is there, {path.relative_to(first).parts[0]} is not"
+        )
+    near = nearest(path.name, there, SLIP)
+    return f"; did you mean {path.with_name(near)}?" if near else ""
+
+
+def _of_address(address: str) -> str:
+    """What to do with a web address."""
+    found = address.partition("://")[2].split("/")
+    if found[0] in ("huggingface.co", "hf.co", "www.huggingface.co") and len(found) >= 3 and all(found[1:3]):
+        return f"give the Hub id {found[1]}/{found[2].split('?')[0]}"
+    return "fetch the model and give its folder, or give a Hub id"
 
 
 def _check_index(index: Path) -> None:

@@ -34,59 +34,63 @@ def check_target(target: Path, *, overwrite: bool, sources: Iterable[Path] = ())
     program, one that is being read or lies inside such a folder, and the current folder or one around it.
     """
     if target.absolute().name in ("", ".."):
-        raise SparseGPTError(f"output {target} has no name of its own: give the folder to write as --out")
+        raise _refusal(f"output {target} has no name of its own: give the folder to write")
     try:
         _check_there(target)
         _check_apart(target, sources)
         _check_content(target, overwrite=overwrite)
     except OSError as error:  # a name too long, a folder that may not be read
-        raise SparseGPTError(f"output {target} cannot be used ({error}): choose another --out") from error
+        raise _refusal(f"output {target} cannot be used ({error}): choose another") from error
 
 
 def _check_there(target: Path) -> None:
     if target.is_symlink():
-        raise SparseGPTError(f"output {target} is a symbolic link: give the real folder as --out")
+        raise _refusal(f"output {target} is a symbolic link: give the real folder")
     if target.exists() and not target.is_dir():
-        raise SparseGPTError(f"output {target} is a file: expected a folder; choose another --out")
+        raise _refusal(f"output {target} is a file: expected a folder; choose another")
     if target.is_dir() and not os.access(target, os.W_OK):
-        raise SparseGPTError(f"output folder {target} is not writable: choose another --out")
+        raise _refusal(f"output folder {target} is not writable: choose another")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir():
-        raise SparseGPTError(f"output folder {target} cannot be made: {parent} is a file; choose another --out")
+        raise _refusal(f"output folder {target} cannot be made: {parent} is a file; choose another")
     if not os.access(parent, os.W_OK):
-        raise SparseGPTError(f"output folder {target} cannot be made: {parent} is not writable; choose another --out")
+        raise _refusal(f"output folder {target} cannot be made: {parent} is not writable; choose another")
 
 
 def _check_apart(target: Path, sources: Iterable[Path]) -> None:
     """By where paths really lead."""
     real, here = target.resolve(), Path.cwd().resolve()
     if here.is_relative_to(real):
-        raise SparseGPTError(f"output {target} is the current folder or holds it: choose another --out")
+        raise _refusal(f"output {target} is the current folder or holds it: choose another")
     for source in (source.resolve() for source in sources if source.is_dir()):
         if source.is_relative_to(real):
-            raise SparseGPTError(
-                f"output {target} is the folder {source} that is read, or holds it: choose another --out"
-            )
+            raise _refusal(f"output {target} is the folder {source} that is read, or holds it: choose another")
         if real.is_relative_to(source):
-            raise SparseGPTError(f"output {target} lies inside {source}, which is read: choose another --out")
+            raise _refusal(f"output {target} lies inside {source}, which is read: choose another")
 
 
 def _check_content(target: Path, *, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise SparseGPTError(f"output folder {target} exists and is not empty: give --overwrite or another --out")
+        raise _refusal(
+            f"output folder {target} exists and is not empty: allow to replace it, or choose another", "overwrite"
+        )
     known = read_marker(target)
     if known is None:
-        raise SparseGPTError(
+        raise _refusal(
             f"output folder {target} was not written by this program, and only its results are replaced: choose "
-            "another --out, or remove the folder yourself"
+            "another, or remove the folder yourself"
         )
     if own := _of_others(target, known):
-        raise SparseGPTError(
+        raise _refusal(
             f"output folder {target} holds {own[0]}, which this program did not write or which has changed since: move "
-            "it away, or choose another --out"
+            "it away, or choose another"
         )
+
+
+def _refusal(message: str, *settings: str) -> SparseGPTError:
+    return SparseGPTError(message, settings=(*settings, "out"))
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
@@ -166,7 +170,7 @@ def writing(folder: Path) -> Iterator[None]:
         if is_full_disk(error):
             raise SparseGPTError(f"no space left while writing {folder}: free space") from error
         if isinstance(error, OSError):
-            raise SparseGPTError(f"{folder} cannot be written ({error}): choose another --out") from error
+            raise _refusal(f"{folder} cannot be written ({error}): choose another output folder") from error
         raise
 
 
@@ -181,9 +185,7 @@ def _acquire(folder: Path, target: Path) -> FileLock:
             lock.acquire(timeout=0)
             return lock
         except Timeout as error:
-            raise SparseGPTError(
-                f"another process is writing {target}: wait for it, or choose another --out"
-            ) from error
+            raise _refusal(f"another process is writing {target}: wait for it, or choose another") from error
         except FileNotFoundError:  # its former user has just removed the folder
             if attempt + 1 == _ATTEMPTS:
                 raise

@@ -8,7 +8,7 @@ import copy
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,35 +17,35 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sparsegpt.calib_data import bos_token, demo_folder
+from sparsegpt.calib_data import bos_token
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.beside import some
+from sparsegpt.files.hub import ask_hub, hub_reason
 from sparsegpt.files.mapped import chunks, mapped_parameters
-from sparsegpt.files.model_folder import check_folder
+from sparsegpt.files.model_folder import (
+    check_folder,
+    find_model,
+    has_tokenizer_files,
+    local_path,
+    look_over,
+    suggestion,
+)
+from sparsegpt.files.quantised import method_by_tensors, method_of, refusal
 from sparsegpt.model.decoder import DecoderModel, position_limit
 from sparsegpt.model.families import refuse_encoder
 from sparsegpt.model.names import CheckpointNames, restore_dtypes
 from sparsegpt.model.residence import Residence
-from sparsegpt.model.source import Source, cached, fetched
+from sparsegpt.model.source import CONFIG, Source, cached, fetched, stored_types
+from sparsegpt.settings.machine import parse_dtype, pick_device
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-DEMO = "demo"
 MAX_DEFAULT_SEQUENCE = 2048
-
-# The names of the papers' tables. Anything else is taken as a folder or a Hub id.
-SHORT_NAMES = {
-    **{f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")},
-    **{f"llama-2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")},
-    **{f"llama-3-{size}": f"meta-llama/Meta-Llama-3-{size.upper()}" for size in ("8b", "70b")},
-    **{f"llama-3.2-{size}": f"meta-llama/Llama-3.2-{size.upper()}" for size in ("1b", "3b")},
-    **{f"smollm2-{size}": f"HuggingFaceTB/SmolLM2-{size.upper()}" for size in ("135m", "360m", "1.7b")},
-    **{f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")},
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
-}
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# A tokenizer of fewer tokens may be one without a vocabulary.
+FEW_TOKENS = 256
+# Letters of a library's message that are quoted.
+MESSAGE = 300
 
 
 @dataclass
@@ -96,35 +96,33 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     stream_through: Path | None = None,
+    to_prune: bool = False,
 ) -> LoadedModel:
     """Load a model by short name ("opt-1.3b"), Hub id, folder, or "demo".
 
     dtype: "auto", "float32", "float16" or "bfloat16"; auto is the file's own on a GPU and float32 on a CPU.
     device: "auto", "cpu", "cuda", "cuda:1". revision: branch, tag or commit of a Hub model. trust_remote_code: run
     code that comes with the model. stream_through: leave the weights in their files, and bring each block to the
-    device only while it computes; this folder takes what must be converted on the way.
+    device only while it computes; this folder takes what must be converted on the way. to_prune: packed and quantised
+    weights are refused before they are loaded.
     Raises SparseGPTError for anything that does not load whole.
     """
-    from transformers import AutoTokenizer
-
-    target = pick_device(device)
-    located = _located(name, revision)
-    try:
-        folder = located if isinstance(located, Path) else fetched(located, revision)
+    target, asked = pick_device(device), parse_dtype(dtype)
+    located = find_model(name, revision)
+    hub = {"trust_remote_code": trust_remote_code}
+    with one_line(name, revision):
+        folder = located if isinstance(located, Path) else _fetched(located, revision)
         check_folder(folder)
-        hub = {"trust_remote_code": trust_remote_code}
         config = _config(folder, trust_remote_code=trust_remote_code)
+        if to_prune:
+            _check_plain(name, config, folder)
+        tokenizer = _tokenizer(name, folder, hub)
         source = Source.of(folder)
         stored, computing = dtypes_for(config, dtype, target, source.dtype)
         options = {"config": config, "dtype": stored if stream_through else computing, **hub}
         with mapped_parameters(stream_through) if stream_through else nullcontext():
             model, info = auto_class(config).from_pretrained(str(folder), output_loading_info=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **hub)
-    except SparseGPTError:
-        raise
-    except Exception as error:
-        raise _not_loaded(name, error) from error
-    loaded = LoadedModel(name, model, tokenizer, source, stored, DTYPES.get(dtype), tied=is_tied(model))
+    loaded = LoadedModel(name, model, tokenizer, source, stored, asked, tied=is_tied(model))
     _check_loaded(name, model, tokenizer, info)
     if stream_through is None:
         _check_finite(name, model)
@@ -142,22 +140,26 @@ def load_model(
     return loaded
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> "PretrainedConfig":
-    """The configuration of a model named as for `load_model`, whose folder is looked over before anything is read."""
-    located = _located(name, revision)
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, to_prune: bool = False
+) -> "PretrainedConfig":
+    """The configuration of a model named as for `load_model`, whose folder is looked over before anything is read.
+
+    to_prune: packed and quantised weights are refused, as far as they are on this machine or the configuration tells.
+    """
+    located = find_model(name, revision)
     if isinstance(located, Path):
         check_folder(located)
-    try:
-        return _config(located, trust_remote_code=trust_remote_code, revision=revision)
-    except SparseGPTError:
-        raise
-    except Exception as error:
-        raise _not_loaded(name, error) from error
+    with one_line(name, revision):
+        config = _config(located, trust_remote_code=trust_remote_code, revision=revision)
+        if to_prune:
+            _check_plain(name, config, located)
+    return config
 
 
 def stored_in_files(name: str, revision: str | None = None) -> torch.dtype | None:
     """What the blocks' weights of a model are stored as, from its files; None for one that is not on this machine."""
-    located = _located(name, revision)
+    located = find_model(name, revision)
     folder = located if isinstance(located, Path) else cached(located, revision)
     try:
         return Source.of(folder).dtype if folder else None
@@ -167,22 +169,41 @@ def stored_in_files(name: str, revision: str | None = None) -> torch.dtype | Non
         return None  # the cache holds the config alone
 
 
-def _located(name: str, revision: str | None) -> Path | str:
-    """The folder of a model, or its Hub id; SparseGPTError for what can be neither."""
-    source = _source(name)
-    if _is_folder(source):
-        if revision is not None:
-            raise SparseGPTError(f"--revision {revision} belongs to a Hub model, and {source} is a local folder")
-        return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        found = "is a file" if Path(source).expanduser().is_file() else "does not exist"
-        raise SparseGPTError(f"model folder {source} {found}: give a folder, a Hub id or one of the short names")
-    return source
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model named as for `load_model`, fetched from the Hub where it is there; nothing is loaded.
+
+    Raises SparseGPTError for a model that is not to be had, and for folders of another kind.
+    """
+    found = find_model(name, revision)
+    with one_line(name, revision):
+        folder = found if isinstance(found, Path) else _fetched(found, revision)
+    look_over(folder)
+    return folder
+
+
+def _fetched(hub: str, revision: str | None) -> Path:
+    if cached(hub, revision) is None:
+        ask_hub(hub, CONFIG, revision)
+    return fetched(hub, revision)
+
+
+def _check_plain(name: str, config: "PretrainedConfig", located: Path | str) -> None:
+    """Refuse packed and quantised weights, by the configuration and by the headers of a folder's files.
+
+    Raises SparseGPTError, naming the method.
+    """
+    method = method_of(config.to_dict())
+    if method is None and isinstance(located, Path):
+        method = method_by_tensors(stored_types(located))
+    if method is not None:
+        raise SparseGPTError(refusal(name, method))
 
 
 def _config(located: Path | str, *, trust_remote_code: bool, revision: str | None = None) -> "PretrainedConfig":
     from transformers import AutoConfig
 
+    if isinstance(located, str) and cached(located, revision) is None:
+        ask_hub(located, CONFIG, revision)
     config: PretrainedConfig = AutoConfig.from_pretrained(
         str(located), revision=revision or "main", trust_remote_code=trust_remote_code
     )
@@ -201,15 +222,8 @@ def without_weights(
 
     saved = getattr(transformers, (config.architectures or [""])[0], None) if as_saved else None
     code = {"trust_remote_code": trust_remote_code}
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = (
-                saved._from_config(config) if saved else auto_class(config).from_config(config, **code)
-            )
-    except SparseGPTError:
-        raise
-    except Exception as error:
-        raise _not_loaded(config.name_or_path, error) from error
+    with one_line(config.name_or_path), torch.device("meta"):
+        model: PreTrainedModel = saved._from_config(config) if saved else auto_class(config).from_config(config, **code)
     return model
 
 
@@ -242,39 +256,73 @@ def dtypes_for(
 
     found: what the files hold; where nobody knows, or where they hold packed weights, the config must tell.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise SparseGPTError(f"dtype {dtype!r} is not known: expected auto, {', '.join(DTYPES)}")
+    asked = parse_dtype(dtype)
     said = getattr(config, "dtype", None)
     packed = getattr(config, "quantization_config", None) is not None
-    stored = DTYPES.get(dtype) or (said if packed else None) or found or said or torch.float32
-    return stored, DTYPES.get(dtype) or (stored if device.type == "cuda" else torch.float32)
+    stored = asked or (said if packed else None) or found or said or torch.float32
+    return stored, asked or (stored if device.type == "cuda" else torch.float32)
 
 
 def sequence_length(name: str, config: "PretrainedConfig", asked: int | None) -> int:
     """The length asked for, else min(2048, the model's limit); SparseGPTError when there are no positions for it."""
     limit = position_limit(config)
     if asked is not None and limit is not None and asked > limit:
-        raise SparseGPTError(f"model {name!r} has {limit} positions: --seqlen {asked} is too long")
+        raise SparseGPTError(
+            f"model {name!r} has {limit} positions: a sequence length of {asked} is too long",
+            settings=("sequence_length",),
+        )
     return asked if asked is not None else min(MAX_DEFAULT_SEQUENCE, limit or MAX_DEFAULT_SEQUENCE)
 
 
 def source_folders(name: str) -> tuple[Path, ...]:
     """The folder that a model is read from, if it is one of this machine's."""
-    folder = Path(_source(name)).expanduser()
+    folder = local_path(name)
+    return (folder,) if folder is not None and folder.is_dir() else ()
+
+
+def _tokenizer(name: str, folder: Path, options: dict[str, Any]) -> Any:
+    """Some classes make one without any word where they find no files."""
+    from transformers import AutoTokenizer
+
+    lacking = SparseGPTError(
+        f"model {name!r} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model that it was made "
+        f"from into {folder}"
+    )
     try:
-        return (folder,) if folder.is_dir() else ()
-    except OSError:  # who may not look at it is told so when it is read
-        return ()
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    except Exception as error:
+        if not has_tokenizer_files(folder):
+            raise lacking from error
+        if "trust_remote_code" in str(error):
+            raise
+        said = " ".join(str(error).split())
+        raise SparseGPTError(f"the tokenizer of model {name!r} could not be loaded: {said[:MESSAGE]}") from error
+    if len(tokenizer) < FEW_TOKENS and not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise lacking
+    return tokenizer
 
 
-def _source(name: str) -> str:
-    return str(demo_folder()) if name == DEMO else SHORT_NAMES.get(name.lower(), name)
-
-
-def _not_loaded(name: str, error: Exception) -> SparseGPTError:
-    """One line for whatever transformers, safetensors and the Hub client raise: a dozen unrelated types."""
-    advice = _advice(_source(name), str(error))
-    return SparseGPTError(f"model {name!r} could not be loaded: {first_line(error)}{advice}")
+@contextmanager
+def one_line(name: str, revision: str | None = None) -> Iterator[None]:
+    """Turn whatever transformers, safetensors and the Hub client raise, a dozen unrelated types, into one line."""
+    try:
+        yield
+    except SparseGPTError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise SparseGPTError(
+                f"model {name!r} brings code of its own, which is not run unasked: read it, allow it if you trust it",
+                settings=("trust_remote_code",),
+            ) from error
+        if source_folders(name):
+            raise SparseGPTError(f"model {name!r} could not be loaded: {first_line(error)}") from error
+        reason = hub_reason(error, CONFIG, revision) or first_line(error)
+        raise SparseGPTError(
+            f"model {name!r} is no local folder and could not be had from the Hub: {reason}; without network give a "
+            f"folder, or demo{suggestion(name)}",
+            settings=("model",),
+        ) from error
 
 
 def _compute_tables(model: "PreTrainedModel", stored: torch.dtype, computing: torch.dtype) -> None:
@@ -309,21 +357,6 @@ def _has_room(model: "PreTrainedModel", device: torch.device) -> bool:
         return False
     needed: int = sum(parameter.nbytes for parameter in model.parameters())
     return needed < int(torch.cuda.mem_get_info(device)[0]) / 2
-
-
-def pick_device(device: str) -> torch.device:
-    """The device named, or a GPU when there is one for "auto"."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise SparseGPTError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise SparseGPTError(f"device {device!r} is not supported: expected auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise SparseGPTError(f"device {device!r} was asked for, but torch finds no CUDA device: use --device cpu")
-    return found
 
 
 def _check_loaded(name: str, model: "PreTrainedModel", tokenizer: Any, info: dict[str, Any]) -> None:
@@ -386,18 +419,3 @@ def _left_out(model: "PreTrainedModel", unexpected: Iterable[str]) -> str | None
         if key.startswith(surplus) or f"{model.base_model_prefix}.{key}".startswith(surplus):
             return key
     return None
-
-
-def _is_folder(source: str) -> bool:
-    try:
-        return Path(source).is_dir()
-    except OSError as error:
-        raise SparseGPTError(f"model folder {source} cannot be read: {first_line(error)}") from error
-
-
-def _advice(source: str, said: str) -> str:
-    if "trust_remote_code" in said:
-        return "; read it, and give --trust-remote-code if you trust it"
-    if _is_folder(source):
-        return ""
-    return f"; {source} is no local folder: without network give a folder, or --model demo"

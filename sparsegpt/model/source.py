@@ -111,6 +111,17 @@ class Source:
             yield f"left behind, as no regular files of the model folder: {some(self.beside.outside)}"
 
 
+def stored_types(folder: Path) -> dict[str, str]:
+    """{tensor: type, as its file calls it} of the weights that the loader reads; SparseGPTError without any."""
+    types: dict[str, str] = {}
+    for path in weight_paths(folder):
+        if path.suffix == ".safetensors":
+            types |= {name: str(entry["dtype"]) for name, entry in read_header(path).entries.items()}
+        else:
+            types |= {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in _tensors_of(path).items()}
+    return types
+
+
 def weight_paths(folder: Path) -> list[Path]:
     """The files that the loader reads the weights of a folder from; SparseGPTError where there are none."""
     try:

@@ -47,19 +47,20 @@ class TensorFinding:
     stored: str = ""
 
 
-def inspect_folder(folder: Path) -> list[TensorFinding]:
+def inspect_folder(folder: Path, *, trust_remote_code: bool = False) -> list[TensorFinding]:
     """Check every weight matrix in the safetensors files of a folder, one pruned layer in memory at a time.
 
     A layer whose weight the files keep in several tensors (experts' gate and up projections) is checked as a whole.
-    Packed weights are checked in their dense form, after the checksums of their files. Raises SparseGPTError when the
-    folder has no such files, one is damaged, or a listed layer is missing.
+    Packed weights are checked in their dense form, after the checksums of their files. trust_remote_code: run code of
+    the folder to learn what its model calls the tensors. Raises SparseGPTError when the folder has no such files, one
+    is damaged, or a listed layer is missing.
     """
     files = _files(folder)
     packing = _packing(folder)
     promised = _promised_layers(folder)
     with OpenTensors(files) as tensors:
         reader = _Reader(tensors, packing)
-        matrices = _matrices(folder, reader.shapes(), promised)
+        matrices = _matrices(folder, reader.shapes(), promised, trust_remote_code=trust_remote_code)
         layers: dict[str, list[Matrix]] = defaultdict(list)
         for matrix in matrices:
             layers[matrix.layer if matrix.layer in promised else matrix.name].append(matrix)
@@ -91,10 +92,12 @@ def _packing(folder: Path) -> PackedConfig:
     return packing
 
 
-def _matrices(folder: Path, shapes: dict[str, Sequence[int]], promised: Iterable[str]) -> list[Matrix]:
+def _matrices(
+    folder: Path, shapes: dict[str, Sequence[int]], promised: Iterable[str], *, trust_remote_code: bool
+) -> list[Matrix]:
     """The matrices of an ordinary folder; of a model that transformers does not know, those that names alone tell."""
     try:
-        return checkpoint_matrices(folder, shapes, promised)
+        return checkpoint_matrices(folder, shapes, promised, trust_remote_code=trust_remote_code)
     except SparseGPTError:
         return list(plain_matrices(folder, shapes))
 

@@ -29,7 +29,6 @@ from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.files.folders import is_full_disk
-from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
 from sparsegpt.model.export import check_names, write_beside, write_model
@@ -39,15 +38,13 @@ from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory,
 from sparsegpt.run.memory_plan import check_fits
 from sparsegpt.run.model_card import Card
 from sparsegpt.run.options import RunOptions
-from sparsegpt.run.planning import free_gpu_memory, memory_is_scarce, plan_run
+from sparsegpt.run.planning import check_options, check_texts, free_gpu_memory, memory_is_scarce, plan_run
 from sparsegpt.run.work_folder import ResumeError, WorkFolder
 from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
-from sparsegpt.settings.selection import name_filter, parse_blocks
+from sparsegpt.settings.selection import name_filter
 from sparsegpt.solvers.methods import parse_method
 from sparsegpt.solvers.products import QUICK_WIDTH, quick_dtype
-from sparsegpt.sparsity import NM
 
-ACTIVATIONS = ("memory", "disk")
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 # Those of them that compute: another version may end with other bits.
 COMPUTING = ("sparsegpt", "torch", "transformers")
@@ -72,14 +69,8 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     Raises SparseGPTError for anything refused. An old result stays as it was until the new one is whole; finished
     blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
     """
-    if options.kernels is not None and NM(2, 4) not in settings.values_of("sparsity"):
-        raise SparseGPTError(f"--kernels runs 2:4 weights only, not {settings.sparsity}: leave it out")
-    if options.kernels not in (None, *KERNELS):
-        raise SparseGPTError(f"--kernels {options.kernels!r} is not known: expected one of {', '.join(KERNELS)}")
-    if options.include_head and not name_filter(skip=options.skip)("lm_head"):
-        raise SparseGPTError("lm_head is asked for by --include and left out by --skip: give one of them")
-    if options.activations not in ACTIVATIONS:
-        raise SparseGPTError(f"--activations {options.activations!r} is not known: expected memory or disk")
+    check_options(options, settings)
+    check_texts(options)
     with (
         WorkFolder(
             options.out, resume=options.resume, overwrite=options.overwrite, sources=source_folders(options.model)
@@ -142,7 +133,6 @@ class _Job:
     ) -> None:
         self.options, self.settings, self.work, self.listener = options, settings, work, listener
         self.micro_batch = micro_batch
-        parse_blocks(options.blocks)  # refused before anything is loaded
         self.scratch = options.scratch or work.folder
         self.started = time.perf_counter()
         self.date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -164,12 +154,12 @@ class _Job:
         self.listener.warn(text)
 
     def load(self) -> None:
-        """Model, tokenizer and calibration windows."""
+        """Texts, model, tokenizer and calibration windows."""
         options = self.options
-        self.listener.stage(f"loading {options.model}")
         with self.measure("load"):
             text = load_text(options.calibration, "calibration")
             self.texts = {data: load_text(data, "evaluation") for data in options.evaluate}
+            self.listener.stage(f"loading {options.model}")
             self.loaded = load_model(
                 options.model,
                 dtype=options.dtype,
@@ -177,6 +167,7 @@ class _Job:
                 revision=options.revision,
                 trust_remote_code=options.trust_remote_code,
                 stream_through=self.scratch,
+                to_prune=True,
             )
             self.length = self.loaded.sequence_length(options.sequence_length)
             bos = self.loaded.bos_token(options.bos)

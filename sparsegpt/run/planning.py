@@ -1,16 +1,75 @@
-"""What follows from a run's options before anything is loaded: its plan, from the model's configuration alone."""
+"""What follows from a run's options before anything is loaded: refusals, and its plan, by the configuration alone."""
+
+import os
 
 import torch
 
-from sparsegpt.model.loading import dtypes_for, load_config, pick_device, sequence_length, stored_in_files
+from sparsegpt.calib_data import check_bos, check_text
+from sparsegpt.errors import SparseGPTError, unknown
+from sparsegpt.kernels.dispatch.route import KERNELS
+from sparsegpt.model.loading import dtypes_for, load_config, sequence_length, stored_in_files
 from sparsegpt.run.memory import available_memory
 from sparsegpt.run.memory_plan import PUBLISHED, Plan, Workload, plan, published_config, shape_of
 from sparsegpt.run.options import RunOptions
+from sparsegpt.settings.machine import parse_dtype, pick_device
 from sparsegpt.settings.prune_settings import PruneSettings
+from sparsegpt.settings.selection import name_filter, parse_blocks
+from sparsegpt.sparsity import NM
 
+ACTIVATIONS = ("memory", "disk")
+_KERNELS = ("kernels",)
 # Freed memory goes back at once where a run may need more than this share of what is available: it then stays within
 # its plan, and takes up to half as long again.
 SCARCE = 1 / 3
+
+
+def check_options(options: RunOptions, settings: PruneSettings) -> None:
+    """Refuse what can be seen to be wrong by the options alone: names, expressions, ranges, kernels, device, folders.
+
+    Raises SparseGPTError.
+    """
+    check_kernels(options.kernels)
+    if options.kernels is not None and NM(2, 4) not in settings.values_of("sparsity"):
+        raise SparseGPTError(
+            f"kernels run 2:4 weights only, not {settings.sparsity}: leave them out", settings=_KERNELS
+        )
+    if options.activations not in ACTIVATIONS:
+        raise unknown("activations", options.activations, ACTIVATIONS, settings=("activations",))
+    check_bos(options.bos)
+    parse_blocks(options.blocks)
+    name_filter(options.only, options.skip)
+    if options.include_head and not name_filter(skip=options.skip)("lm_head"):
+        raise SparseGPTError(
+            "lm_head is to be pruned and to be skipped: give one of them", settings=("include_head", "skip")
+        )
+    parse_dtype(options.dtype)
+    if options.gpu_memory is None:
+        pick_device(options.device)
+    _check_scratch(options)
+
+
+def check_texts(options: RunOptions) -> None:
+    """Refuse texts that are not there, or cannot be read, before anything large is. Raises SparseGPTError."""
+    check_text(options.calibration, "calibration")
+    for name in options.evaluate:
+        check_text(name, "evaluation")
+
+
+def check_kernels(name: str | None) -> None:
+    """Raises SparseGPTError for a name that no kernel has; None is for no kernels."""
+    if name not in (None, *KERNELS):
+        raise unknown("kernels", name, KERNELS, settings=_KERNELS)
+
+
+def _check_scratch(options: RunOptions) -> None:
+    folder = options.scratch
+    if folder is None:
+        return
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise SparseGPTError(f"scratch folder {folder} {found}: make it, or choose another", settings=("scratch",))
+    if not os.access(folder, os.W_OK):
+        raise SparseGPTError(f"scratch folder {folder} is not writable: choose another", settings=("scratch",))
 
 
 def memory_is_scarce(options: RunOptions, planned: Plan) -> bool:
@@ -25,7 +84,9 @@ def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
     if options.model in PUBLISHED:
         config = published_config(options.model)
     else:
-        config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        config = load_config(
+            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code, to_prune=True
+        )
         found = stored_in_files(options.model, options.revision)
     gpu_memory = free_gpu_memory(options)
     device = torch.device("cpu" if gpu_memory is None else "cuda")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, unknown
 from sparsegpt.settings.option import Group, option
 from sparsegpt.settings.selection import compile_regex
 from sparsegpt.solvers.layer import BLOCK_SIZE, check_block_size
@@ -192,9 +192,9 @@ class PruneSettings(LinearSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.order not in get_args(Order):
-            raise SparseGPTError(f"order {self.order!r} is not known: choose one of {', '.join(get_args(Order))}")
+            raise unknown("order", self.order, get_args(Order))
         if self.allocation not in ALLOCATIONS:
-            raise SparseGPTError(f"allocation {self.allocation!r} is not known: choose one of {', '.join(ALLOCATIONS)}")
+            raise unknown("allocation", self.allocation, ALLOCATIONS)
         if self.allocation != "uniform" and (isinstance(self.sparsity, NM) or self.sparsity.per_row):
             raise SparseGPTError(
                 f"allocation {self.allocation!r} needs a fraction of the layer, such as 0.5: "
@@ -207,14 +207,19 @@ class PruneSettings(LinearSettings):
         if self.look_ahead < 0:
             raise SparseGPTError(f"look-ahead {self.look_ahead} must be a number of blocks >= 0")
         if "look_ahead" in self.asked and self.look_ahead and not self.reconstruct:
-            raise SparseGPTError("look-ahead is where training compares outputs: give --reconstruct EPOCHS too")
+            raise SparseGPTError(
+                "look-ahead is where training block by block compares outputs: give its epochs too, or leave it out",
+                settings=("reconstruct", "look_ahead"),
+            )
         if "learning_rate" in self.asked and not self.reconstruct:
             raise SparseGPTError(
-                "a learning rate is for training block by block: give --reconstruct EPOCHS or leave it out"
+                "a learning rate is for training block by block: give its epochs too, or leave the rate out",
+                settings=("reconstruct", "learning_rate"),
             )
         if "distill_rate" in self.asked and not self.distill:
             raise SparseGPTError(
-                "a distillation rate is for training the whole model: give --distill EPOCHS or leave it out"
+                "a distillation rate is for training the whole model: give its epochs too, or leave the rate out",
+                settings=("distill", "distill_rate"),
             )
         if not all(isinstance(rule, Rule) for rule in self.recipe):
             raise SparseGPTError("a recipe is a tuple of rules: recipe.read_recipe(path) reads them from a file")
@@ -249,7 +254,7 @@ def resolve_settings(sparsity: "str | float | Sparsity", preset: str = "default"
     Raises SparseGPTError for an unknown preset or values that contradict each other.
     """
     if preset not in PRESETS:
-        raise SparseGPTError(f"preset {preset!r} is not known: choose one of {', '.join(PRESETS)}")
+        raise unknown("preset", preset, PRESETS)
     given = {key: value for key, value in explicit.items() if value is not None}
     defaults = dict(PRESETS[preset])
     if not parse_method(given.get("method", defaults["method"])).updates_weights:
@@ -268,7 +273,7 @@ def without_residual_correction(settings: PruneSettings, reason: str) -> tuple[P
         return settings, []
     refusal = f"residual correction is not possible in this model: {reason}"
     if "residual_correction" in settings.asked:
-        raise SparseGPTError(f"{refusal}; leave out --residual-correction or set it to 0")
+        raise SparseGPTError(f"{refusal}; leave it out or set it to 0", settings=("residual_correction",))
     if any(rule.changes.get("residual_correction") for rule in settings.recipe):
         raise SparseGPTError(f"{refusal}; leave residual_correction out of the recipe or set it to 0")
     return replace(settings, residual_correction=0.0), [f"{refusal}; it is off, and errors are corrected without it"]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, did_you_mean
 from sparsegpt.solvers.admm import admm
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.magnitude import magnitude
@@ -197,7 +197,8 @@ def parse_method(method: str | Method) -> Method:
         found = _load(plain)
         return found if plain == method else _refitted(found)
     raise SparseGPTError(
-        f"method {method!r} is not known: choose one of {', '.join(METHODS)}, or module:name of your own"
+        f"method {method!r} is not known: expected one of {', '.join(METHODS)}, or module:name of your own"
+        f"{did_you_mean(str(method), METHODS)}"
     )
 
 

@@ -87,7 +87,7 @@ class PruneReport:
         self.warnings += [note for note in notes if note not in self.warnings]
 
     def recount(self, weights: Mapping[str, Tensor]) -> None:
-        """Count the zeros of these linears' weights, by full name, anew: training has changed them."""
+        """Count the zeros of these linears anew, weights [R, C] by full name: training has changed them."""
         self.layers[:] = [
             replace(layer, zeros=share_of_zeros(weights[layer.name])) if layer.name in weights else layer
             for layer in self.layers

@@ -55,8 +55,9 @@ def added_linears(decoder: DecoderModel) -> set[str]:
     found: set[str] = set()
     for (prefix, block), original in zip(decoder.by_prefix(), pristine, strict=False):
         expected, here = _linears(original), _linears(block)
-        for name in expected.keys() - here.keys():
-            _check_not_wrapped(prefix + name, block, name, expected[name], here)
+        modules = dict(block.named_modules())
+        for name in sorted(expected.keys() & modules.keys() - here.keys()):
+            _check_replaced(prefix + name, modules[name], name, expected[name], here)
         if expected.keys() <= here.keys():
             found |= {prefix + name for name in here.keys() - expected.keys()}
     return found
@@ -116,18 +117,26 @@ def _check_plain(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _check_not_wrapped(
-    name: str, block: nn.Module, path: str, shape: tuple[int, int], here: dict[str, tuple[int, int]]
+def _check_replaced(
+    name: str, module: nn.Module, path: str, shape: tuple[int, int], here: dict[str, tuple[int, int]]
 ) -> None:
-    """Refuse a linear that is there, inside another module, together with more linears or parameters."""
-    inside = {inner for inner, found in here.items() if inner.startswith(f"{path}.") and found == shape}
+    """Refuse what stands for a linear: it keeps the weight in another form, or holds the linear and weights beside it.
+
+    path: the linear's in its block; shape: what its class gives it; here: the linears that the block has.
+    """
+    if not list(module.parameters()) and module.state_dict():
+        raise SparseGPTError(
+            f"{name} is a {type(module).__name__}, which keeps its weight in another form: load the model without "
+            "quantisation, or dequantise it first"
+        )
+    inside = [inner for inner, found in here.items() if inner.startswith(f"{path}.") and found == shape]
     if not inside:
         return  # taken out, or replaced by something else
-    wrapper, base = block.get_submodule(path), block.get_submodule(min(inside))
+    base = module.get_submodule(min(inside).removeprefix(f"{path}."))
     own = {id(parameter) for parameter in base.parameters()}
-    if any(id(parameter) not in own for parameter in wrapper.parameters()):
+    if any(id(parameter) not in own for parameter in module.parameters()):
         raise SparseGPTError(
-            f"{name} is wrapped by {type(wrapper).__name__}, which adds weights of its own to it: merge them first, as "
+            f"{name} is wrapped by {type(module).__name__}, which adds weights of its own to it: merge them first, as "
             "with `model = model.merge_and_unload()` of peft, or take them out"
         )
 

@@ -161,6 +161,10 @@ def family_of(model: "PreTrainedModel") -> Family:
     Of a multimodal model it is the row of its language tower, with the path to the tower. SparseGPTError lists the
     known model types.
     """
+    if not hasattr(model, "config"):
+        raise SparseGPTError(
+            f"expected a causal language model of transformers, found {type(model).__name__}, which has no config"
+        )
     if hasattr(model, "merge_and_unload"):
         raise SparseGPTError(
             f"{type(model).__name__} holds adapters: call `model = model.merge_and_unload()` first, and prune what it "

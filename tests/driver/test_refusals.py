@@ -206,6 +206,13 @@ def test_a_peft_model_is_refused_with_its_own_call():
         prune_model(Merging(tiny_model("llama")), random_windows(), "2:4")
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: model.model.layers])
+def test_something_else_than_a_model_is_refused_by_its_name(wrap):
+    wrapped = wrap(tiny_model("llama"))
+    with refused("causal language model", type(wrapped).__name__, "no config"):
+        prune_model(wrapped, random_windows(), "2:4")
+
+
 # Elsewhere, or in another form
 
 
@@ -247,3 +254,30 @@ def test_weights_that_are_no_plain_numbers_are_refused_by_what_they_are(change, 
     change(up_proj(model))
     with refused(f"{NAME}.weight", found, "quantis"):
         prune_model(model, random_windows(), "2:4")
+
+
+class InCodes(nn.Module):
+    """A linear whose weight is kept in codes and a scale a row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ (self.codes.float() * self.scale).T
+
+
+def test_a_linear_that_keeps_its_weight_in_another_form_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj = InCodes(up_proj(model))
+    with refused(NAME, "InCodes", "quantis"):
+        prune_model(model, random_windows(), "2:4")
+
+
+def test_a_linear_that_was_taken_out_is_not_missed():
+    model = tiny_model("llama", num_key_value_heads=4)
+    model.model.layers[1].self_attn.o_proj = nn.Identity()
+    report = prune_model(model, random_windows(), "2:4", preset="paper")
+    assert len(report.layers) == 13

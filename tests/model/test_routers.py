@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import prunable_linears
 from sparsegpt.model.routers import expert_of, mixture_of, named_expert
 from sparsegpt.model.unfuse import unfused
+from tests.more_architectures import CONFIGS
+from tests.support import tiny_model
 
 HIDDEN, INNER, EXPERTS = 16, 12, 5
 
@@ -209,3 +212,26 @@ def test_experts_in_a_list_of_another_name_are_known_by_their_number():
     assert mixture.expert_of("mlp.pick") is None
     assert mixture.routers == {"mlp.pick"}
     assert named_expert("model.layers.0.mlp.members.3.up_proj") == ("model.layers.0.mlp.members", 3, "up_proj")
+
+
+# In models of transformers: a hidden size, or heads, of as many as there are experts
+
+
+COINCIDENCES = {
+    "hunyuan_v1_moe": {"num_experts": 32, "moe_topk": 2},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 32, "moe_top_k": 2}},
+    "jetmoe": {"num_local_experts": 32},
+    "qwen3_next": {"num_experts": 32, "shared_expert_intermediate_size": 32},
+    "phimoe": {"num_local_experts": 32},
+    "afmoe": {"num_experts": 16, "num_key_value_heads": 2},
+    "granitemoehybrid": {"num_local_experts": 32},
+}
+
+
+@pytest.mark.parametrize("model_type", COINCIDENCES)
+def test_in_real_models_a_coincidence_of_widths_hides_no_router_and_makes_none(model_type):
+    usual = tiny_model(model_type, **CONFIGS[model_type])
+    unusual = tiny_model(model_type, **{**CONFIGS[model_type], **COINCIDENCES[model_type]})
+    for one, other in zip(DecoderModel.of(usual).blocks, DecoderModel.of(unusual).blocks, strict=True):
+        assert mixture_of(one).routers == mixture_of(other).routers
+        assert left_out(one) == left_out(other)

@@ -23,7 +23,7 @@ from sparsegpt.driver import listener as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
 from sparsegpt.driver.reports import PruneReport
-from sparsegpt.errors import SparseGPTError, first_line
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.figures import CARD_NAME

@@ -252,6 +252,9 @@ def test_the_command_line_is_in_the_report_and_rounding_takes_the_figures_away(r
     assert pruned not in cards["int8"]
     assert "values rounded to int8" in cards["int8"]
     assert run_cli("inspect", tmp_path / "packedint8").code == 0
+    assert cards[""].count("import sparsegpt") == cards["int8"].count("import sparsegpt") == 1
+    assert run_cli("unpack", tmp_path / "packed", tmp_path / "unpacked").code == 0
+    assert (tmp_path / "unpacked" / "README.md").read_bytes() == (options.out / "README.md").read_bytes()
 
 
 REMOTE = {

@@ -40,7 +40,7 @@ STATE = "state.json"
 # Names of what runs write into this folder.
 _OWN = re.compile(
     r"state\.json|\.state\.json\.writing|tensors\.writing|(block|training|distilled)-\d{5}\.safetensors"
-    r"|rehearsal-\w+|\.sparsegpt-\w+"
+    r"|beside|\.sparsegpt-\w+"
 )
 
 

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.beside import some
 from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.files.folders import is_full_disk
 from sparsegpt.model.export import check_names, write_beside, write_weights
 from sparsegpt.model.loading import LoadedModel
-from sparsegpt.model.model_folder import first_line
 from sparsegpt.run.model_card import Card
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.checked_json import read_json
-from sparsegpt.files.figures import retell
+from sparsegpt.files.figures import retell, tell_loading
 from sparsegpt.files.results import new_result
 from sparsegpt.files.tensor_files import (
     DEFAULT_SHARD_BYTES,
@@ -147,6 +147,7 @@ def pack_folder(
             if not packer.packed:
                 raise SparseGPTError(f"{source}: no linear layer keeps {form.pattern}; prune the model to it first")
             _copy_the_rest(source, stage)
+            tell_loading(stage, packed=True)
             if form.rounding:
                 retell(stage, form.rounding)
             _write_config(stage, {**config, "quantization_config": packer.config().to_dict()})
@@ -184,6 +185,7 @@ def unpack_folder(
             for named in packing.ordinary_weights(tensors.__getitem__):
                 writer.add(named)
         _copy_the_rest(packed, stage)
+        tell_loading(stage, packed=False)
         _write_config(stage, config)
     return tuple(linears)
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.checked_json import REPORT_NAME
+from sparsegpt.files.results import MARKER
 
 # Suffixes of files that hold weights, in whatever form.
 WEIGHT_SUFFIXES = (
@@ -20,6 +21,8 @@ _WEIGHTS = re.compile(rf".*\.({'|'.join(WEIGHT_SUFFIXES)})(\.index(\.\w+)?\.json
 _CACHES = frozenset({".git", ".cache", ".huggingface", "__pycache__"})
 # Folders of this program at work.
 _AT_WORK = re.compile(r"\..+\.(unfinished|\d+\.(writing|old))")
+# What this program says of a folder that it has written, if the source is one: it does not hold for another.
+_OF_A_RESULT = (PurePath(REPORT_NAME), PurePath(MARKER))
 ADAPTER = "adapter_config.json"
 _NAMED = 3
 
@@ -53,8 +56,8 @@ class Beside:
             homes = [home.resolve() for home in (folder, *_blobs(folder))]
             for path in _walk(folder):
                 inside = path.relative_to(folder)
-                if inside == PurePath(REPORT_NAME):
-                    continue  # of the weights that were pruned before
+                if inside in _OF_A_RESULT:
+                    continue
                 if is_weights(path.name) and not _of_an_adapter(path):
                     weights.append(inside)
                 elif path.is_file() and any(path.resolve().is_relative_to(home) for home in homes):

@@ -1,6 +1,6 @@
-"""Figures that were measured on the weights of a folder, and what becomes of them when the weights are changed.
+"""What report.json and the model card say of the weights beside them, and what becomes of it when those change.
 
-They stand in report.json and in the model card. In the card, comments that no reader sees mark their beginning and end.
+In the card, comments that no reader sees mark where figures begin and end.
 """
 
 import re
@@ -16,6 +16,10 @@ BEGIN, END = "<!-- sparsegpt: figures -->", "<!-- sparsegpt: end of figures -->"
 # Entries of the report that tell how good the very weights are that were pruned, or which run they are the result of.
 MEASURED = ("perplexity", "bits_per_byte", "tokens_per_second")
 BEFORE = "before_change"
+# The code in the card that loads the model begins after this; for packed weights with one more line.
+LOADING = "<!-- sparsegpt: loading -->"
+_LOADING = re.compile(re.escape(LOADING).encode() + rb"\s+```python\r?\n")
+_PACKED = b"import sparsegpt  # from here on transformers reads packed folders\n"
 
 
 def retell(folder: Path, change: str) -> None:
@@ -30,6 +34,14 @@ def retell(folder: Path, change: str) -> None:
     if card.is_file():
         text = card.read_bytes().decode("utf-8", "surrogateescape")
         card.write_bytes(without_figures(text, change).encode("utf-8", "surrogateescape"))
+
+
+def tell_loading(folder: Path, *, packed: bool) -> None:
+    """Say in a folder's card, if it has one of ours, how the folder is loaded."""
+    card = folder / CARD_NAME
+    if card.is_file():
+        text = card.read_bytes().replace(_PACKED, b"")
+        card.write_bytes(_LOADING.sub(lambda found: found[0] + _PACKED, text) if packed else text)
 
 
 def of_other_weights(report: dict[str, Any], change: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.files.tensor_files import ShardedWriter, check_storable, header_room
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.loading import LoadedModel, is_tied
@@ -24,12 +23,20 @@ from sparsegpt.model.source import CONFIG, FILE_KEY
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers since 4.56, and before
 
 
-def write_model(loaded: LoadedModel, folder: Path, readme: bytes | None = None) -> None:
-    """Write weights and everything that lay beside them into a folder; memory is needed for one block.
+def write_model(loaded: LoadedModel, folder: Path) -> None:
+    """Write weights and everything that lay beside them into a folder; memory is needed for one block."""
+    write_beside(loaded, folder)
+    write_weights(loaded, folder)
 
-    readme: the content of README.md, instead of the source's.
-    """
-    write_beside(loaded, folder, readme)
+
+def write_beside(loaded: LoadedModel, folder: Path) -> None:
+    """Write everything but the weights; OSError as the system raises it."""
+    loaded.source.beside.copy_to(folder, but=frozenset({CONFIG}))
+    (folder / CONFIG).write_bytes(_config(loaded))
+
+
+def write_weights(loaded: LoadedModel, folder: Path) -> None:
+    """Write the weights alone."""
     names = _TensorNames(loaded)
     with ShardedWriter(folder, header_room(names.written)) as writer:
         for part in _parts(loaded.decoder):
@@ -37,14 +44,6 @@ def write_model(loaded: LoadedModel, folder: Path, readme: bytes | None = None) 
                 writer.add((name, tensor))
         for name, tensor in loaded.source.read(names.carried):
             writer.add((name, tensor))
-
-
-def write_beside(loaded: LoadedModel, folder: Path, readme: bytes | None = None) -> None:
-    """Write everything but the weights; OSError as the system raises it."""
-    loaded.source.beside.copy_to(folder, but=frozenset({CONFIG} if readme is None else {CONFIG, CARD_NAME}))
-    (folder / CONFIG).write_bytes(_config(loaded))
-    if readme is not None:
-        (folder / CARD_NAME).write_bytes(readme)
 
 
 def check_names(loaded: LoadedModel) -> None:

@@ -80,6 +80,11 @@ class Source:
         """config.json, as it was when it was first asked for."""
         return (self.folder / CONFIG).read_bytes()
 
+    @functools.cached_property
+    def card(self) -> bytes | None:
+        """README.md, as it was when it was first asked for; None without one."""
+        return (self.folder / CARD_NAME).read_bytes() if PurePath(CARD_NAME) in self.beside.files else None
+
     @property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""

@@ -7,14 +7,13 @@ import functools
 import hashlib
 import json
 import platform
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,21 +23,21 @@ from sparsegpt.driver import listener as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
 from sparsegpt.driver.reports import PruneReport
-from sparsegpt.errors import SparseGPTError, first_line
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.figures import CARD_NAME
-from sparsegpt.files.folders import is_full_disk
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
-from sparsegpt.model.export import check_names, write_beside, write_model
 from sparsegpt.model.loading import LoadedModel, auto_class, load_model, source_folders
+from sparsegpt.model.source import Source
 from sparsegpt.recovery.training import TrainingOutOfMemory
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
 from sparsegpt.run.memory_plan import check_fits
 from sparsegpt.run.model_card import Card
 from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import check_options, check_texts, free_gpu_memory, memory_is_scarce, plan_run
+from sparsegpt.run.saving import rehearse, save
 from sparsegpt.run.work_folder import ResumeError, WorkFolder
 from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
 from sparsegpt.settings.selection import name_filter
@@ -89,15 +88,16 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
             report = read_checked(options.out / REPORT_NAME)
             job.warn_of_unscored(report["perplexity"])
             return report
-        job.rehearse()
+        rehearse(job.loaded, job.waiting, job.card())
         job.score("dense")
         job.prune()
         job.score("pruned")
         job.listener.stage(f"saving {options.out}")
         with work.new_result() as draft:
-            write_model(job.loaded, draft, job.readme())
+            save(job.loaded, job.waiting, draft)
             if options.kernels is not None:
                 job.score_through_kernels(options.kernels, draft)
+            (draft / CARD_NAME).write_bytes(job.card().added_to(job.source.card))
             report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
             write_checked(draft / REPORT_NAME, report)
     return report
@@ -124,6 +124,7 @@ class _Job:
     """The state of one run: the model, what it scored, where the time went."""
 
     loaded: LoadedModel
+    source: Source
     calibration: Calibration
     texts: dict[str, TextSource]
     choices: Choices
@@ -134,6 +135,7 @@ class _Job:
         self.options, self.settings, self.work, self.listener = options, settings, work, listener
         self.micro_batch = micro_batch
         self.scratch = options.scratch or work.folder
+        self.waiting = work.folder / "beside"
         self.started = time.perf_counter()
         self.date = datetime.now(UTC).isoformat(timespec="seconds")
         self.pruned = PruneReport(settings)
@@ -169,6 +171,7 @@ class _Job:
                 stream_through=self.scratch,
                 to_prune=True,
             )
+            self.source = self.loaded.source
             self.length = self.loaded.sequence_length(options.sequence_length)
             bos = self.loaded.bos_token(options.bos)
             self.calibration = draw_windows(
@@ -202,31 +205,19 @@ class _Job:
                 self.scores[data] = {which: TextScore(**row) for which, row in by_model.items()}
         return True
 
-    def rehearse(self) -> None:
-        """Write everything but the weights once, as it will be at the end: what cannot be written is refused now."""
-        check_names(self.loaded)
-        try:
-            with tempfile.TemporaryDirectory(dir=self.work.folder, prefix="rehearsal-") as folder:
-                write_beside(self.loaded, Path(folder), self.readme())
-        except (OSError, ValueError, TypeError) as error:
-            refusal = "no space left for" if is_full_disk(error) else "cannot write"
-            raise SparseGPTError(
-                f"{refusal} what lies beside the weights of {self.options.model}: {first_line(error)}"
-            ) from error
-
-    def readme(self) -> bytes:
-        """The source's model card with a section about this run, as far as it has got."""
-        source, options = self.loaded.source, self.options
-        calibration = self.calibration.describe()
+    def card(self) -> Card:
+        """What the model card says about this run, as far as it has got."""
+        options, recipe = self.options, len(self.settings.recipe)
+        calibration = "{source}, {samples} windows of {sequence_length} tokens, seed {seed}"
         rows = {
             **({"preset": options.preset} if options.preset else {}),
-            **({"rules of a recipe": str(len(self.settings.recipe))} if self.settings.recipe else {}),
-            "calibration": "{source}, {samples} windows of {sequence_length} tokens, seed {seed}".format(**calibration),
+            **({"rules of a recipe": str(recipe)} if recipe else {}),
+            "calibration": calibration.format(**self.calibration.describe()),
             "pruned": f"{len(self.pruned.layers)} linears",
             "stored as": str(self.loaded.stored_dtype).removeprefix("torch."),
         }
-        card = Card(
-            base=source.name,
+        return Card(
+            base=self.source.name,
             patterns=tuple(dict.fromkeys(map(str, self.settings.values_of("sparsity")))),
             method=self.settings.method_name,
             rows=rows,
@@ -235,8 +226,6 @@ class _Job:
             loader=auto_class(self.loaded.model.config).__name__,
             trust_remote_code=options.trust_remote_code,
         )
-        path = source.folder / CARD_NAME
-        return card.added_to(path.read_bytes() if PurePath(CARD_NAME) in source.beside.files else None)
 
     def warn_of_unscored(self, scores: dict[str, dict[str, float]]) -> None:
         """Say which scores that were asked for are not among those {text: {model: score}} of a finished result."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sparsegpt.files.figures import BEGIN, END, without_figures
+from sparsegpt.files.figures import BEGIN, END, LOADING, without_figures
 
 # ---, lines of YAML, ---, as the Hub finds them.
 _FRONT_MATTER = re.compile(r"\A(\s*---(?:\r\n|\n))(.*?)((?:\r\n|\n)---[ \t]*(?:\r\n|\n|\Z))", re.DOTALL)
@@ -54,7 +54,7 @@ class Card:
             self._figures(),
             *(("The command:", _fenced("sh", self.command)) if self.command else ()),
             "To load it, with the name of this repository or its folder:",
-            _fenced("python", self._loading()),
+            f"{LOADING}\n{_fenced('python', self._loading())}",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -3,6 +3,7 @@
     .<output name>.unfinished/
         lock                          held by the process that works here
         state.json                    what decides the result, reports of the finished blocks, scores
+        beside/                       the result but for its weights, which comes first
         block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
         training-00001.safetensors    what distillation knows after its last finished epoch
         distilled-00000.safetensors ...  blocks that it has changed, written anew by every run that gets so far
@@ -39,7 +40,7 @@ STATE = "state.json"
 # Names of what runs write into this folder.
 _OWN = re.compile(
     r"state\.json|\.state\.json\.writing|tensors\.writing|(block|training|distilled)-\d{5}\.safetensors"
-    r"|rehearsal-\w+|\.sparsegpt-\w+"
+    r"|beside|\.sparsegpt-\w+"
 )
 
 

@@ -48,6 +48,7 @@ NEVER = (
     ".cache/huggingface/download/README.md.metadata",
     "code/__pycache__/helper.cpython-311.pyc",
     "report.json",
+    ".sparsegpt.json",
     ".out.unfinished/state.json",
     ".out.123.writing/config.json",
 )

@@ -9,10 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from sparsegpt.driver import pipeline
 from sparsegpt.files.checked_json import read_checked
 from sparsegpt.files.results import MARKER
-from sparsegpt.model import export
 from sparsegpt.run.job import Listener, run
 from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import plan_run
@@ -254,6 +252,9 @@ def test_the_command_line_is_in_the_report_and_rounding_takes_the_figures_away(r
     assert pruned not in cards["int8"]
     assert "values rounded to int8" in cards["int8"]
     assert run_cli("inspect", tmp_path / "packedint8").code == 0
+    assert cards[""].count("import sparsegpt") == cards["int8"].count("import sparsegpt") == 1
+    assert run_cli("unpack", tmp_path / "packed", tmp_path / "unpacked").code == 0
+    assert (tmp_path / "unpacked" / "README.md").read_bytes() == (options.out / "README.md").read_bytes()
 
 
 REMOTE = {
@@ -303,14 +304,34 @@ def test_code_that_comes_with_the_model_is_trusted_everywhere_and_stays_with_it(
     assert torch.isfinite(logits_of(model, random_windows(1))).all()
 
 
-def test_a_rehearsal_leaves_nothing_behind(options, tmp_path, monkeypatch):
-    save_model(tmp_path / "model")
-    seen = []
-    real = export.write_beside
-    monkeypatch.setattr("sparsegpt.run.job.write_beside", lambda *args: seen.append(args[1]) or real(*args))
-    monkeypatch.setattr(pipeline._Driver, "prune_block", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run(options, SETTINGS)
-    assert len(seen) == 1
-    assert not seen[0].exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+def test_a_source_that_goes_away_meanwhile_is_not_missed(options, tmp_path, text_file):
+    source = save_model(tmp_path / "model")
+    (source / "LICENSE").write_text("free")
+    (source / "README.md").write_text("# Mine")
+
+    class Remove(Listener):
+        def block(self, report):
+            shutil.rmtree(source, ignore_errors=True)
+
+    run(changed(options, evaluate=(str(text_file),), eval_windows=2), SETTINGS, Remove())
+    assert not source.exists()
+    assert (options.out / "LICENSE").read_text() == "free"
+    assert (options.out / "README.md").read_text().count("# Mine") == 1
+    assert "| perplexity | dense | pruned |" in (options.out / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_links_that_lead_out_of_the_source_are_told_and_refused_where_the_result_needs_them(options, tmp_path):
+    source = save_model(tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("of somebody else")
+    (source / "notes.txt").symlink_to(tmp_path / "notes.txt")
+    watch = Watch()
+    run(options, SETTINGS, watch)
+    assert any("notes.txt" in warning for warning in watch.warnings)
+    assert not (options.out / "notes.txt").exists()
+    (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (source / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    watch = Watch()
+    with refused("links out of its folder", "tokenizer.json"):
+        run(changed(options, overwrite=True), SETTINGS, watch)
+    assert watch.blocks == 0

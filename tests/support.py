@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -22,14 +22,15 @@ CHILD_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"
 
 
 @contextmanager
-def refused(*fragments: str) -> Iterator[None]:
-    """The code inside raises SparseGPTError with a one-line message that holds every fragment."""
+def refused(*fragments: str, settings: Iterable[str] = ()) -> Iterator[None]:
+    """The code inside raises SparseGPTError with a one-line message that holds every fragment, and these settings."""
     with pytest.raises(SparseGPTError) as caught:
         yield
     message = str(caught.value)
     assert "\n" not in message
     for fragment in fragments:
         assert fragment in message
+    assert set(caught.value.settings) >= set(settings)
 
 
 def one_line_or_none(call: Callable[[], T]) -> T | None:

@@ -61,25 +61,21 @@ def evaluate_model(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and bits per byte of a model, dense or pruned, by the published protocol."""
-    from sparsegpt.calib_data import check_bos, check_text, load_text
+    from sparsegpt.calib_data import load_text
     from sparsegpt.cli.display import print_scores
     from sparsegpt.eval.perplexity import score_text
-    from sparsegpt.model.loading import load_config, load_model
-    from sparsegpt.run.planning import check_kernels
-    from sparsegpt.settings.machine import parse_dtype, pick_device
+    from sparsegpt.model import loading
+    from sparsegpt.run.planning import check_scoring
 
     silence_libraries()
     names = data_names(evaluate or default_data(model, "evaluation"))
-    check_kernels(kernels)
-    check_bos(bos)
-    parse_dtype(dtype)
-    pick_device(device)
-    for name in names:
-        check_text(name, "evaluation")
-    load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    check_scoring(names, kernels=kernels, bos=bos, dtype=dtype, device=device)
+    config = loading.load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    length = loading.sequence_length(model, config, sequence_length)
     texts = [load_text(name, "evaluation") for name in names]
-    loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
-    length = loaded.sequence_length(sequence_length)
+    loaded = loading.load_model(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
     if kernels is not None:
         say(_use_kernels(loaded.model, kernels))
     scores = [

@@ -1,6 +1,7 @@
 """What follows from a run's options before anything is loaded: refusals, and its plan, by the configuration alone."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -28,22 +29,20 @@ def check_options(options: RunOptions, settings: PruneSettings) -> None:
 
     Raises SparseGPTError.
     """
-    check_kernels(options.kernels)
+    check_scoring((), kernels=options.kernels, bos=options.bos, dtype=options.dtype)
     if options.kernels is not None and NM(2, 4) not in settings.values_of("sparsity"):
         raise SparseGPTError(
             f"kernels run 2:4 weights only, not {settings.sparsity}: leave them out", settings=_KERNELS
         )
     if options.activations not in ACTIVATIONS:
         raise unknown("activations", options.activations, ACTIVATIONS, settings=("activations",))
-    check_bos(options.bos)
     parse_blocks(options.blocks)
     name_filter(options.only, options.skip)
     if options.include_head and not name_filter(skip=options.skip)("lm_head"):
         raise SparseGPTError(
             "lm_head is to be pruned and to be skipped: give one of them", settings=("include_head", "skip")
         )
-    parse_dtype(options.dtype)
-    if options.gpu_memory is None:
+    if options.gpu_memory is None:  # else the plan is for another machine
         pick_device(options.device)
     _check_scratch(options)
 
@@ -52,6 +51,19 @@ def check_texts(options: RunOptions) -> None:
     """Refuse texts that are not there, or cannot be read, before anything large is. Raises SparseGPTError."""
     check_text(options.calibration, "calibration")
     for name in options.evaluate:
+        check_text(name, "evaluation")
+
+
+def check_scoring(
+    texts: Sequence[str], *, kernels: str | None, bos: str, dtype: str, device: str | None = None
+) -> None:
+    """The same for what scores a model. device None: it need not be here."""
+    check_kernels(kernels)
+    check_bos(bos)
+    parse_dtype(dtype)
+    if device is not None:
+        pick_device(device)
+    for name in texts:
         check_text(name, "evaluation")
 
 

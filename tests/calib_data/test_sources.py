@@ -299,6 +299,7 @@ def test_description_carries_the_hash_of_the_tokens():
         "samples": 3,
         "sequence_length": 4,
         "seed": 5,
+        "bos": None,
         "token_hash": expected,
     }
     json.dumps(drawn.describe())

@@ -489,7 +489,7 @@ def test_help_is_printed(run_cli, command):
 
 
 def test_inspect_and_eval_refuse_what_they_cannot_read(run_cli, tmp_path):
-    run_cli("inspect", tmp_path / "missing").refused("missing", "safetensors")
+    run_cli("inspect", tmp_path / "missing").refused("missing", "does not exist")
     run_cli("eval", "--model", tmp_path / "missing").refused("missing", "does not exist")
 
 

@@ -274,14 +274,14 @@ def test_flags_are_those_of_the_first_cause_too(run_cli, monkeypatch):
     assert run_cli("run", "--sparsity", "2:4").err == "sparsegpt: rule 1: too much (--damping)\n"
 
 
-def test_a_command_names_only_flags_of_its_own(run_cli, monkeypatch, tmp_path):
+def test_a_command_names_only_flags_and_arguments_of_its_own(run_cli, monkeypatch, tmp_path, llama_folder):
     from sparsegpt.kernels.checkpoint import archive
 
     def pack_folder(*_: object, **options: object) -> None:
-        raise SparseGPTError("it is there", settings=("overwrite", "damping"))
+        raise SparseGPTError("it is there", settings=("overwrite", "damping", "out"))
 
     monkeypatch.setattr(archive, "pack_folder", pack_folder)
-    assert run_cli("pack", tmp_path, tmp_path / "out").err == "sparsegpt: it is there (--overwrite)\n"
+    assert run_cli("pack", llama_folder, tmp_path / "out").err == "sparsegpt: it is there (--overwrite, OUT)\n"
 
 
 def test_a_refusal_is_one_line_whatever_breaks_lines(run_cli, monkeypatch):

@@ -86,7 +86,7 @@ def test_a_budget_out_of_reach_is_refused_before_any_layer_changes(sparsity):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[::8, ::8] *= 50
-    with refused("owl", f"{sparsity}", "--allocation uniform"):
+    with refused("owl", f"{sparsity}", "uniform", settings=["allocation"]):
         prune(model, sparsity)
     assert zeros_of(block_linears(model).values()) == 0
 

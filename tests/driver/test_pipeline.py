@@ -296,7 +296,7 @@ def test_weights_with_nan_are_refused_before_any_work():
 
 
 def test_no_selected_layer_is_refused():
-    refusal_leaves_the_model_alone(tiny_model("llama"), "--only", "--skip", select=lambda name: False)
+    refusal_leaves_the_model_alone(tiny_model("llama"), "no linear layer is selected", select=lambda name: False)
 
 
 @pytest.mark.parametrize("preset", ["paper", "default"])
@@ -348,7 +348,7 @@ def test_tokens_that_the_model_does_not_know_are_refused(token):
         ({"block_size": 6}, ("block size", "2:4")),
         ({"reconstruct": -1}, ("epochs",)),
         ({"reconstruct": 1, "look_ahead": -1}, ("look-ahead", "-1")),
-        ({"look_ahead": 2}, ("look-ahead", "--reconstruct")),
+        ({"look_ahead": 2}, ("look-ahead", "epochs")),
         ({"distill": -1}, ("distillation", "epochs")),
         ({"distill": 1, "distill_rate": 0.0}, ("distillation", "rate")),
         ({"distill_rate": math.inf}, ("distillation", "rate")),

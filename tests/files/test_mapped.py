@@ -57,13 +57,13 @@ def test_a_disk_without_room_is_refused_before_anything_is_stored(tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with refused("no room for 2.00 GiB", str(tmp_path), "No space left", "--scratch"):
+    with refused("no room for 2.00 GiB", str(tmp_path), "No space left", settings=["scratch"]):
         mapped_empty([2**29], torch.float32, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with refused(str(tmp_path / "missing"), "--scratch"):
+    with refused(str(tmp_path / "missing"), settings=["scratch"]):
         mapped_empty([4], torch.float32, tmp_path / "missing")
 
 

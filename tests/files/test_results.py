@@ -43,7 +43,7 @@ def test_a_result_is_marked_and_replaced(result):
 
 
 def test_it_is_not_replaced_unless_asked(result):
-    with refused(str(result), "not empty", "--overwrite"):
+    with refused(str(result), "not empty", settings=["overwrite", "out"]):
         check_target(result, overwrite=False)
 
 

@@ -102,7 +102,7 @@ def test_behind_a_norm_residual_correction_is_off_or_refused(variant):
     assert report.settings.residual_correction == 0
     assert report.settings.error_correction > 0
     assert any("residual correction" in warning and "norm" in warning for warning in report.warnings)
-    with refused("residual correction", "norm", "--residual-correction"):
+    with refused("residual correction", "norm", settings=["residual_correction"]):
         prune_model(tiny(variant), random_windows(), "2:4", residual_correction=0.5)
     assert prune_model(tiny(variant), random_windows(), "2:4", residual_correction=0.0).warnings == []
 

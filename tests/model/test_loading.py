@@ -33,7 +33,7 @@ def test_a_file_in_place_of_a_folder_is_refused(text_file):
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model", "opt-1.3b"])
 def test_a_hub_name_without_network_is_refused_with_the_way_out(name):
-    with refused(f"{name!r}", "--model demo"):
+    with refused(f"{name!r}", "nobody answers", "or demo", settings=["model"]):
         load_model(name)
 
 
@@ -58,7 +58,7 @@ def test_damaged_pickled_weights_are_refused(llama_folder, tmp_path):
         load_model(str(folder))
 
 
-@pytest.mark.parametrize("dtype", ["float8", "", "int8", "Float32", "torch.float32"])
+@pytest.mark.parametrize("dtype", ["float8", "", "int8", "fp8", "torch.int8"])
 def test_an_unknown_dtype_is_refused_with_the_known_ones(llama_folder, dtype):
     with refused(f"{dtype!r}", "float32", "bfloat16"):
         load_model(str(llama_folder), dtype=dtype)
@@ -78,7 +78,7 @@ def test_a_device_that_cannot_compute_here_is_refused(llama_folder, device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused_with_the_way_out():
-    with refused("'cuda:0'", "--device cpu"):
+    with refused("'cuda:0'", "use cpu", settings=["device"]):
         pick_device("cuda:0")
     assert pick_device("auto") == torch.device("cpu")
 

@@ -115,7 +115,7 @@ def test_code_of_the_models_own_needs_trust(tmp_path):
     (model / "config.json").write_text(
         '{"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}'
     )
-    with refused(str(model), "--trust-remote-code"):
+    with refused(str(model), "code of its own", settings=["trust_remote_code"]):
         load_model(str(model), device="cpu")
 
 

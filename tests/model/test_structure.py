@@ -55,7 +55,7 @@ def test_one_list_of_equal_blocks_is_found_and_said_so(model_type):
 
 
 def test_what_is_not_known_cannot_be_asked_for():
-    with refused("residual correction", "not known", "--residual-correction"):
+    with refused("residual correction", "not known", settings=["residual_correction"]):
         prune_model(tiny_unknown("stablelm"), random_windows(), "2:4", residual_correction=0.5)
 
 

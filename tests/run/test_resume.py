@@ -185,7 +185,7 @@ def test_resuming_what_is_finished_says_so_and_changes_nothing(options):
     assert again["layers"] == json.loads(json.dumps(first["layers"]))
     assert (options.out / "report.json").read_bytes() == before
     assert not list(options.out.parent.glob(".*"))
-    with refused("not empty", "--overwrite"):  # another run
+    with refused("not empty", settings=["overwrite"]):  # another run
         run(changed(options, resume=True, seed=1), SETTINGS)
 
 
@@ -225,7 +225,7 @@ def test_a_finished_result_that_is_damaged_is_not_taken_for_finished(options):
     run(options, SETTINGS)
     good = weights(options.out)
     flip_a_bit(options.out / "model.safetensors")
-    with refused("not empty", "--overwrite"):
+    with refused("not empty", settings=["overwrite"]):
         run(changed(options, resume=True), SETTINGS)
     run(changed(options, resume=True, overwrite=True), SETTINGS)
     assert weights(options.out) == good

@@ -188,9 +188,9 @@ def test_overwrite_starts_over_once_it_begins_and_not_before(target):
 def test_what_overwrite_allowed_is_still_allowed_when_the_run_goes_on(target):
     with new_result(target, "test", overwrite=False) as draft:
         (draft / "old").write_text("old")
-    with refused("not empty", "--overwrite"):
+    with refused("not empty", settings=["overwrite"]):
         unfinished(target, 1)
-    with refused("not empty", "--overwrite"):
+    with refused("not empty", settings=["overwrite"]):
         unfinished(target, 1, resume=True)
     unfinished(target, 1, overwrite=True)
     with opened(target, resume=True) as work:
@@ -333,7 +333,7 @@ def test_a_symbolic_link_as_output_is_refused(target, tmp_path, options):
 
 @pytest.mark.parametrize("name", ["x" * 300, "..", "/"])
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path, name):
-    with refused("output", "--out"):
+    with refused("output", settings=["out"]):
         opened(tmp_path / name).__enter__()
 
 

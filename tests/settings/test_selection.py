@@ -59,5 +59,5 @@ def test_only_the_linears_of_these_blocks_are_pruned(text, indices):
     report = prune_model(copy.deepcopy(model), random_windows(), "2:4", only_blocks=text, select=select)
     expected = {f"model.layers.{index}.mlp.{part}_proj" for index in indices for part in ("gate", "down")}
     assert {layer.name for layer in report.layers} == expected
-    with refused("--blocks"):
+    with refused("no linear layer", settings=["blocks"]):
         prune_model(model, random_windows(), "2:4", only_blocks=text, select=name_filter(r"layers\.7\."))

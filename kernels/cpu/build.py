@@ -1,24 +1,31 @@
 """Compiles the C++ kernels once for each source, compiler and OpenMP runtime, into a per-user cache.
 
-    $XDG_CACHE_HOME/sparsegpt/kernels/matmul24-<hash>.so     (XDG_CACHE_HOME defaults to ~/.cache)
+    $XDG_CACHE_HOME/sparsegpt/kernels/matmul24-<recipe>.<content>.so     (XDG_CACHE_HOME defaults to ~/.cache)
+
+recipe and content are hashes: of all that the library is made of, and of the library itself. Code is only ever loaded
+from a folder that nobody else can write, and only as it was built: a damaged library is built again.
 
 No torch headers and no build system: a second of `c++`. The library is linked against the OpenMP runtime that torch has
 loaded, so both share one pool of threads; two pools would spin against each other."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from sparsegpt.files.folders import flush
 
 logger = logging.getLogger("sparsegpt.kernels")
 
@@ -59,17 +66,43 @@ def _cached_build() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT).stdout
     recipe = f"{version!r} {_FLAGS} {openmp} {platform.machine()}".encode()
     name = hashlib.sha256(b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS)) + recipe).hexdigest()[:20]
-    library = cache_folder() / f"matmul24-{name}.so"
-    if not library.is_file():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        _build(compiler, openmp, library)
-    return library
+    folder = _private_folder()
+    for library in sorted(folder.glob(f"matmul24-{name}.*.so")):
+        if library.suffixes[-2:] == [f".{_content(library)}", ".so"]:
+            return library
+        library.unlink(missing_ok=True)  # cut short, or damaged since
+    return _build(compiler, openmp, folder, f"matmul24-{name}")
 
 
-def _build(compiler: str, openmp: list[str], library: Path) -> None:
-    """Compile beside the target and rename, so that no process ever loads half a file."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        output = Path(folder) / library.name
+def _private_folder() -> Path:
+    """The cache folder, if it and the one around it are this user's alone to write; else one for this process."""
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if all(_is_private(path) for path in (folder, folder.parent)):
+        return folder
+    logger.warning("%s can be written by others: kernels are built anew for this process; chmod go-w it", folder)
+    private = tempfile.TemporaryDirectory(prefix="sparsegpt-kernels-")
+    atexit.register(private.cleanup)
+    return Path(private.name)
+
+
+def _is_private(folder: Path) -> bool:
+    found = folder.lstat()
+    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    return stat.S_ISDIR(found.st_mode) and mine and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _content(library: Path) -> str:
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest()[:20]
+    except OSError:  # another process has just taken it away
+        return ""
+
+
+def _build(compiler: str, openmp: list[str], target: Path, name: str) -> Path:
+    """Compile beside the target and rename, so that no process and no power cut ever leaves half a file."""
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        output = Path(folder) / f"{name}.so"
         last: subprocess.SubprocessError | None = None
         for options in (openmp, ["-fopenmp"], []):  # a compiler without OpenMP still gives one fast thread
             command = [compiler, *_FLAGS, *options[:1], *map(str, SOURCES), "-o", str(output), *options[1:]]
@@ -78,8 +111,11 @@ def _build(compiler: str, openmp: list[str], library: Path) -> None:
             except subprocess.SubprocessError as error:
                 last = error
                 continue
+            flush(output)
+            library = target / f"{name}.{_content(output)}.so"
             output.replace(library)
-            return
+            flush(target)
+            return library
         assert last is not None
         raise last
 

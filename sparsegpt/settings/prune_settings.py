@@ -133,7 +133,7 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         """Whether the rule speaks of the linear of this full name."""
-        return compile_regex(self.modules, "modules =").search(name) is not None
+        return compile_regex(self.modules, "modules =").found_in(name)
 
     def __str__(self) -> str:
         return ", ".join(f"{key} = {value!r}" for key, value in self.as_dict().items())

@@ -2,26 +2,54 @@
 
 import functools
 import re
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import regex
 
 from sparsegpt.errors import SparseGPTError
 
 _RANGE = re.compile(r"(?P<first>\d{0,9})(?P<open>:(?P<end>\d{0,9}))?", re.ASCII)
 
 
+# Seconds that one expression may take for all names together: some take longer than anybody's patience on one name.
+SECONDS = 2.0
+
+
+class Expression:
+    """A regular expression with an end: it may come from a file of somebody else's."""
+
+    def __init__(self, text: str, what: str, setting: str) -> None:
+        self.text, self.what, self.settings = text, what, tuple(filter(None, (setting,)))
+        self._left = SECONDS
+        try:
+            with warnings.catch_warnings():  # what a later Python may read differently, this one reads as ever
+                warnings.simplefilter("ignore")
+                re.compile(text)  # what counts as an expression is Python's own syntax
+                self._pattern = regex.compile(text)
+        except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
+            raise self._refusal(f"is not a regular expression: {' '.join(str(error).split())}") from error
+
+    def found_in(self, name: str) -> bool:
+        """Whether it matches anywhere in a name. Raises SparseGPTError once its time is up."""
+        started = time.perf_counter()
+        try:
+            found = self._pattern.search(name, timeout=max(self._left, 1e-3)) is not None
+        except TimeoutError as error:
+            raise self._refusal(f"takes longer than {SECONDS:g} s on {name}: repeat nothing that repeats") from error
+        self._left -= time.perf_counter() - started
+        return found
+
+    def _refusal(self, why: str) -> SparseGPTError:
+        return SparseGPTError(f"{self.what} {self.text!r} {why}", settings=self.settings)
+
+
 @functools.lru_cache
-def compile_regex(text: str, what: str, setting: str = "") -> re.Pattern[str]:
+def compile_regex(text: str, what: str, setting: str = "") -> Expression:
     """The regular expression `text`. Raises SparseGPTError, beginning with `what`, where it is none."""
-    try:
-        with warnings.catch_warnings():  # what a later Python may read differently, this one reads as ever
-            warnings.simplefilter("ignore")
-            return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        message = f"{what} {text!r} is not a regular expression: {reason}"
-        raise SparseGPTError(message, settings=filter(None, (setting,))) from error
+    return Expression(text, what, setting)
 
 
 def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[str], bool]:
@@ -32,7 +60,7 @@ def name_filter(only: str | None = None, skip: str | None = None) -> Callable[[s
     wanted, unwanted = (
         compile_regex(text, name, name) if text else None for name, text in (("only", only), ("skip", skip))
     )
-    return lambda name: not (wanted and not wanted.search(name)) and not (unwanted and unwanted.search(name))
+    return lambda name: not (wanted and not wanted.found_in(name)) and not (unwanted and unwanted.found_in(name))
 
 
 @dataclass(frozen=True)

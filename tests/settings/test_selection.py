@@ -1,12 +1,14 @@
 """Ranges of blocks, such as 0:12, and names of linears by regular expressions."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegpt import prune_model
+from sparsegpt.settings import selection
 from sparsegpt.settings.selection import name_filter, parse_blocks
 from tests.support import one_line_or_none, random_windows, refused, tiny_model
 
@@ -61,3 +63,21 @@ def test_only_the_linears_of_these_blocks_are_pruned(text, indices):
     assert {layer.name for layer in report.layers} == expected
     with refused("no linear layer", settings=["blocks"]):
         prune_model(model, random_windows(), "2:4", only_blocks=text, select=name_filter(r"layers\.7\."))
+
+
+@pytest.mark.parametrize("text", [r"(a|a)*$", r"(?:(?:\w|\w)*)*!", r"(.*)*x(.*)*y(.*)*z(.*)*\d\d\d"])
+def test_an_expression_has_an_end(text, monkeypatch):
+    """Alternatives that repeat what repeats: found or refused, and never without an end."""
+    monkeypatch.setattr(selection, "SECONDS", 0.2)
+    expression = selection.Expression(text, "modules =", "")
+    one_line_or_none(lambda: expression.found_in("a" * 60 + "b" * 60))
+
+
+def test_an_expression_whose_time_is_up_is_named(monkeypatch):
+    def endless(*arguments, **options):
+        raise TimeoutError
+
+    expression = selection.Expression("a+", "--only", "only")
+    monkeypatch.setattr(expression, "_pattern", SimpleNamespace(search=endless))
+    with refused("--only 'a+' takes longer than 2 s on model.layers.0"):
+        expression.found_in("model.layers.0")

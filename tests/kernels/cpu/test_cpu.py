@@ -256,6 +256,34 @@ def test_builds_once_into_the_cache(fresh_build: Path) -> None:
     assert machine_level() in LEVELS and library.stat().st_mtime_ns == stamp
 
 
+@needs_compiler
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data + b"\0"])
+def test_a_damaged_library_is_never_loaded(damage, fresh_build: Path) -> None:
+    library = build._cached_build()
+    whole = library.read_bytes()
+    library.write_bytes(damage(whole))
+    assert build._cached_build() == library and library.read_bytes() == whole
+    assert list(fresh_build.iterdir()) == [library] and fresh_build.stat().st_mode & 0o777 == 0o700
+
+
+@needs_compiler
+@pytest.mark.parametrize("others", ["the folder", "the one around it", "a link"])
+def test_no_library_comes_from_where_others_write(
+    others: str, fresh_build: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if others == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        fresh_build.parent.mkdir()
+        fresh_build.symlink_to(tmp_path / "elsewhere")
+    else:
+        fresh_build.mkdir(parents=True)
+        (fresh_build if others == "the folder" else fresh_build.parent).chmod(0o777)
+    with caplog.at_level(logging.WARNING, logger="sparsegpt.kernels"):
+        library = build._cached_build()
+    assert fresh_build not in library.parents and not list(fresh_build.iterdir())
+    assert library.parent.stat().st_mode & 0o777 == 0o700 and "can be written by others" in caplog.text
+
+
 @pytest.mark.parametrize("case", ["none", "broken"])
 def test_without_a_working_compiler(
     case: str, fresh_build: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -24,6 +24,7 @@ SHORT_NAMES = {
 }
 # A name this like a short name is a slip of it, and not worth a question to the Hub.
 SLIP = 0.75
+_HUB = ("huggingface.co/", "hf.co/", "www.huggingface.co/")
 _EXPECTED = "expected a folder, a Hub id or one of the short names"
 
 
@@ -46,7 +47,7 @@ def find_model(name: str, revision: str | None = None) -> Path | str:
                 settings=("revision",),
             )
         return folder
-    if "://" in name:
+    if "://" in name or name.startswith(_HUB):
         raise SparseGPTError(f"model {name} is a web address: {_of_address(name)}")
     if folder is None or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
         raise SparseGPTError(f"model folder {name} does not exist: {_EXPECTED}{_near_path(folder)}")
@@ -56,9 +57,11 @@ def find_model(name: str, revision: str | None = None) -> Path | str:
 
 
 def local_path(name: str) -> Path | None:
-    """Where a model of this name lies or would lie on this machine; None for the home of a user who is not there."""
+    """Where a model of this name lies or would lie on this machine; None for no name, or the home of nobody here."""
     if name == DEMO:
         return demo_folder()
+    if not name.strip():
+        return None
     try:
         return Path(SHORT_NAMES.get(name.lower(), name)).expanduser()
     except RuntimeError:
@@ -67,8 +70,10 @@ def local_path(name: str) -> Path | None:
 
 def suggestion(name: str) -> str:
     """A question that ends a message about a model that could not be had: the nearest Hub id we know, or folder."""
-    hub = SHORT_NAMES.get(name.lower(), name)
-    return did_you_mean(hub, set(SHORT_NAMES.values()) - {hub}, SLIP) or _near_path(local_path(name))
+    known = SHORT_NAMES.values()
+    if name.lower() in SHORT_NAMES or name in known:
+        return ""
+    return did_you_mean(name, known, SLIP) or _near_path(local_path(name))
 
 
 def look_over(folder: Path) -> None:
@@ -88,7 +93,9 @@ def check_folder(folder: Path) -> None:
     """
     look_over(folder)
     if not (folder / CONFIG).is_file():
-        raise SparseGPTError(f"model folder {folder} has no config.json: expected a Hugging Face model folder")
+        raise SparseGPTError(
+            f"model folder {folder} has no config.json: expected a Hugging Face model folder; fetch or save it whole"
+        )
     read_json(folder / CONFIG)
     if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
         raise SparseGPTError(
@@ -102,9 +109,18 @@ def check_folder(folder: Path) -> None:
         _check_whole(path)
 
 
-def has_tokenizer_files(folder: Path) -> bool:
-    """Whether there is any file that a tokenizer is read from."""
-    return bool(matching([path.name for path in folder.iterdir()], TOKENIZER))
+def check_tokenizer(name: str, folder: Path) -> None:
+    """Refuse a folder without any file that a tokenizer is read from. Raises SparseGPTError."""
+    if not matching([path.name for path in folder.iterdir()], TOKENIZER):
+        raise no_tokenizer(name, folder)
+
+
+def no_tokenizer(name: str, folder: Path) -> SparseGPTError:
+    """The refusal of a model whose texts nobody could read."""
+    return SparseGPTError(
+        f"model {name!r} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model that it was made "
+        f"from into {folder}"
+    )
 
 
 def _exists(path: Path) -> bool:
@@ -131,9 +147,11 @@ def _near_path(path: Path | None) -> str:
 
 def _of_address(address: str) -> str:
     """What to do with a web address."""
-    found = address.partition("://")[2].split("/")
-    if found[0] in ("huggingface.co", "hf.co", "www.huggingface.co") and len(found) >= 3 and all(found[1:3]):
-        return f"give the Hub id {found[1]}/{found[2].split('?')[0]}"
+    path = address.removeprefix("hf://").partition("://")[2] or address.removeprefix("hf://")
+    for place in _HUB if "hf://" not in address else ("",):
+        found = path.removeprefix(place).split("/")
+        if path.startswith(place) and len(found) >= 2 and all(found[:2]):
+            return f"give the Hub id {found[0]}/{found[1].split('?')[0]}"
     return "fetch the model and give its folder, or give a Hub id"
 
 

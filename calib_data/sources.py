@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsegpt.errors import SparseGPTError, did_you_mean, first_line, nearest
-from sparsegpt.files.hub import ask_hub, hub_reason
+from sparsegpt.incoming.hub import ask_hub, hub_reason
 
 from . import pydoc_topics
 

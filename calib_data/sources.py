@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsegpt.errors import SparseGPTError, did_you_mean, first_line, nearest
-from sparsegpt.files.hub import ask_hub, hub_reason
+from sparsegpt.incoming.hub import ask_hub, hub_reason
 
 from . import pydoc_topics
 
@@ -194,6 +194,8 @@ def _not_found(name: str, path: Path) -> str:
 def _text_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise SparseGPTError(f"{path}: expected a file or a folder of text, found neither; give one of them")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
     if not files:
         model = ", and it is a model folder" if (path / "config.json").is_file() else ""

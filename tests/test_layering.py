@@ -19,6 +19,7 @@ ROOMS = (
     "sparsity",
     "strips",
     "files",
+    "incoming",
     "solvers",
     "calib_data",
     "settings",

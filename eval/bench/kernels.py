@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsegpt.eval.bench.trial import failure, random_dense, samples_of, trials
+from sparsegpt.kernels.checkpoint.archive import read_config
+from sparsegpt.kernels.checkpoint.packed_config import read_packed_config
 from sparsegpt.kernels.cpu import dense as on_cpu
 from sparsegpt.kernels.dispatch.measured import OWN_DENSE, KernelRow, dtype_name
 from sparsegpt.kernels.dispatch.route import DENSE, RESIDENT, Choice, Route
@@ -129,6 +131,7 @@ def bench_decode(
 
     from sparsegpt.kernels.hf.quantizer import load_packed
 
+    read_packed_config(read_config(packed).get("quantization_config"), packed)  # refused before anything is loaded
     code = {"trust_remote_code": trust_remote_code}
 
     def load_dense() -> Any:

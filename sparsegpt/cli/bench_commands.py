@@ -81,7 +81,10 @@ def bench_pipeline_command(
     from sparsegpt.settings.machine import pick_device
 
     silence_libraries()
-    text, code = calibration or default_data(model, "calibration"), {"trust_remote_code": trust_remote_code}
+    text, code = (
+        default_data(model, "calibration") if calibration is None else calibration,
+        {"trust_remote_code": trust_remote_code},
+    )
     pick_device(device)
     check_text(text, "calibration")
     load_config(model, revision=revision, to_prune=True, **code)
@@ -129,8 +132,8 @@ def bench_quality_command(
     _check_figure(out)
     job = QualityBench(
         model,
-        calibration or default_data(model, "calibration"),
-        evaluate or default_data(model, "evaluation"),
+        default_data(model, "calibration") if calibration is None else calibration,
+        default_data(model, "evaluation") if evaluate is None else evaluate,
         samples,
         sequence_length,
         seed,

@@ -68,8 +68,9 @@ def evaluate_model(
     from sparsegpt.run.planning import check_scoring
 
     silence_libraries()
-    names = data_names(evaluate or default_data(model, "evaluation"))
+    names = data_names(default_data(model, "evaluation") if evaluate is None else evaluate)
     check_scoring(names, kernels=kernels, bos=bos, dtype=dtype, device=device)
+    loading.check_model(model, revision)
     config = loading.load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     length = loading.sequence_length(model, config, sequence_length)
     texts = [load_text(name, "evaluation") for name in names]

@@ -156,8 +156,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_pa
 
 
 def data_names(text: str) -> tuple[str, ...]:
-    """The texts of a comma-separated list; none for "none"."""
-    return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())
+    """The texts of a comma-separated list; none for "none". Raises SparseGPTError where it names no text."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise SparseGPTError(f"{text!r} names no text: give names or files, or none", settings=("evaluate",))
+    return () if names == ("none",) else names
 
 
 def folder_of(model: str, revision: str | None) -> Path:

@@ -78,14 +78,14 @@ def _settings(preset: str, told: dict[str, Any]) -> PruneSettings:
 
 def _options(told: dict[str, Any], settings: PruneSettings) -> RunOptions:
     """The options of a run, with what follows from the others where nothing was given."""
-    model, include = told["model"], told["include_head"]
+    model, include, calibration, texts = (told[key] for key in ("model", "include_head", "calibration", "evaluate"))
     if include not in (None, "lm_head"):
         raise unknown("what to include", include, ("lm_head",), settings=("include_head",))
     return RunOptions(
         **told
         | {
-            "calibration": told["calibration"] or default_data(model, "calibration"),
-            "evaluate": data_names(told["evaluate"] or default_data(model, "evaluation")),
+            "calibration": default_data(model, "calibration") if calibration is None else calibration,
+            "evaluate": data_names(default_data(model, "evaluation") if texts is None else texts),
             "out": told["out"] or default_folder(model, settings.sparsity),
             "include_head": include is not None,
         }

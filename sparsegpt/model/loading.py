@@ -20,23 +20,17 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from sparsegpt.calib_data import bos_token
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.beside import some
-from sparsegpt.files.hub import ask_hub, hub_reason
 from sparsegpt.files.mapped import chunks, mapped_parameters
-from sparsegpt.files.model_folder import (
-    check_folder,
-    find_model,
-    has_tokenizer_files,
-    local_path,
-    look_over,
-    suggestion,
-)
-from sparsegpt.files.quantised import method_by_tensors, method_of, refusal
+from sparsegpt.incoming.hub import ask_hub, hub_reason
+from sparsegpt.incoming.model_folder import check_folder, check_tokenizer, look_over, no_tokenizer
+from sparsegpt.incoming.quantised import method_by_tensors, method_of, refusal
 from sparsegpt.model.decoder import DecoderModel, position_limit
 from sparsegpt.model.families import refuse_encoder
 from sparsegpt.model.names import CheckpointNames, restore_dtypes
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.source import CONFIG, Source, cached, fetched, stored_types
 from sparsegpt.settings.machine import parse_dtype, pick_device
+from sparsegpt.settings.naming import find_model, local_path, suggestion
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -169,6 +163,17 @@ def stored_in_files(name: str, revision: str | None = None) -> torch.dtype | Non
         return None  # the cache holds the config alone
 
 
+def check_model(name: str, revision: str | None = None) -> None:
+    """Look whether a name can be a model to prune or to score: of a local one the folder and its tokenizer's files.
+
+    Nothing is asked of the Hub. Raises SparseGPTError.
+    """
+    found = find_model(name, revision)
+    if isinstance(found, Path):
+        check_folder(found)
+        check_tokenizer(name, found)
+
+
 def model_folder(name: str, revision: str | None = None) -> Path:
     """The folder of a model named as for `load_model`, fetched from the Hub where it is there; nothing is loaded.
 
@@ -277,28 +282,26 @@ def sequence_length(name: str, config: "PretrainedConfig", asked: int | None) ->
 def source_folders(name: str) -> tuple[Path, ...]:
     """The folder that a model is read from, if it is one of this machine's."""
     folder = local_path(name)
-    return (folder,) if folder is not None and folder.is_dir() else ()
+    try:
+        return (folder,) if folder is not None and folder.is_dir() else ()
+    except OSError:  # a name too long
+        return ()
 
 
 def _tokenizer(name: str, folder: Path, options: dict[str, Any]) -> Any:
     """Some classes make one without any word where they find no files."""
     from transformers import AutoTokenizer
 
-    lacking = SparseGPTError(
-        f"model {name!r} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model that it was made "
-        f"from into {folder}"
-    )
+    check_tokenizer(name, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:
-        if not has_tokenizer_files(folder):
-            raise lacking from error
         if "trust_remote_code" in str(error):
             raise
-        said = " ".join(str(error).split())
+        said = " ".join([f"{type(error).__name__}:", *str(error).split()])
         raise SparseGPTError(f"the tokenizer of model {name!r} could not be loaded: {said[:MESSAGE]}") from error
     if len(tokenizer) < FEW_TOKENS and not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        raise lacking
+        raise no_tokenizer(name, folder)
     return tokenizer
 
 

@@ -36,7 +36,7 @@ from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory,
 from sparsegpt.run.memory_plan import check_fits
 from sparsegpt.run.model_card import Card
 from sparsegpt.run.options import RunOptions
-from sparsegpt.run.planning import check_options, check_texts, free_gpu_memory, memory_is_scarce, plan_run
+from sparsegpt.run.planning import check_inputs, check_options, free_gpu_memory, memory_is_scarce, plan_run
 from sparsegpt.run.saving import rehearse, save
 from sparsegpt.run.work_folder import ResumeError, WorkFolder
 from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
@@ -69,7 +69,7 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
     """
     check_options(options, settings)
-    check_texts(options)
+    check_inputs(options)
     with (
         WorkFolder(
             options.out, resume=options.resume, overwrite=options.overwrite, sources=source_folders(options.model)

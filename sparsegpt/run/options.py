@@ -146,7 +146,7 @@ class RunOptions:
 
 def default_data(model: str, role: str) -> str:
     """The text used when none is named: pydoc for the demo, else c4 to calibrate and wikitext2 to evaluate."""
-    from sparsegpt.files.model_folder import DEMO
+    from sparsegpt.settings.naming import DEMO
 
     if model == DEMO:
         return "pydoc"

@@ -8,7 +8,7 @@ import torch
 from sparsegpt.calib_data import check_bos, check_text
 from sparsegpt.errors import SparseGPTError, unknown
 from sparsegpt.kernels.dispatch.route import KERNELS
-from sparsegpt.model.loading import dtypes_for, load_config, sequence_length, stored_in_files
+from sparsegpt.model.loading import check_model, dtypes_for, load_config, sequence_length, stored_in_files
 from sparsegpt.run.memory import available_memory
 from sparsegpt.run.memory_plan import PUBLISHED, Plan, Workload, plan, published_config, shape_of
 from sparsegpt.run.options import RunOptions
@@ -47,8 +47,12 @@ def check_options(options: RunOptions, settings: PruneSettings) -> None:
     _check_scratch(options)
 
 
-def check_texts(options: RunOptions) -> None:
-    """Refuse texts that are not there, or cannot be read, before anything large is. Raises SparseGPTError."""
+def check_inputs(options: RunOptions) -> None:
+    """Refuse a model and texts that are not there or cannot be read, before anything large is.
+
+    Raises SparseGPTError.
+    """
+    check_model(options.model, options.revision)
     check_text(options.calibration, "calibration")
     for name in options.evaluate:
         check_text(name, "evaluation")
@@ -112,7 +116,9 @@ def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
         micro_batch=options.micro_batch,
         scored=bool(options.evaluate),
     )
-    return plan(shape_of(config, stored, trust_remote_code=options.trust_remote_code), settings, work)
+    shape = shape_of(config, stored, trust_remote_code=options.trust_remote_code)
+    parse_blocks(options.blocks).indices(shape.blocks)  # refused if there are none of these numbers
+    return plan(shape, settings, work)
 
 
 def free_gpu_memory(options: RunOptions) -> int | None:

@@ -15,14 +15,13 @@ linear wait for a `skip = false`. A method that moves no weight takes no correct
 or earlier rules; given in the same rule or a later one they are refused.
 """
 
-import difflib
 import tomllib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, nearest
 from sparsegpt.settings.prune_settings import CORRECTIONS, LinearSettings, PruneSettings, Rule
 from sparsegpt.solvers import parse_method
 from sparsegpt.sparsity import parse_sparsity
@@ -46,9 +45,25 @@ def read_recipe(path: Path | str) -> tuple[Rule, ...]:
     try:
         return parse_recipe(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise SparseGPTError(f"recipe {path} cannot be read: {error.strerror}") from error
+        raise SparseGPTError(
+            f"recipe {path} cannot be read: {error.strerror}; give a TOML file{_beside(Path(path))}"
+        ) from error
     except UnicodeDecodeError as error:
-        raise SparseGPTError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
+        raise SparseGPTError(
+            f"recipe {path} is not UTF-8 text (byte {error.start}): convert it, or give a TOML file"
+        ) from error
+
+
+def _beside(path: Path) -> str:
+    """A question for a recipe in the folder that is named, or for a file of a name like the one that is not there."""
+    try:
+        if path.is_dir():
+            recipes = sorted(str(each) for each in path.glob("*.toml"))
+            return f"; did you mean {recipes[0]}?" if recipes else ""
+        near = nearest(path.name, [each.name for each in path.parent.iterdir()])
+    except OSError:
+        return ""
+    return f"; did you mean {path.with_name(near)}?" if near else ""
 
 
 def parse_recipe(text: str, source: str = "recipe") -> tuple[Rule, ...]:
@@ -97,8 +112,7 @@ def _rule(table: dict[str, Any], origin: str) -> Rule:
 def _refuse_unknown(where: str, table: dict[str, Any], known: Iterable[str]) -> None:
     for key in table:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
-            raise SparseGPTError(f"{where}: {_shown(key)} is not known: did you mean {nearest[0]}?")
+            raise SparseGPTError(f"{where}: {_shown(key)} is not known: did you mean {nearest(key, known, 0)}?")
 
 
 def _shown(value: object) -> str:

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from sparsegpt.files.model_folder import SHORT_NAMES
 from sparsegpt.model.export import write_model
 from sparsegpt.model.loading import load_model
 from sparsegpt.settings.machine import pick_device
+from sparsegpt.settings.naming import SHORT_NAMES
 from tests.support import BROKEN_FOLDERS, broken_folder, logits_of, random_windows, refused, save_model, tiny_model
 
 

@@ -1,15 +1,10 @@
-"""From a model's name to its folder: what a user may call a model, and what a folder must look like before it is read.
+"""What a user may call a model: the demo, a short name, a folder, or else a model on the Hub."""
 
-A name is the demo, a short name, a folder, or else a model on the Hub.
-"""
-
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from sparsegpt.calib_data import demo_folder
 from sparsegpt.errors import SparseGPTError, did_you_mean, first_line, nearest
-from sparsegpt.files.checked_json import read_json
-from sparsegpt.files.kinds import CONFIG, TOKENIZER, describe, matching
-from sparsegpt.files.kinds import WEIGHTS as WEIGHT_FILES
+from sparsegpt.incoming.kinds import describe
 
 DEMO = "demo"
 # The names of the papers' tables. Anything else is taken as a folder or a Hub id.
@@ -24,6 +19,7 @@ SHORT_NAMES = {
 }
 # A name this like a short name is a slip of it, and not worth a question to the Hub.
 SLIP = 0.75
+_HUB = ("huggingface.co/", "hf.co/", "www.huggingface.co/")
 _EXPECTED = "expected a folder, a Hub id or one of the short names"
 
 
@@ -46,7 +42,7 @@ def find_model(name: str, revision: str | None = None) -> Path | str:
                 settings=("revision",),
             )
         return folder
-    if "://" in name:
+    if "://" in name or name.startswith(_HUB):
         raise SparseGPTError(f"model {name} is a web address: {_of_address(name)}")
     if folder is None or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
         raise SparseGPTError(f"model folder {name} does not exist: {_EXPECTED}{_near_path(folder)}")
@@ -56,9 +52,11 @@ def find_model(name: str, revision: str | None = None) -> Path | str:
 
 
 def local_path(name: str) -> Path | None:
-    """Where a model of this name lies or would lie on this machine; None for the home of a user who is not there."""
+    """Where a model of this name lies or would lie on this machine; None for no name, or the home of nobody here."""
     if name == DEMO:
         return demo_folder()
+    if not name.strip():
+        return None
     try:
         return Path(SHORT_NAMES.get(name.lower(), name)).expanduser()
     except RuntimeError:
@@ -67,44 +65,10 @@ def local_path(name: str) -> Path | None:
 
 def suggestion(name: str) -> str:
     """A question that ends a message about a model that could not be had: the nearest Hub id we know, or folder."""
-    hub = SHORT_NAMES.get(name.lower(), name)
-    return did_you_mean(hub, set(SHORT_NAMES.values()) - {hub}, SLIP) or _near_path(local_path(name))
-
-
-def look_over(folder: Path) -> None:
-    """Refuse a folder that is no model's, saying what it is. Raises SparseGPTError."""
-    try:
-        found = describe(folder)
-    except OSError as error:
-        raise SparseGPTError(f"model folder {folder} cannot be read: {error.strerror or error}") from error
-    if found:
-        raise SparseGPTError(f"model folder {folder} {found}")
-
-
-def check_folder(folder: Path) -> None:
-    """A configuration and weights must be there, every shard of an index, and whole safetensors files.
-
-    Raises SparseGPTError naming the file, or the kind of folder that it is.
-    """
-    look_over(folder)
-    if not (folder / CONFIG).is_file():
-        raise SparseGPTError(f"model folder {folder} has no config.json: expected a Hugging Face model folder")
-    read_json(folder / CONFIG)
-    if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
-        raise SparseGPTError(
-            f"model folder {folder} has no weights: expected {' or '.join(WEIGHT_FILES)}; fetch or save it whole"
-        )
-    of_safetensors = any(folder.glob("*.safetensors"))
-    for index in sorted(folder.glob("*.index.json")):
-        if not of_safetensors or ".safetensors." in index.name:  # those of other forms are not read then
-            _check_index(index)
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_whole(path)
-
-
-def has_tokenizer_files(folder: Path) -> bool:
-    """Whether there is any file that a tokenizer is read from."""
-    return bool(matching([path.name for path in folder.iterdir()], TOKENIZER))
+    known = SHORT_NAMES.values()
+    if name.lower() in SHORT_NAMES or name in known:
+        return ""
+    return did_you_mean(name, known, SLIP) or _near_path(local_path(name))
 
 
 def _exists(path: Path) -> bool:
@@ -131,31 +95,9 @@ def _near_path(path: Path | None) -> str:
 
 def _of_address(address: str) -> str:
     """What to do with a web address."""
-    found = address.partition("://")[2].split("/")
-    if found[0] in ("huggingface.co", "hf.co", "www.huggingface.co") and len(found) >= 3 and all(found[1:3]):
-        return f"give the Hub id {found[1]}/{found[2].split('?')[0]}"
+    path = address.removeprefix("hf://").partition("://")[2] or address.removeprefix("hf://")
+    for place in _HUB if "hf://" not in address else ("",):
+        found = path.removeprefix(place).split("/")
+        if path.startswith(place) and len(found) >= 2 and all(found[:2]):
+            return f"give the Hub id {found[0]}/{found[1].split('?')[0]}"
     return "fetch the model and give its folder, or give a Hub id"
-
-
-def _check_index(index: Path) -> None:
-    """Every shard it names must lie in the folder itself: an index comes from strangers."""
-    content = read_json(index)
-    files = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise SparseGPTError(f"{index} has no weight_map of tensor names to file names: fetch the file again")
-    for name in sorted(set(files.values())):
-        if PurePosixPath(name).name != name or name in ("", "..") or "\\" in name:
-            raise SparseGPTError(f"{index} names {name!r}, expected a file beside it: do not use this model")
-        if not (index.parent / name).is_file():
-            raise SparseGPTError(f"{index} names the shard {name}, which is not there: fetch it")
-
-
-def _check_whole(path: Path) -> None:
-    """A safetensors file opens only if its header parses and its length is what the header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise SparseGPTError(f"{path} is truncated or damaged ({first_line(error)}): fetch the file again") from error

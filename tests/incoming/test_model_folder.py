@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from sparsegpt.files.model_folder import check_folder
+from sparsegpt.incoming.model_folder import check_folder
 from tests.support import refused, tiny_model
 
 

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsegpt.files.checked_json import REPORT_NAME
 from sparsegpt.files.figures import CARD_NAME
-from sparsegpt.files.tensor_files import ShardedWriter, check_storable, header_room
+from sparsegpt.files.headers import check_storable
+from sparsegpt.files.model_files import CONFIG
+from sparsegpt.files.tensor_files import ShardedWriter, header_room
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.loading import LoadedModel, is_tied
 from sparsegpt.model.names import natural
-from sparsegpt.model.source import CONFIG, FILE_KEY
+from sparsegpt.model.source import FILE_KEY
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers since 4.56, and before
 
@@ -41,7 +44,8 @@ def write_model(loaded: LoadedModel, folder: Path, readme: bytes | None = None) 
 
 def write_beside(loaded: LoadedModel, folder: Path, readme: bytes | None = None) -> None:
     """Write everything but the weights; OSError as the system raises it."""
-    loaded.source.beside.copy_to(folder, but=frozenset({CONFIG} if readme is None else {CONFIG, CARD_NAME}))
+    anew = {CONFIG, REPORT_NAME}  # the report there is of the weights before
+    loaded.source.beside.copy_to(folder, but=frozenset(anew if readme is None else {*anew, CARD_NAME}))
     (folder / CONFIG).write_bytes(_config(loaded))
     if readme is not None:
         (folder / CARD_NAME).write_bytes(readme)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsegpt.eval.bench.trial import failure, random_dense, samples_of, trials
-from sparsegpt.kernels.checkpoint.archive import read_config
+from sparsegpt.files.model_files import read_config
 from sparsegpt.kernels.checkpoint.packed_config import read_packed_config
 from sparsegpt.kernels.cpu import dense as on_cpu
 from sparsegpt.kernels.dispatch.measured import OWN_DENSE, KernelRow, dtype_name

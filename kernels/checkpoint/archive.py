@@ -13,8 +13,6 @@ own (packed_config.py), which transformers' quantizer interface reads (hf/). The
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,36 +23,36 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.checked_json import read_json
+from sparsegpt.files.beside import Beside
 from sparsegpt.files.figures import retell, tell_loading
+from sparsegpt.files.model_files import CONFIG, read_config, weight_files
+from sparsegpt.files.reported import reported_layers
 from sparsegpt.files.results import new_result
 from sparsegpt.files.tensor_files import (
     DEFAULT_SHARD_BYTES,
-    INDEX,
     OpenTensors,
     ShardedWriter,
     header_room,
     verify_checksums,
-    weight_files,
 )
 from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices
 from sparsegpt.kernels.checkpoint.packed_config import PackedConfig, members, read_packed_config
 from sparsegpt.kernels.format.form import Form, PackedWeight
 from sparsegpt.kernels.format.pack import FloatValues
 
-_WEIGHTS_OF_OTHERS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf)$|.*\.(bin|safetensors)\.index\.json$"
-)
-
 
 @dataclass(frozen=True)
 class PackReport:
-    """What `pack_folder` did: linears packed, {tensor: why} left dense, bytes of the packed linears."""
+    """What `pack_folder` did: linears packed, {tensor: why} left dense, bytes of the packed linears.
+
+    left_behind: links that lead out of the folder, and whatever else is no regular file.
+    """
 
     packed: tuple[str, ...]
     left_dense: Mapping[str, str]
     dense_bytes: int
     packed_bytes: int
+    left_behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def pack_folder(
     config = read_config(source)
     if config.get("quantization_config"):
         raise SparseGPTError(f"{source}: already packed or quantised (config.json has quantization_config)")
-    files = weight_files(source)
+    files, beside = weight_files(source), Beside.of(source)
     with OpenTensors(files) as tensors:
         form = (form or FloatValues()).of_model(_stored_dtype(tensors))
         plan = _plan(source, tensors, form, trust_remote_code=trust_remote_code)
@@ -144,15 +142,17 @@ def pack_folder(
                 packer = _Packer(plan, tensors, writer, form)
                 for tensor in tensors:
                     packer.write(tensor)
+                writer.add(*packer.config().placeholders())
             if not packer.packed:
                 raise SparseGPTError(f"{source}: no linear layer keeps {form.pattern}; prune the model to it first")
-            _copy_the_rest(source, stage)
+            _copy_beside(beside, stage)
             tell_loading(stage, packed=True)
             if form.rounding:
                 retell(stage, form.rounding)
             _write_config(stage, {**config, "quantization_config": packer.config().to_dict()})
     names = tuple(matrix.name for matrix in packer.packed)
-    return PackReport(names, plan.left_dense, packer.dense_bytes, packer.packed_bytes)
+    left_behind = tuple(map(str, beside.outside))
+    return PackReport(names, plan.left_dense, packer.dense_bytes, packer.packed_bytes, left_behind)
 
 
 def unpack_folder(
@@ -163,17 +163,17 @@ def unpack_folder(
     Integer values come back as what they stand for, q * scale in the dtype of the model, not as what they were rounded
     from.
 
-    Every checksum is compared before the first tensor is used. Raises SparseGPTError for a folder that is not packed,
-    of a newer format, damaged or truncated, or when `target` exists and is not empty.
+    Everything is checked before the first tensor is used (`verify_packed`). Raises SparseGPTError for a folder that is
+    not packed, of a newer format, damaged or truncated, or when `target` exists and is not empty.
     """
     packed, target = Path(packed), Path(target)
     config = read_config(packed)
     packing = read_packed_config(config.pop("quantization_config", None), packed)
-    files = weight_files(packed)
-    verify_files(files)
-    check_parts(files, packing, packed)
+    files, beside = weight_files(packed), Beside.of(packed)
+    verify_packed(files, packing, packed)
     linears = packing.linears()
     parts = {f"{linear}.{part}" for linear in linears for part in packing.form.parts}
+    parts |= packing.ordinary_shapes().keys()  # placeholders
     with new_result(target, "unpack", overwrite=overwrite, sources=[packed]) as stage:
         with (
             ShardedWriter(stage, header_room(files), shard_bytes, checksums=False) as writer,
@@ -184,7 +184,7 @@ def unpack_folder(
                     writer.add((name, tensors[name]))
             for named in packing.ordinary_weights(tensors.__getitem__):
                 writer.add(named)
-        _copy_the_rest(packed, stage)
+        _copy_beside(beside, stage)
         tell_loading(stage, packed=False)
         _write_config(stage, config)
     return tuple(linears)
@@ -202,17 +202,44 @@ def verify_files(files: Mapping[str, Path]) -> None:
             raise SparseGPTError(f"{path}: the index promises {missing[0]}, which is not there; copy the folder again")
 
 
-def check_parts(names: Container[str], packing: PackedConfig, where: object) -> None:
-    """Raises SparseGPTError for a packed folder that lacks one of the tensors of a packed linear."""
+def verify_packed(files: Mapping[str, Path], packing: PackedConfig, where: object) -> None:
+    """Check all that readers of a packed folder rely on, before anyone uses a tensor of {tensor name: file}.
+
+    Checksums; that every packed linear has all its parts, once, and no ordinary weight beside them; and what the parts
+    hold (`Form.check`). Raises SparseGPTError naming what is wrong.
+    """
+    verify_files(files)
+    _check_parts(files, packing, where)
+    with OpenTensors(files) as tensors:
+        shapes = tensors.shapes()
+        for name in packing.ordinary_shapes():
+            if shapes.get(name, [1]) != [1]:
+                raise SparseGPTError(f"{where}: {name} is there packed and as it was: one must go; pack again")
+        for linear, shape in packing.linears().items():
+            try:
+                packing.packed(tensors.__getitem__, linear, shape, check=True)
+            except SparseGPTError as error:
+                raise SparseGPTError(f"{where}: {error}; pack the model again") from error
+
+
+def _check_parts(names: Container[str], packing: PackedConfig, where: object) -> None:
+    """That each linear comes once, and with all its tensors: with more experts than tensors the first one ends it."""
+    seen: set[str] = set()
     for group, shape in packing.modules.items():
-        for name in (f"{linear}.{part}" for linear in members(group, shape) for part in packing.form.parts):
-            if name not in names:
-                raise SparseGPTError(f"{where}: config.json promises {name}, which is not in the weights; pack again")
+        for linear in members(group, shape):
+            if linear in seen:
+                raise SparseGPTError(f"{where}: config.json names {linear} twice; pack again")
+            seen.add(linear)
+            for name in (f"{linear}.{part}" for part in packing.form.parts):
+                if name not in names:
+                    raise SparseGPTError(
+                        f"{where}: config.json promises {name}, which is not in the weights; pack again"
+                    )
 
 
 def _plan(source: Path, tensors: OpenTensors, form: Form, *, trust_remote_code: bool) -> _Plan:
     """Which matrices to pack: those that report.json lists, of experts a projection of all or of none."""
-    listed = _reported_layers(source)
+    listed = {name: layer.sparsity for name, layer in layers.items()} if (layers := reported_layers(source)) else None
     shapes = tensors.shapes()  # a truncated file is refused here, before anything is written
     found = checkpoint_matrices(source, shapes, listed or (), trust_remote_code=trust_remote_code)
     promised = frozenset(layer for layer, sparsity in (listed or {}).items() if form.promised(sparsity))
@@ -260,9 +287,9 @@ def _why_no_matrix(tensor: str) -> str:
 
 
 def _room(tensors: OpenTensors, plan: _Plan, form: Form) -> int:
-    """Header space for every tensor that may come: room for three parts at least, whatever the form."""
+    """Header space for every tensor that may come: room for three parts at least, whatever the form, a placeholder."""
     matrices = [matrix for group in plan.matrices.values() for matrix in group]
-    parts = range(max(3, len(form.parts)))
+    parts = range(1 + max(3, len(form.parts)))
     return header_room([*tensors, *(matrix.name for matrix in matrices for _ in parts)])
 
 
@@ -274,20 +301,6 @@ def _stored_dtype(tensors: OpenTensors) -> torch.dtype:
     return torch.bfloat16
 
 
-def _reported_layers(source: Path) -> dict[str, str] | None:
-    """{module name: sparsity} of the folder's report.json, or None without one."""
-    path = source / "report.json"
-    if not path.is_file():
-        return None
-    report = read_json(path)
-    try:
-        return {layer["name"]: str(layer["sparsity"]) for layer in report["layers"]}
-    except (KeyError, TypeError) as error:
-        raise SparseGPTError(
-            f'{path}: expected a "layers" list with "name" and "sparsity"; remove it to pack what keeps the pattern'
-        ) from error
-
-
 def _check_promised(source: Path, promised: Iterable[str], found: list[Matrix]) -> None:
     there = {matrix.layer for matrix in found}
     for layer in promised:
@@ -296,30 +309,10 @@ def _check_promised(source: Path, promised: Iterable[str], found: list[Matrix]) 
             raise SparseGPTError(f"{source}: report.json lists {layer}, but the weights hold {form}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder. Raises SparseGPTError where there is none or it is no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SparseGPTError(f"{folder}: expected a Hugging Face folder with config.json; found none")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise SparseGPTError(f"{path}: expected a JSON object; found {type(config).__name__}")
-    return config
-
-
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _copy_the_rest(source: Path, stage: Path) -> None:
-    """Tokenizer, report, generation settings, remote code: every file that is no weight and not config.json.
-
-    A folder inside is copied whole: weights there may be of something else, such as an adapter.
-    """
-    for path in source.iterdir():
-        if path.name.startswith(".") or path.name in ("config.json", INDEX) or _WEIGHTS_OF_OTHERS.match(path.name):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, stage / path.name)
-        else:
-            shutil.copyfile(path, stage / path.name)
+def _copy_beside(beside: Beside, stage: Path) -> None:
+    """Tokenizer, report, generation settings, remote code: every file that is no weight and not config.json."""
+    beside.copy_to(stage, but=frozenset({CONFIG}))

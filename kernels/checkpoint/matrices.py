@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.checked_json import read_json
+from sparsegpt.files.model_files import CONFIG, read_config
 from sparsegpt.files.tensor_files import OpenTensors
 from sparsegpt.kernels.checkpoint.model_names import Bank, Destination, ModelNames
 from sparsegpt.model.experts import is_conv1d
@@ -122,6 +122,4 @@ def _is_weight(tensor: str, shape: Sequence[int]) -> bool:
 
 
 def _model_type(folder: Path) -> str:
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
-    return str(config.get("model_type")) if isinstance(config, dict) else ""
+    return str(read_config(folder).get("model_type")) if (folder / CONFIG).is_file() else ""

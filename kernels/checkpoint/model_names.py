@@ -77,6 +77,13 @@ class ModelNames:
         whole = last == "weight" and converter is None and self._leads(tensor.removesuffix(".weight"), owner)
         return Destination(parameter, module if whole else None, None)
 
+    def unplaced(self, tensor: str) -> str:
+        """What the loader calls a checkpoint's tensor for which the model has no parameter."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed: str = rename_source_key(tensor, self._renamings, self._converters)[0]
+        return renamed
+
     def _leads(self, linear: str, path: str) -> bool:
         """Whether the loader puts the parts of a packed linear, called so in checkpoints, into the module at `path`."""
         from transformers.core_model_loading import rename_source_key

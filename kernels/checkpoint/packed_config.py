@@ -6,6 +6,9 @@
     stacked     names with a * whose weights an ordinary folder keeps in one tensor, called without the `*.`; all other
                 weights are called <linear>.weight there
     pattern, and what else the form of the weights says of itself (`Form.settings`)
+
+Under the name of each ordinary weight the files hold a placeholder, one byte: a loader that does not know this format
+finds a tensor of another shape there and stops, where it would else make up random weights.
 Dimension key: N out_features, K in_features, E experts."""
 
 from __future__ import annotations
@@ -14,15 +17,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.kernels.format.form import Form
 from sparsegpt.kernels.format.pack import FloatValues
 from sparsegpt.kernels.layers.forms import read_form
 
 QUANT_METHOD = "sparsegpt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 had no placeholders: a loader that does not know the format took random weights for the packed ones.
+READABLE_VERSIONS = (1, FORMAT_VERSION)
+_LARGEST = 1 << 50  # of a size
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,10 @@ class PackedConfig:
                 found |= {f"{linear}.weight": matrix for linear in members(name, self.modules[name])}
         return found
 
+    def placeholders(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, [1]) of what stands where an ordinary folder has the packed weights."""
+        return ((name, torch.zeros(1, dtype=torch.uint8)) for name in self.ordinary_shapes())
+
     def ordinary_weights(self, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, weight [N, K], [K, N] or [E, ...]) of every packed tensor as an ordinary folder keeps it.
 
@@ -83,14 +94,19 @@ class PackedConfig:
     def _ordinary(self, name: str, weight: Tensor) -> Tensor:
         return weight.T if name in self.transposed else weight
 
-    def packed(self, tensor: Callable[[str], Tensor], linear: str, shape: tuple[int, ...]) -> Any:
-        """A linear's packed weight [N, K], from a look-up of its parts.
+    def packed(
+        self, tensor: Callable[[str], Tensor], linear: str, shape: tuple[int, ...], *, check: bool = False
+    ) -> Any:
+        """A linear's packed weight [N, K], from a look-up of its parts; check: their content too (`Form.check`).
 
         Raises SparseGPTError, with the linear's name, where these do not fit.
         """
         tensors = [tensor(f"{linear}.{part}") for part in self.form.parts]
         try:
-            return self.form.packed(tensors, (shape[0], shape[1]))
+            packed = self.form.packed(tensors, (shape[0], shape[1]))
+            if check:
+                self.form.check(packed)
+            return packed
         except SparseGPTError as error:
             raise SparseGPTError(f"{linear}: {error}") from error
 
@@ -126,26 +142,34 @@ def read_packed_config(settings: Any, where: object) -> PackedConfig:
     if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
         raise SparseGPTError(f'{where}: not packed here: config.json lacks quantization_config "{QUANT_METHOD}"')
     version = settings.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise SparseGPTError(
-            f"{where}: packed format version {version}; this package reads version {FORMAT_VERSION}: update sparsegpt"
+            f"{where}: packed format version {str(version)[:20]}; this package reads versions up to {FORMAT_VERSION}: "
+            "update sparsegpt"
         )
     try:
         form = read_form(settings)
     except SparseGPTError as error:
         raise SparseGPTError(f"{where}: {error}") from error
     try:
-        modules = {str(name): _read_shape(name, shape) for name, shape in settings["modules"].items()}
+        modules = {name: _read_shape(name, shape) for name, shape in settings["modules"].items()}
         transposed, stacked = (frozenset(settings.get(key, ())) for key in ("transposed", "stacked"))
         if not transposed | stacked <= modules.keys() or not all("*" in name for name in stacked):
             raise ValueError("transposed or stacked names that are no modules")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise SparseGPTError(f"{where}: quantization_config has no readable modules; pack the model again") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SparseGPTError(
+            f"{where}: quantization_config has no readable modules ({first_line(error)[:200]}); pack the model again"
+        ) from error
     return PackedConfig(modules, transposed, stacked, form)
 
 
 def _read_shape(name: str, shape: Any) -> tuple[int, ...]:
-    found = tuple(int(size) for size in shape)
-    if len(found) != (3 if "*" in name else 2) or min(found) < 1:
-        raise ValueError(f"{name}: {shape}")
-    return found
+    """ValueError for anything but the sizes of a weight, each of which a tensor can have."""
+    experts = name.count(".*.")
+    if not name.isprintable() or name.count("*") != experts or experts > 1:
+        raise ValueError(f"{ascii(name)[:80]} is no module")
+    if not isinstance(shape, list | tuple) or len(shape) != 2 + experts:
+        raise ValueError(f"{name}: expected {2 + experts} sizes")
+    if not all(type(size) is int and 1 <= size <= _LARGEST for size in shape):
+        raise ValueError(f"{name} is of shape {list(shape)}")
+    return tuple(shape)

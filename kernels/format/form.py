@@ -94,6 +94,13 @@ class Form(ABC):
     def packed(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Any:
         """Tensors in the order of `parts` -> packed [N, K] on them (no copy); SparseGPTError where they do not fit."""
 
+    @abstractmethod
+    def check(self, packed: Any) -> None:
+        """Packed [N, K] -> SparseGPTError where its tensors hold what no packer writes and no kernel expects.
+
+        For weights from files, once, before any kernel sees them; their shapes and dtypes `packed` has compared.
+        """
+
     @property
     def rounding(self) -> str:
         """What packing does to the weights, for the user; "" where every bit is kept."""

@@ -36,7 +36,7 @@ EMPTY_WORD = 0x44444444  # metadata of eight groups that keep positions 0 and 1
 _INVALID = 255
 # Which of the four are non-zero (bit i = input i) -> nibble. With fewer than two, the lowest free position joins in.
 _NIBBLE_OF_CODE = (4, 4, 4, 4, 8, 8, 9, _INVALID, 12, 12, 13, _INVALID, 14, _INVALID, _INVALID, _INVALID)
-# Nibble -> four booleans as the bytes of one int32. Nibbles without i0 < i1 never occur.
+# Nibble -> four booleans as the bytes of one int32. Nibbles without i0 < i1 never occur (`check_positions`).
 _MASK_OF_NIBBLE = tuple(1 << 8 * (nibble & 3) | 1 << 8 * (nibble >> 2) for nibble in range(16))
 
 
@@ -59,10 +59,10 @@ class Packed24:
     def __post_init__(self) -> None:
         expected = packed_shapes(self.shape)
         found = (tuple(self.values.shape), tuple(self.meta.shape))
-        if found != expected or self.meta.dtype != torch.int32:
+        if found != expected or self.meta.dtype != torch.int32 or self.values.dtype not in DTYPES:
             raise SparseGPTError(
-                f"packed weight of shape {self.shape} needs values {expected[0]} and meta {expected[1]} torch.int32; "
-                f"found {found[0]} and {found[1]} {self.meta.dtype}"
+                f"packed weight of shape {self.shape} needs values {expected[0]} in floating point and meta "
+                f"{expected[1]} torch.int32; found {found[0]} {self.values.dtype} and {found[1]} {self.meta.dtype}"
             )
 
     @property
@@ -201,9 +201,38 @@ class FloatValues(Form):
         values, meta = tensors
         return Packed24(values, meta, shape)
 
+    def check(self, packed: Packed24) -> None:
+        """Packed [N, K] -> SparseGPTError for metadata not of two positions, and for values after column K."""
+        check_positions(packed.meta)
+        check_padding(packed.values, packed.shape)
+
     def stored(self, packed: Packed24) -> str:
         """Packed [N, K] -> its dtype."""
         return str(packed.dtype).removeprefix("torch.")
+
+
+def check_positions(meta: Tensor) -> None:
+    """Metadata words [N, W] -> SparseGPTError, with row and group, where a nibble does not name two positions in order.
+
+    All eight nibbles of a word at once: 3 + i1 - i0 has bit 2 just where i1 > i0, and stays within its four bits.
+    """
+    first, second = meta & 0x33333333, meta >> 2 & 0x33333333
+    ordered = (second | 0x44444444) - first - 0x11111111 & 0x44444444
+    wrong = _first(ordered != 0x44444444)
+    if wrong is not None:
+        row, word = wrong
+        nibbles = words_to_nibbles(meta[row : row + 1, word : word + 1])[0].tolist()
+        group = next(index for index, nibble in enumerate(nibbles) if nibble & 3 >= nibble >> 2)
+        raise SparseGPTError(
+            f"metadata of row {row}, group {8 * word + group} keeps positions {nibbles[group] & 3} and "
+            f"{nibbles[group] >> 2}: expected two different ones of 0 to 3, in order"
+        )
+
+
+def check_padding(values: Tensor, shape: tuple[int, int]) -> None:
+    """[N, Kp / 2], of a weight [N, K] -> SparseGPTError where a value of the groups after column K is not 0."""
+    if bool(values[:, shape[1] // 2 :].any()):
+        raise SparseGPTError(f"there are values after the last of {shape[1]} columns: expected zeros")
 
 
 def words_to_nibbles(meta: Tensor) -> Tensor:

@@ -22,7 +22,20 @@ from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.format.form import Form
-from sparsegpt.kernels.format.pack import PATTERN, WORD_COLUMNS, FloatValues, Packed24, pack, packed_shapes, unpack
+from sparsegpt.kernels.format.pack import (
+    DTYPES,
+    PATTERN,
+    WORD_COLUMNS,
+    FloatValues,
+    Packed24,
+    check_padding,
+    check_positions,
+    pack,
+    packed_shapes,
+    unpack,
+)
+
+_INFINITY = 0x7C00  # the bits of float16's infinity; from there on to 0x7FFF it is NaN
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +150,12 @@ class IntegerValues(Form):
         if settings.get("pattern") != cls.pattern or values is None:
             return None
         try:
-            dtype = getattr(torch, values["dtype"])
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{dtype} is no dtype")
-            return cls(int(values["bits"]), int(values["group_size"]), dtype)
+            dtype, bits, group_size = getattr(torch, values["dtype"]), values["bits"], values["group_size"]
+            if dtype not in DTYPES or not all(type(number) is int for number in (bits, group_size)):
+                raise ValueError(f"{dtype}, {bits}, {group_size}")
+            return cls(bits, group_size, dtype)
         except (KeyError, TypeError, ValueError, AttributeError, SparseGPTError) as error:
-            raise SparseGPTError(f"values {values} are not known to this package: update sparsegpt") from error
+            raise SparseGPTError(f"values {str(values)[:200]} are not known here: update sparsegpt") from error
 
     def settings(self) -> dict[str, Any]:
         """The pattern, and `values` as `read` takes them."""
@@ -184,7 +197,25 @@ class IntegerValues(Form):
     def packed(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Quantized24:
         """Words, scales in int16 and meta -> packed [N, K]; SparseGPTError where they do not fit."""
         words, scales, meta = tensors
+        if scales.dtype != torch.int16:
+            raise SparseGPTError(f"scales are stored as torch.int16, the bits of float16; found {scales.dtype}")
         return Quantized24(words, scales.view(torch.float16), meta, shape, self.bits, self.group_size, self.dtype)
+
+    def check(self, packed: Quantized24) -> None:
+        """Packed [N, K] -> SparseGPTError for metadata not of two positions, and for scales and integers out of range.
+
+        Scales are finite and not negative, integers symmetric about 0, and those after column K are 0.
+        """
+        check_positions(packed.meta)
+        bits_NS = packed.scales.view(torch.int16)
+        if bool(((bits_NS < 0) | (bits_NS >= _INFINITY)).any()):
+            raise SparseGPTError("a scale is negative, infinite or NaN: expected finite float16 numbers from 0 on")
+        if _holds_least(packed.words, packed.bits):
+            most = 2 ** (packed.bits - 1) - 1
+            raise SparseGPTError(f"an integer of {packed.bits} bits is {-most - 1}: expected {-most} to {most}")
+        fields, kept = 32 // packed.bits, packed.shape[1] // 2  # of a word; of a row, before the groups added
+        last = slice(kept // fields, None)
+        check_padding(unpack_integers(packed.words[:, last], packed.bits), (packed.shape[0], 2 * (kept % fields)))
 
     def stored(self, packed: Quantized24) -> str:
         """Packed [N, K] -> its bits and group size."""
@@ -196,6 +227,15 @@ def unpack_integers(words: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     fields: Tensor = (words[..., None] << (32 - bits - shifts)) >> (32 - bits)  # >> of int32 keeps the sign
     return fields.flatten(1)
+
+
+def _holds_least(words: Tensor, bits: int) -> bool:
+    """[N, W] int32 -> whether any field is -2^(bits - 1), which has no counterpart above 0."""
+    if bits == 8:
+        return bool((words.contiguous().view(torch.int8) == -128).any())
+    other = words ^ -0x77777778  # 0x88888888: a field is 0 now where it was -8
+    ones = (other | other >> 1 | other >> 2 | other >> 3) & 0x11111111
+    return bool((ones != 0x11111111).any())
 
 
 def _pack_integers(q: Tensor, bits: int) -> Tensor:
@@ -212,8 +252,8 @@ def _scale_groups(values: Tensor, group_size: int) -> Tensor:
 
 
 def check_settings(bits: int, group_size: int) -> None:
-    """Raises SparseGPTError for bits other than 8 and 4, and a group_size that is no multiple of 32."""
+    """Raises SparseGPTError for bits other than 8 and 4, and a group_size that is no multiple of 32 below 2^31."""
     if bits not in (4, 8):
         raise SparseGPTError(f"quantised 2:4 values have 4 or 8 bits; found {bits}")
-    if group_size < WORD_COLUMNS or group_size % WORD_COLUMNS:
+    if not WORD_COLUMNS <= group_size < 1 << 31 or group_size % WORD_COLUMNS:
         raise SparseGPTError(f"a scale group covers a multiple of {WORD_COLUMNS} columns; found {group_size}")

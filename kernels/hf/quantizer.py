@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.tensor_files import CHECKSUMS, meta_tensor, read_header, tensor_checksum
-from sparsegpt.kernels.checkpoint.archive import check_parts, read_config, verify_files
+from sparsegpt.files.headers import meta_tensor, read_header
+from sparsegpt.files.inside import check_inside
+from sparsegpt.files.model_files import read_config
+from sparsegpt.files.tensor_files import CHECKSUMS, tensor_checksum
+from sparsegpt.kernels.checkpoint.archive import verify_packed
+from sparsegpt.kernels.checkpoint.model_names import ModelNames
 from sparsegpt.kernels.checkpoint.packed_config import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -57,7 +61,7 @@ class Sparse24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.pattern = pattern
-        self.modules = {name: list(shape) for name, shape in (modules or {}).items()}
+        self.modules = dict(modules) if isinstance(modules, Mapping) else modules or {}  # read_packed_config checks it
         for name, value in others.items():  # `transposed`, `stacked`, and what a form says of itself
             if name != "quant_method":
                 setattr(self, name, value)
@@ -79,6 +83,9 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         packing = self._packing()
         stored = _checked_files(kwargs.get("checkpoint_files") or [], packing)
+        names, placeholders = ModelNames(model), packing.ordinary_shapes()
+        expected = name_patterns([*placeholders, *map(names.unplaced, placeholders)])
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *expected}
         install_packed(model, packing, lambda name: meta_tensor(stored[name]))
         self._dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
 
@@ -95,12 +102,13 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         logger.info(explain(model))
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Checksums of what transformers is about to save, for the files' headers."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What transformers is about to save, placeholders among it, and its checksums for the files' headers."""
         state = model.state_dict()
+        state |= {name: torch.zeros(1, dtype=torch.uint8) for name in _ordinary_names(model)}
         saved = _as_saved(model, state)
         self.quantization_config.take(_packing_of(model, state, saved, self._packing().form))
-        return None, {CHECKSUMS: json.dumps({name: tensor_checksum(tensor) for name, tensor in saved.items()})}
+        return state, {CHECKSUMS: json.dumps({name: tensor_checksum(tensor) for name, tensor in saved.items()})}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Back to dense layers (`model.dequantize()`)."""
@@ -142,18 +150,40 @@ def load_packed(folder: str | Path, *, kernels: str = "auto", **kwargs: Any) -> 
 
 
 def _checked_files(paths: list[str], packing: PackedConfig) -> dict[str, dict[str, Any]]:
-    """{tensor: its header entry}, after every checksum and that each packed linear has all its tensors."""
+    """{tensor: its header entry}, after all that readers of packed folders rely on was checked."""
     if not paths:
         raise SparseGPTError("a packed model is loaded from its files: give from_pretrained the folder that holds them")
-    entries = {path: read_header(Path(path)).entries for path in paths}
-    verify_files({name: Path(path) for path, names in entries.items() for name in names})
-    stored = {name: entry for names in entries.values() for name, entry in names.items()}
-    check_parts(stored, packing, Path(paths[0]).parent)
-    return stored
+    files = [check_inside(Path(path).parent, Path(path)) for path in paths]
+    entries = {path: read_header(path).entries for path in files}
+    verify_packed({name: path for path, names in entries.items() for name in names}, packing, files[0].parent)
+    return {name: entry for names in entries.values() for name, entry in names.items()}
+
+
+def name_patterns(names: Iterable[str]) -> set[str]:
+    """Regular expressions for names of tensors, one for all names that differ in their numbers alone."""
+    alike: dict[tuple[str, ...], list[set[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        seen = alike.setdefault(tuple("" if part.isdigit() else part for part in parts), [set() for _ in parts])
+        for part, known in zip(parts, seen, strict=True):
+            known.add(re.escape(part))
+    either = ([f"(?:{'|'.join(sorted(known))})" for known in seen] for seen in alike.values())
+    return {f"^{'[.]'.join(parts)}$" for parts in either}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
+
+
+def _ordinary_names(model: nn.Module) -> list[str]:
+    """What an ordinary model calls the packed weights: a placeholder is saved under each of these names."""
+    experts = {path: module for path, module in model.named_modules() if isinstance(module, PackedExperts)}
+    names: dict[str, None] = {}
+    for path in packed_layers(model):
+        owner, part = path.rsplit(".", 2)[0], path.rpartition(".")[2]
+        stacked = owner in experts and experts[owner].is_stacked(part)
+        names[f"{owner}.{part}" if stacked else f"{path}.weight"] = None
+    return list(names)
 
 
 def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

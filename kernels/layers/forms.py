@@ -35,7 +35,7 @@ def read_form(settings: Mapping[str, Any]) -> Form:
             return form
     patterns = ", ".join(dict.fromkeys(kind.pattern for kind in LAYERS))
     raise SparseGPTError(
-        f"packed with pattern {settings.get('pattern')}; this package reads {patterns}: update sparsegpt"
+        f"packed with pattern {str(settings.get('pattern'))[:40]}; this package reads {patterns}: update sparsegpt"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.checked_json import REPORT_NAME
+from sparsegpt.files.inside import homes, is_inside
 from sparsegpt.files.results import MARKER
 
 # Suffixes of files that hold weights, in whatever form.
@@ -47,20 +48,17 @@ class Beside:
 
     @classmethod
     def of(cls, folder: Path) -> "Beside":
-        """Look at a folder; SparseGPTError where it cannot be read.
-
-        In a snapshot of the Hub's cache every file is a link into the blobs beside the snapshots.
-        """
+        """Look at a folder; SparseGPTError where it cannot be read."""
         files, weights, outside = [], [], []
         try:
-            homes = [home.resolve() for home in (folder, *_blobs(folder))]
+            places = homes(folder)
             for path in _walk(folder):
                 inside = path.relative_to(folder)
                 if inside in _OF_A_RESULT:
                     continue
                 if is_weights(path.name) and not _of_an_adapter(path):
                     weights.append(inside)
-                elif path.is_file() and any(path.resolve().is_relative_to(home) for home in homes):
+                elif path.is_file() and is_inside(path, places):
                     files.append(inside)
                 else:
                     outside.append(inside)
@@ -95,12 +93,6 @@ def _walk(folder: Path) -> Iterator[Path]:
         for name in sorted([*names, *(link for link in links if link in kept)]):
             if name not in _CACHES:
                 yield Path(where, name)
-
-
-def _blobs(folder: Path) -> list[Path]:
-    """Where the files of a snapshot in the Hub's cache really lie: <cache>/models--org--name/blobs."""
-    of_cache = folder.absolute().parent.name == "snapshots" and "--" in folder.absolute().parent.parent.name
-    return [folder.absolute().parent.parent / "blobs"] if of_cache else []
 
 
 def _of_an_adapter(path: Path) -> bool:

@@ -1,30 +1,28 @@
-"""safetensors files written one tensor at a time, with a checksum for every tensor.
+"""safetensors files written one tensor at a time, with a checksum for every tensor, and read one at a time.
 
-    file = length of header (8 bytes, little-endian) | header (JSON, padded with spaces) | data of the tensors, no holes
     header["__metadata__"]["sparsegpt_sha256"] = JSON {tensor name: sha256 of its dtype, shape and bytes}
 
-Source: the safetensors format, https://github.com/huggingface/safetensors#format. Its library writes a whole file from
-tensors that are all in memory; here room for the header is kept free, the data streams behind it and the header is
-filled in last, so a file needs the memory of one tensor. The checksum covers what the header says about a tensor, so a
-damaged header is found as well."""
+The format's own library writes a whole file from tensors that are all in memory; here room for the header is kept free,
+the data streams after it and the header is filled in last, so a file needs the memory of one tensor. The checksum
+covers what the header says about a tensor, so a damaged header is found as well (headers.py)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.checked_json import read_json
+from sparsegpt.errors import SparseGPTError, first_line
+from sparsegpt.files.headers import CODES, Header, check_storable, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,34 +30,6 @@ CHECKSUMS = "sparsegpt_sha256"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _BYTES_PER_ENTRY = 320  # of header a tensor: its entry and its checksum; names are counted on top
 _READ = 1 << 24
-_MAX_HEADER = 100_000_000  # the format's own limit
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.complex64: "C64",
-}
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says about itself: entries {name: {dtype, shape, data_offsets}}, metadata, where the data starts."""
-
-    entries: dict[str, dict[str, Any]]
-    metadata: dict[str, str]
-    data_start: int
 
 
 def tensor_checksum(tensor: Tensor) -> str:
@@ -69,38 +39,6 @@ def tensor_checksum(tensor: Tensor) -> str:
     return str(digest.hexdigest())
 
 
-def read_header(path: Path) -> Header:
-    """Header of a safetensors file; raises SparseGPTError naming the file when it is cut short or malformed."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            entries = json.loads(file.read(length))
-        metadata = entries.pop("__metadata__", {})
-        _check_offsets(entries, size - 8 - length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SparseGPTError(
-            f"{path}: damaged or truncated safetensors file ({error}); copy or create it again"
-        ) from error
-    return Header(entries, metadata, 8 + length)
-
-
-def stored_dtype(path: Path, name: str, code: str) -> torch.dtype:
-    """The dtype that a header calls so; SparseGPTError, naming file and tensor, for one that torch has not."""
-    for dtype, known in _CODES.items():
-        if known == code:
-            return dtype
-    raise SparseGPTError(f"{path}: {name} is of type {code}: expected one of {', '.join(_CODES.values())}")
-
-
-def check_storable(name: str, dtype: torch.dtype) -> None:
-    """SparseGPTError, naming the tensor, for a dtype that files here do not hold."""
-    if dtype not in _CODES:
-        raise SparseGPTError(f"{name}: safetensors files here hold no {dtype}; leave this tensor out")
-
-
 def verify_checksums(path: Path) -> frozenset[str]:
     """Read a file once and compare every tensor with its checksum, before anyone uses one; returns their names.
 
@@ -108,36 +46,11 @@ def verify_checksums(path: Path) -> frozenset[str]:
     """
     header = read_header(path)
     checksums = _read_checksums(path, header)
-    with path.open("rb") as file:
+    with _naming(path), path.open("rb") as file:
         for name, entry in header.entries.items():
             if _entry_digest(file, header.data_start, entry) != checksums.get(name):
                 raise SparseGPTError(f"{path}: checksum of {name} does not match: the file is damaged; copy it again")
     return frozenset(header.entries)
-
-
-def meta_tensor(entry: dict[str, Any]) -> Tensor:
-    """A tensor on the meta device as an entry of a `Header` describes it; SparseGPTError for an unknown dtype."""
-    for dtype, code in _CODES.items():
-        if code == entry["dtype"]:
-            return torch.empty(entry["shape"], dtype=dtype, device="meta")
-    raise SparseGPTError(f"safetensors files here hold no {entry['dtype']}; update sparsegpt")
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """{tensor name: file} of a Hugging Face folder, single file or sharded; raises SparseGPTError without either."""
-    single, index = folder / WEIGHTS, folder / INDEX
-    if single.is_file():  # as transformers does, which looks for the index only where there is no single file
-        return dict.fromkeys(read_header(single).entries, single)
-    if not index.is_file():
-        raise SparseGPTError(f"{folder}: expected {WEIGHTS} or {INDEX}; found neither")
-    try:
-        names = dict(read_json(index)["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SparseGPTError(f"{index}: expected a weight_map; copy the folder again") from error
-    missing = sorted({file for file in names.values() if not (folder / file).is_file()})
-    if missing:
-        raise SparseGPTError(f"{folder}: {INDEX} lists {missing[0]}, which is not there; copy the folder again")
-    return {name: folder / file for name, file in names.items()}
 
 
 def header_room(names: Iterable[str]) -> int:
@@ -148,7 +61,7 @@ def header_room(names: Iterable[str]) -> int:
 class OpenTensors:
     """Tensors of several files {tensor name: file}, each file mapped once, each tensor read when asked for.
 
-    Use as a context manager; iterates over the names.
+    Use as a context manager; iterates over the names. Whatever is wrong with a file is a SparseGPTError that names it.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
@@ -156,37 +69,56 @@ class OpenTensors:
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
 
+    @classmethod
+    def of_file(cls, path: Path) -> OpenTensors:
+        """All tensors of one file. Raises SparseGPTError as `read_header`."""
+        return cls(dict.fromkeys(read_header(path).entries, path))
+
     def __enter__(self) -> OpenTensors:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file(name).get_tensor(name)
+        with _naming(self._files[name]):
+            tensor: Tensor = self._file(name).get_tensor(name)
         return tensor
 
     def row(self, name: str, index: int) -> Tensor:
         """`self[name][index]`, without reading the rest of the tensor."""
-        tensor: Tensor = self._file(name).get_slice(name)[index]
+        with _naming(self._files[name]):
+            tensor: Tensor = self._file(name).get_slice(name)[index]
         return tensor
 
     def shapes(self) -> dict[str, list[int]]:
         """{tensor name: shape}, from the headers; SparseGPTError for a file that is cut short or lacks a tensor."""
         headers = {path: read_header(path).entries for path in dict.fromkeys(self._files.values())}
-        try:
-            return {name: headers[path][name]["shape"] for name, path in self._files.items()}
-        except KeyError as error:
-            raise SparseGPTError(f"the index promises {error}, which is not there; copy the folder again") from error
+        for name, path in self._files.items():
+            if name not in headers[path]:
+                raise SparseGPTError(f"{path}: the index promises {name}, which is not there; copy the folder again")
+        return {name: headers[path][name]["shape"] for name, path in self._files.items()}
 
     def _file(self, name: str) -> Any:
         path = self._files[name]
         if path not in self._open:
+            read_header(path)  # says more of what is wrong than the library does
             self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
         return self._open[path]
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what the library and the system raise for a file into one line that names it."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise SparseGPTError(
+            f"{path}: truncated or damaged safetensors file ({first_line(error)}); copy or create it again"
+        ) from error
 
 
 @dataclass
@@ -203,6 +135,7 @@ class ShardedWriter:
     checksums: bool = True
     _shards: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     _digests: dict[str, str] = field(default_factory=dict)
+    _names: set[str] = field(default_factory=set)
     _file: IO[bytes] | None = None
     _position: int = 0  # bytes of data in the shard being written
 
@@ -227,6 +160,9 @@ class ShardedWriter:
 
     def _append(self, name: str, tensor: Tensor) -> None:
         assert self._file is not None
+        if name in self._names:
+            raise SparseGPTError(f"{self.folder}: {name} comes twice: its source is not what it says it is")
+        self._names.add(name)
         self._file.write(memoryview(_bytes_of(tensor)))
         offsets = [self._position, self._position + tensor.nbytes]
         self._position = offsets[1]
@@ -271,7 +207,7 @@ class ShardedWriter:
 
 def _code(tensor: Tensor) -> str:
     check_storable("a tensor", tensor.dtype)
-    return _CODES[tensor.dtype]
+    return CODES[tensor.dtype]
 
 
 def _bytes_of(tensor: Tensor) -> Any:
@@ -299,17 +235,3 @@ def _read_checksums(path: Path, header: Header) -> dict[str, str]:
         raise SparseGPTError(
             f"{path}: no readable checksums in the header; pack the model again with this package"
         ) from error
-
-
-def _check_offsets(entries: dict[str, dict[str, Any]], data_bytes: int) -> None:
-    """The data of the tensors must fill the rest of the file exactly, without holes or overlaps."""
-    position = 0
-    for entry in entries.values():
-        if not (isinstance(entry["dtype"], str) and isinstance(entry["shape"], list)):
-            raise ValueError("a tensor without dtype or shape")
-    for start, end in sorted(entry["data_offsets"] for entry in entries.values()):
-        if start != position or end < start:
-            raise ValueError(f"tensor data expected at byte {position}, found {start}..{end}")
-        position = end
-    if position != data_bytes:
-        raise ValueError(f"{position} bytes of tensors expected, {data_bytes} found")

@@ -1,9 +1,11 @@
 """What a model folder must look like before anything in it is read in earnest."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from sparsegpt.errors import SparseGPTError, first_line
-from sparsegpt.files.checked_json import read_json
+from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.headers import read_header
+from sparsegpt.files.inside import check_inside
+from sparsegpt.files.model_files import read_config, read_index
 from sparsegpt.incoming.kinds import CONFIG, TOKENIZER, describe, matching
 from sparsegpt.incoming.kinds import WEIGHTS as WEIGHT_FILES
 
@@ -28,7 +30,7 @@ def check_folder(folder: Path) -> None:
         raise SparseGPTError(
             f"model folder {folder} has no config.json: expected a Hugging Face model folder; fetch or save it whole"
         )
-    read_json(folder / CONFIG)
+    read_config(folder)
     if not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
         raise SparseGPTError(
             f"model folder {folder} has no weights: expected {' or '.join(WEIGHT_FILES)}; fetch or save it whole"
@@ -36,9 +38,9 @@ def check_folder(folder: Path) -> None:
     of_safetensors = any(folder.glob("*.safetensors"))
     for index in sorted(folder.glob("*.index.json")):
         if not of_safetensors or ".safetensors." in index.name:  # those of other forms are not read then
-            _check_index(index)
+            read_index(index)
     for path in sorted(folder.glob("*.safetensors")):
-        _check_whole(path)
+        read_header(check_inside(folder, path))
 
 
 def check_tokenizer(name: str, folder: Path) -> None:
@@ -53,27 +55,3 @@ def no_tokenizer(name: str, folder: Path) -> SparseGPTError:
         f"model {name!r} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model that it was made "
         f"from into {folder}"
     )
-
-
-def _check_index(index: Path) -> None:
-    """Every shard it names must lie in the folder itself: an index comes from strangers."""
-    content = read_json(index)
-    files = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise SparseGPTError(f"{index} has no weight_map of tensor names to file names: fetch the file again")
-    for name in sorted(set(files.values())):
-        if PurePosixPath(name).name != name or name in ("", "..") or "\\" in name:
-            raise SparseGPTError(f"{index} names {name!r}, expected a file beside it: do not use this model")
-        if not (index.parent / name).is_file():
-            raise SparseGPTError(f"{index} names the shard {name}, which is not there: fetch it")
-
-
-def _check_whole(path: Path) -> None:
-    """A safetensors file opens only if its header parses and its length is what the header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise SparseGPTError(f"{path} is truncated or damaged ({first_line(error)}): fetch the file again") from error

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegpt.files.tensor_files import ShardedWriter, check_storable, header_room
+from sparsegpt.files.headers import check_storable
+from sparsegpt.files.model_files import CONFIG
+from sparsegpt.files.tensor_files import ShardedWriter, header_room
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.loading import LoadedModel, is_tied
 from sparsegpt.model.names import natural
-from sparsegpt.model.source import CONFIG, FILE_KEY
+from sparsegpt.model.source import FILE_KEY
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers since 4.56, and before
 

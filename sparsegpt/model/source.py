@@ -19,13 +19,15 @@ from torch import Tensor
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.beside import WEIGHT_SUFFIXES, Beside, some
 from sparsegpt.files.figures import CARD_NAME
-from sparsegpt.files.tensor_files import INDEX, WEIGHTS, read_header, stored_dtype
+from sparsegpt.files.headers import read_header, stored_dtype
+from sparsegpt.files.inside import check_inside
+from sparsegpt.files.model_files import CONFIG, check_name, indexed_names, read_config, read_index
+from sparsegpt.files.tensor_files import INDEX, WEIGHTS, OpenTensors
 
 # Where transformers looks for weights, the first that is there.
 WEIGHT_FILES = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 # What weights are stored as and computed in; files may hold other tensors in other types.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-CONFIG = "config.json"
 # A key of configs that names the file of the weights.
 FILE_KEY = "transformers_weights"
 
@@ -98,7 +100,8 @@ class Source:
             by_file[self.tensors[name].file].append(name)
         for path, inside in by_file.items():
             if path.suffix == ".safetensors":
-                yield from _read_safetensors(path, inside)
+                with OpenTensors(dict.fromkeys(inside, path)) as tensors:
+                    yield from ((name, tensors[name]) for name in inside)
             else:
                 content = _unpickled(path)
                 yield from ((name, content[name]) for name in inside)
@@ -128,15 +131,17 @@ def stored_types(folder: Path) -> dict[str, str]:
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """The files that the loader reads the weights of a folder from; SparseGPTError where there are none."""
-    try:
-        named = json.loads((folder / CONFIG).read_bytes()).get(FILE_KEY)
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise SparseGPTError(f"{folder / CONFIG} cannot be read as a JSON object: {error}") from error
+    """The files that the loader reads the weights of a folder from; SparseGPTError where there are none.
+
+    None of them lies outside of the folder.
+    """
+    named = read_config(folder).get(FILE_KEY)
+    if isinstance(named, str):
+        check_name(folder / CONFIG, named)
     for name in (named,) if isinstance(named, str) else WEIGHT_FILES:
         path = folder / name
         if path.is_file():
-            return [folder / shard for shard in _shards(path)] if path.suffix == ".json" else [path]
+            return sorted(set(read_index(path).values())) if path.suffix == ".json" else [check_inside(folder, path)]
     raise SparseGPTError(
         f"model folder {folder} has no weights that can be loaded: expected {' or '.join(WEIGHT_FILES)}"
     )
@@ -159,7 +164,7 @@ def fetched(hub: str, revision: str | None) -> Path:
             path = Path(hf_hub_download(hub, name, revision=commit))
         except EntryNotFoundError:
             continue
-        for shard in _shards(path) if path.suffix == ".json" else ():
+        for shard in sorted(set(indexed_names(path).values())) if path.suffix == ".json" else ():
             hf_hub_download(hub, shard, revision=commit)
         return folder
     raise SparseGPTError(
@@ -183,16 +188,6 @@ def hub_id(folder: Path) -> str | None:
     return name.replace("--", "/", 1) if snapshots.name == "snapshots" and kind == "models" and name else None
 
 
-def _shards(index: Path) -> list[str]:
-    """The files that an index names."""
-    try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise SparseGPTError(
-            f"{index} has no weight_map of tensor names to file names: fetch the file again"
-        ) from error
-
-
 def _tensors_of(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".safetensors":
         entries = read_header(path).entries
@@ -205,13 +200,6 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
         for name, value in _unpickled(path, weightless=True).items()
         if isinstance(value, Tensor)
     }
-
-
-def _read_safetensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        yield from ((name, file.get_tensor(name)) for name in names)
 
 
 def _unpickled(path: Path, *, weightless: bool = False) -> dict[str, Any]:

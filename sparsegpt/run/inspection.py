@@ -9,15 +9,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.checked_json import REPORT_NAME, read_json
-from sparsegpt.files.tensor_files import OpenTensors, read_header, weight_files
-from sparsegpt.kernels.checkpoint.archive import check_parts, verify_files
+from sparsegpt.files.checked_json import REPORT_NAME
+from sparsegpt.files.headers import read_header
+from sparsegpt.files.inside import check_inside
+from sparsegpt.files.model_files import CONFIG, read_config, weight_files
+from sparsegpt.files.reported import ReportedLayer, reported_layers
+from sparsegpt.files.tensor_files import OpenTensors
+from sparsegpt.kernels.checkpoint.archive import verify_packed
 from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices, plain_matrices
 from sparsegpt.kernels.checkpoint.packed_config import QUANT_METHOD, PackedConfig, read_packed_config
 from sparsegpt.kernels.format.pack import first_violation
@@ -55,9 +58,10 @@ def inspect_folder(folder: Path, *, trust_remote_code: bool = False) -> list[Ten
     the folder to learn what its model calls the tensors. Raises SparseGPTError when the folder has no such files, one
     is damaged, or a listed layer is missing.
     """
-    files = _files(folder)
-    packing = _packing(folder)
-    promised = _promised_layers(folder)
+    files, packing = _files(folder), _packing(folder)
+    if packing.modules:
+        files = weight_files(folder)  # those that `_packing` has verified
+    promised = reported_layers(folder) or {}
     with OpenTensors(files) as tensors:
         reader = _Reader(tensors, packing)
         matrices = _matrices(folder, reader.shapes(), promised, trust_remote_code=trust_remote_code)
@@ -76,19 +80,17 @@ def _files(folder: Path) -> dict[str, Path]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise SparseGPTError(f"{folder} has no safetensors files: expected a model folder, as `run` writes it")
-    return {name: path for path in paths for name in sorted(read_header(path).entries)}
+    return {name: path for path in paths for name in sorted(read_header(check_inside(folder, path)).entries)}
 
 
 def _packing(folder: Path) -> PackedConfig:
     """How a packed folder keeps its weights, its checksums compared; nothing for an ordinary folder."""
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
-    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    settings = config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
         return PackedConfig({})
-    packing, files = read_packed_config(settings, folder), weight_files(folder)
-    verify_files(files)
-    check_parts(files, packing, folder)
+    packing = read_packed_config(settings, folder)
+    verify_packed(weight_files(folder), packing, folder)
     return packing
 
 
@@ -129,35 +131,14 @@ class _Reader:
         return form.unpack(packed), f"packed {form.stored(packed)}"
 
 
-def _unchecked(layer: dict[str, Any]) -> TensorFinding:
+def _unchecked(layer: ReportedLayer) -> TensorFinding:
     """What the report says of an expert's weight that was not found: files may keep it under other names."""
-    return TensorFinding(
-        layer["name"], layer["shape"], layer["zeros"], layer["sparsity"], ok=True, problem="not checked"
-    )
+    return TensorFinding(layer.name, layer.shape, layer.zeros, layer.sparsity, ok=True, problem="not checked")
 
 
-def _promised_layers(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / REPORT_NAME
-    if not path.is_file():
-        return {}
-    try:
-        report: dict[str, Any] = read_json(path)
-        return {
-            layer["name"]: {
-                "name": layer["name"],
-                "sparsity": layer["sparsity"],
-                "shape": tuple(map(int, layer.get("shape", (0, 0)))),
-                "zeros": float(layer.get("zeros", 0.0)),
-            }
-            for layer in report["layers"]
-        }
-    except (SparseGPTError, ValueError, KeyError, TypeError) as error:
-        raise SparseGPTError(f"{path} is damaged ({error}): remove it to inspect the weights alone") from error
-
-
-def _examine(name: str, reader: _Reader, parts: list[Matrix], layer: dict[str, Any] | None) -> TensorFinding:
+def _examine(name: str, reader: _Reader, parts: list[Matrix], layer: ReportedLayer | None) -> TensorFinding:
     weights, forms = zip(*map(reader.read, parts), strict=True)
-    finding = _check(name, torch.cat(weights), layer["sparsity"] if layer else None)
+    finding = _check(name, torch.cat(weights), layer.sparsity if layer else None)
     return replace(finding, stored=forms[0])
 
 

@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from sparsegpt.driver.progress import Progress
@@ -29,8 +28,9 @@ from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, Prun
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.folders import flush
+from sparsegpt.files.model_files import weight_files
 from sparsegpt.files.results import check_target, claimed, filled, is_whole, unfinished_folder, writing
-from sparsegpt.files.tensor_files import WEIGHTS, ShardedWriter, header_room, verify_checksums, weight_files
+from sparsegpt.files.tensor_files import WEIGHTS, OpenTensors, ShardedWriter, header_room, verify_checksums
 
 if TYPE_CHECKING:
     pass
@@ -250,8 +250,8 @@ class WorkFolder(Progress):
 
 def _mapped(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, whose pages they are."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    with OpenTensors.of_file(path) as tensors:
+        return {name: tensors[name] for name in tensors}
 
 
 def unfinished_blocks(target: Path) -> int:

@@ -7,9 +7,11 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from sparsegpt.files.tensor_files import INDEX
 from sparsegpt.kernels.checkpoint.archive import pack_folder, unpack_folder
+from sparsegpt.kernels.checkpoint.packed_config import QUANT_METHOD, read_packed_config
 from sparsegpt.kernels.format.pack import padded_columns
 from sparsegpt.kernels.format.quantized import IntegerValues
 from sparsegpt.kernels.hf.in_place import pack_linears
@@ -63,6 +65,18 @@ def assert_saved_alike(packed, dense, folder):
     dense.save_pretrained(folder / "dense-again")
     unpack_folder(folder / "packed-again", folder / "unpacked-again")
     assert_same_files(folder / "unpacked-again", folder / "dense-again")
+    settings = json.loads((folder / "packed-again" / "config.json").read_text())["quantization_config"]
+    for name in read_packed_config(settings, folder).ordinary_shapes():
+        assert weights(folder / "packed-again")[name].shape == (1,)  # where a dense model has the packed weight
+
+
+def assert_refused_by_transformers_alone(path):
+    """Without this package's quantizer: an error, and not random weights in place of the packed ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        for known in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
+            patch.delitem(known, QUANT_METHOD)
+        with pytest.raises(RuntimeError):
+            loaded(path)
 
 
 def assert_same_logits(found, expected):
@@ -95,6 +109,8 @@ def test_packed_it_computes_the_same_and_unpacked_it_has_the_same_bits(variant, 
     unpack_folder(tmp_path / "packed", tmp_path / "unpacked")
     assert_same_files(tmp_path / "unpacked", tmp_path / "pruned")
     assert_saved_alike(packed, dense, tmp_path)
+    assert_refused_by_transformers_alone(tmp_path / "packed")
+    assert_refused_by_transformers_alone(tmp_path / "packed-again")
 
 
 def test_it_generates_the_same_tokens(folder):
@@ -313,9 +329,14 @@ def test_other_sizes_than_the_configs_are_refused(folder, tmp_path):
     (tmp_path / "odd").mkdir()
     for path in (folder / "packed").iterdir():
         (tmp_path / "odd" / path.name).write_bytes(path.read_bytes())
+    widths = ("n_inner", "intermediate_size", "moe_intermediate_size")
+    other = config | {key: (config[key] or 128) + 32 for key in widths if key in config}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(other))
+    with refused("packed as", "the model's config says"):
+        loaded(tmp_path / "odd")
     config["quantization_config"]["modules"][name] = [*shape[:-1], shape[-1] + 32]
     (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
-    with refused("packed as", "the model's config says"):
+    with refused(str(tmp_path / "odd"), "packed weight of shape", "found"):
         loaded(tmp_path / "odd")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.bench.kernels import bench_kernels
 from sparsegpt.kernels.checkpoint.archive import pack_folder, unpack_folder
 from sparsegpt.kernels.dispatch.dense import dense_route, everywhere, nowhere
@@ -91,6 +92,11 @@ class ListedValues(Form):
 
     def packed(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Listed:
         return Listed(*tensors, shape)
+
+    def check(self, packed: Listed) -> None:
+        rows, columns = packed.shape
+        if not bool(((packed.at >= 0) & (packed.at < rows * columns)).all()):
+            raise SparseGPTError("a value is outside of the weight")
 
     def stored(self, packed: Listed) -> str:
         return f"listed {len(packed.values)}"

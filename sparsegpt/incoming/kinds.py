@@ -15,8 +15,8 @@ from typing import Any
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.beside import ADAPTER, WEIGHT_SUFFIXES, some
 from sparsegpt.files.checked_json import read_json
+from sparsegpt.files.model_files import CONFIG
 
-CONFIG = "config.json"
 # Weights that transformers loads into a causal language model.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER = (

@@ -5,8 +5,8 @@ from pathlib import Path
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.headers import read_header
 from sparsegpt.files.inside import check_inside
-from sparsegpt.files.model_files import read_config, read_index
-from sparsegpt.incoming.kinds import CONFIG, TOKENIZER, describe, matching
+from sparsegpt.files.model_files import CONFIG, read_config, read_index
+from sparsegpt.incoming.kinds import TOKENIZER, describe, matching
 from sparsegpt.incoming.kinds import WEIGHTS as WEIGHT_FILES
 
 

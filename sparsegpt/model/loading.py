@@ -21,6 +21,7 @@ from sparsegpt.calib_data import bos_token
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.beside import some
 from sparsegpt.files.mapped import chunks, mapped_parameters
+from sparsegpt.files.model_files import CONFIG
 from sparsegpt.incoming.hub import ask_hub, hub_reason
 from sparsegpt.incoming.model_folder import check_folder, check_tokenizer, look_over, no_tokenizer
 from sparsegpt.incoming.quantised import method_by_tensors, method_of, refusal
@@ -28,7 +29,7 @@ from sparsegpt.model.decoder import DecoderModel, position_limit
 from sparsegpt.model.families import refuse_encoder
 from sparsegpt.model.names import CheckpointNames, restore_dtypes
 from sparsegpt.model.residence import Residence
-from sparsegpt.model.source import CONFIG, Source, cached, fetched, stored_types
+from sparsegpt.model.source import Source, cached, fetched, stored_types
 from sparsegpt.settings.machine import parse_dtype, pick_device
 from sparsegpt.settings.naming import find_model, local_path, suggestion
 

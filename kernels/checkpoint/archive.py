@@ -133,7 +133,7 @@ def pack_folder(
     config = read_config(source)
     if config.get("quantization_config"):
         raise SparseGPTError(f"{source}: already packed or quantised (config.json has quantization_config)")
-    files, beside = weight_files(source), Beside.of(source)
+    files, beside = weight_files(source), Beside.of(source, report=True)
     with OpenTensors(files) as tensors:
         form = (form or FloatValues()).of_model(_stored_dtype(tensors))
         plan = _plan(source, tensors, form, trust_remote_code=trust_remote_code)
@@ -169,7 +169,7 @@ def unpack_folder(
     packed, target = Path(packed), Path(target)
     config = read_config(packed)
     packing = read_packed_config(config.pop("quantization_config", None), packed)
-    files, beside = weight_files(packed), Beside.of(packed)
+    files, beside = weight_files(packed), Beside.of(packed, report=True)
     verify_packed(files, packing, packed)
     linears = packing.linears()
     parts = {f"{linear}.{part}" for linear in linears for part in packing.form.parts}

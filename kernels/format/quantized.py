@@ -252,8 +252,8 @@ def _scale_groups(values: Tensor, group_size: int) -> Tensor:
 
 
 def check_settings(bits: int, group_size: int) -> None:
-    """Raises SparseGPTError for bits other than 8 and 4, and a group_size that is no multiple of 32 below 2^31."""
+    """Raises SparseGPTError for bits other than 8 and 4, and a group_size that is no multiple of 32."""
     if bits not in (4, 8):
         raise SparseGPTError(f"quantised 2:4 values have 4 or 8 bits; found {bits}")
-    if not WORD_COLUMNS <= group_size < 1 << 31 or group_size % WORD_COLUMNS:
+    if group_size < WORD_COLUMNS or group_size % WORD_COLUMNS:
         raise SparseGPTError(f"a scale group covers a multiple of {WORD_COLUMNS} columns; found {group_size}")

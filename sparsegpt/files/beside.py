@@ -22,8 +22,6 @@ _WEIGHTS = re.compile(rf".*\.({'|'.join(WEIGHT_SUFFIXES)})(\.index(\.\w+)?\.json
 _CACHES = frozenset({".git", ".cache", ".huggingface", "__pycache__"})
 # Folders of this program at work.
 _AT_WORK = re.compile(r"\..+\.(unfinished|\d+\.(writing|old))")
-# What this program says of a folder that it has written, if the source is one: it does not hold for another.
-_OF_A_RESULT = (PurePath(REPORT_NAME), PurePath(MARKER))
 ADAPTER = "adapter_config.json"
 _NAMED = 3
 
@@ -47,14 +45,18 @@ class Beside:
     outside: tuple[PurePath, ...]
 
     @classmethod
-    def of(cls, folder: Path) -> "Beside":
-        """Look at a folder; SparseGPTError where it cannot be read."""
+    def of(cls, folder: Path, *, report: bool = False) -> "Beside":
+        """Look at a folder; SparseGPTError where it cannot be read.
+
+        What this program says of a folder that it has written does not hold for another; its report does, if asked for.
+        """
+        left = {PurePath(MARKER)} if report else {PurePath(MARKER), PurePath(REPORT_NAME)}
         files, weights, outside = [], [], []
         try:
             places = homes(folder)
             for path in _walk(folder):
                 inside = path.relative_to(folder)
-                if inside in _OF_A_RESULT:
+                if inside in left:
                     continue
                 if is_weights(path.name) and not _of_an_adapter(path):
                     weights.append(inside)

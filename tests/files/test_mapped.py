@@ -121,7 +121,9 @@ def test_a_streamed_model_has_the_same_values_and_no_private_weights(tmp_path, h
     streamed = load_model(str(folder), dtype=asked, device="cpu", stream_through=tmp_path / "scratch")
     plain = load_model(str(folder), dtype=str(streamed.stored_dtype).removeprefix("torch."), device="cpu")
     assert streamed.stored_dtype == plain.stored_dtype
-    assert streamed.stored_dtype == {"h": torch.float16, "b": torch.bfloat16}.get(how[0], torch.float32)
+    assert streamed.stored_dtype == {"h": torch.float16, "b": torch.bfloat16, "c": torch.bfloat16}.get(
+        how[0], torch.float32
+    )
     found, expected = streamed.model.state_dict(), plain.model.state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -73,7 +73,7 @@ class PackedConfig:
         return found
 
     def placeholders(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, [1]) of what stands where an ordinary folder has the packed weights."""
+        """-> (name, [1] uint8) of what stands where an ordinary folder has the packed weights [N, K]."""
         return ((name, torch.zeros(1, dtype=torch.uint8)) for name in self.ordinary_shapes())
 
     def ordinary_weights(self, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -96,7 +96,7 @@ class Form(ABC):
 
     @abstractmethod
     def check(self, packed: Any) -> None:
-        """Packed [N, K] -> SparseGPTError where its tensors hold what no packer writes and no kernel expects.
+        """Packed [N, K]. Raises SparseGPTError where its tensors hold what no packer writes and no kernel expects.
 
         For weights from files, once, before any kernel sees them; their shapes and dtypes `packed` has compared.
         """

@@ -202,7 +202,7 @@ class FloatValues(Form):
         return Packed24(values, meta, shape)
 
     def check(self, packed: Packed24) -> None:
-        """Packed [N, K] -> SparseGPTError for metadata not of two positions, and for values after column K."""
+        """Packed [N, K]. Raises SparseGPTError for metadata not of two positions, and for values after column K."""
         check_positions(packed.meta)
         check_padding(packed.values, packed.shape)
 
@@ -212,7 +212,7 @@ class FloatValues(Form):
 
 
 def check_positions(meta: Tensor) -> None:
-    """Metadata words [N, W] -> SparseGPTError, with row and group, where a nibble does not name two positions in order.
+    """Metadata words [N, W]. Raises SparseGPTError, with row and group, where a nibble has not i0 < i1.
 
     All eight nibbles of a word at once: 3 + i1 - i0 has bit 2 just where i1 > i0, and stays within its four bits.
     """
@@ -230,7 +230,7 @@ def check_positions(meta: Tensor) -> None:
 
 
 def check_padding(values: Tensor, shape: tuple[int, int]) -> None:
-    """[N, Kp / 2], of a weight [N, K] -> SparseGPTError where a value of the groups after column K is not 0."""
+    """[N, Kp / 2], of a weight [N, K]. Raises SparseGPTError where a value of the groups after column K is not 0."""
     if bool(values[:, shape[1] // 2 :].any()):
         raise SparseGPTError(f"there are values after the last of {shape[1]} columns: expected zeros")
 

@@ -195,14 +195,14 @@ class IntegerValues(Form):
         return packed.words, packed.scales.view(torch.int16), packed.meta
 
     def packed(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Quantized24:
-        """Words, scales in int16 and meta -> packed [N, K]; SparseGPTError where they do not fit."""
+        """Words, scales in int16 and meta -> packed [N, K]. Raises SparseGPTError where they do not fit."""
         words, scales, meta = tensors
         if scales.dtype != torch.int16:
             raise SparseGPTError(f"scales are stored as torch.int16, the bits of float16; found {scales.dtype}")
         return Quantized24(words, scales.view(torch.float16), meta, shape, self.bits, self.group_size, self.dtype)
 
     def check(self, packed: Quantized24) -> None:
-        """Packed [N, K] -> SparseGPTError for metadata not of two positions, and for scales and integers out of range.
+        """Packed [N, K]. Raises SparseGPTError for metadata not of two positions, scales and integers out of range.
 
         Scales are finite and not negative, integers symmetric about 0, and those after column K are 0.
         """

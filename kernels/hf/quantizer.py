@@ -103,7 +103,10 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What transformers is about to save, placeholders among it, and its checksums for the files' headers."""
+        """-> tensors [...] that transformers is about to save, and their checksums for the files' headers.
+
+        Of each weight [N, K] its packed parts, and a placeholder [1] under its ordinary name.
+        """
         state = model.state_dict()
         state |= {name: torch.zeros(1, dtype=torch.uint8) for name in _ordinary_names(model)}
         saved = _as_saved(model, state)

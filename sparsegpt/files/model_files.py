@@ -8,8 +8,9 @@ from typing import Any
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.checked_json import read_json, read_object
+from sparsegpt.files.headers import read_header
 from sparsegpt.files.inside import check_inside
-from sparsegpt.files.tensor_files import INDEX, WEIGHTS, read_header
+from sparsegpt.files.tensor_files import INDEX, WEIGHTS
 
 CONFIG = "config.json"
 

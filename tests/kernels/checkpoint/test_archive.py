@@ -26,6 +26,7 @@ from sparsegpt.files.tensor_files import (
 )
 from sparsegpt.kernels import Packed24, unpack
 from sparsegpt.kernels.checkpoint.archive import pack_folder, unpack_folder
+from sparsegpt.run.inspection import inspect_folder
 from tests.kernels.helpers import weight24
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -94,6 +95,107 @@ def test_packed_folder_is_what_the_format_says(packed: Path) -> None:
     with safe_open(packed / WEIGHTS, framework="pt") as file:
         checksums = json.loads(file.metadata()[CHECKSUMS])
     assert checksums == {name: tensor_checksum(tensor) for name, tensor in found.items()}
+
+
+def test_a_placeholder_stands_where_the_weight_was(packed: Path) -> None:
+    """Of a shape that no weight has, so that no loader takes it for one."""
+    found = load_file(packed / WEIGHTS)
+    assert {name for name in found if found[name].dtype == torch.uint8} == {f"{Q}.weight", f"{DOWN}.weight"}
+    assert all(found[f"{name}.weight"].tolist() == [0] for name in (Q, DOWN))
+
+
+def test_a_weight_that_is_packed_and_there_as_well_is_refused(packed: Path, tmp_path: Path) -> None:
+    rewrite(packed, lambda found: found.update({f"{Q}.weight": torch.randn(64, 64)}))
+    with pytest.raises(SparseGPTError, match=rf"{Q}\.weight is there packed and as it was"):
+        unpack_folder(packed, tmp_path / "back")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change tensors of a folder; their checksums are true."""
+    found = load_file(folder / WEIGHTS)
+    change(found)
+    with ShardedWriter(folder, header_room(found)) as writer:
+        writer.add(*found.items())
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "one position twice": (lambda found: found[f"{Q}.meta"].fill_(0x55555555), "keeps positions 1 and 1"),
+    "positions backwards": (lambda found: found[f"{Q}.meta"][5].fill_(0x11111111), "row 5, group 0 keeps positions 1"),
+    "values of whole numbers": (lambda found: found.update({f"{Q}.values": found[f"{Q}.values"].long()}), "int64"),
+    "metadata of another size": (lambda found: found.update({f"{Q}.meta": found[f"{Q}.meta"].short()}), "int16"),
+    "values of another shape": (lambda found: found.update({f"{Q}.values": found[f"{Q}.values"].T.contiguous()}), "32"),
+    "no dimension": (
+        lambda found: found.update({f"{Q}.meta": torch.tensor(1, dtype=torch.int32)}),
+        r"\(\) torch.int32",
+    ),
+    "values after the last column": (
+        lambda found: found[f"{DOWN}.values"][1].fill_(1),
+        "after the last of 100 columns",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_content_that_no_packer_writes_is_refused_by_all_readers(packed: Path, tmp_path: Path, how: str) -> None:
+    change, said = WRONG[how]
+    rewrite(packed, change)
+    for read in (lambda: unpack_folder(packed, tmp_path / "back"), lambda: inspect_folder(packed)):
+        with pytest.raises(SparseGPTError, match=said) as caught:
+            read()
+        assert str(packed) in str(caught.value) and "pack the model again" in str(caught.value)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_linear_named_twice_is_refused(packed: Path, tmp_path: Path) -> None:
+    path = packed / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["modules"] = {"m.*.up": [2, 64, 64], "m.1.up": [64, 64]}
+    path.write_text(json.dumps(config))
+    rewrite(packed, lambda found: found.update({f"m.{i}.up.{part}": found[f"{Q}.{part}"].clone()
+                                                for i in (0, 1) for part in ("values", "meta")}))  # fmt: skip
+    with pytest.raises(SparseGPTError, match=r"names m\.1\.up twice"):
+        unpack_folder(packed, tmp_path / "back")
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 64.0, True, "64", None, [64], -64, 0, 2**63])
+@pytest.mark.parametrize("place", [0, 1])
+def test_sizes_that_are_none_are_refused(packed: Path, tmp_path: Path, size: object, place: int) -> None:
+    path = packed / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["modules"][Q][place] = size
+    path.write_text(json.dumps(config))
+    with pytest.raises(SparseGPTError, match="no readable modules"):
+        unpack_folder(packed, tmp_path / "back")
+
+
+def test_nothing_from_outside_of_the_folder_comes_along(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", tensors())
+    (tmp_path / "id_rsa").write_text("PRIVATE")
+    (source / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    (source / "extra" / "deep.txt").symlink_to(tmp_path / "id_rsa")
+    (source / "more").symlink_to(tmp_path)
+    report = pack_folder(source, tmp_path / "packed")
+    assert set(report.left_behind) == {"notes.txt", "extra/deep.txt", "more"}
+    (tmp_path / "packed" / "late.txt").symlink_to(tmp_path / "id_rsa")
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    for target in (tmp_path / "packed", tmp_path / "back"):
+        assert (target / "extra" / "note.txt").read_text() == "kept"
+        found = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_symlink()}
+        assert not found & {"notes.txt", "extra/deep.txt", "more", "late.txt"}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_weights_and_config_that_lie_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    source = folder(tmp_path / "source", tensors())
+    (source / name).rename(tmp_path / "elsewhere")
+    (source / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SparseGPTError, match="leads out of"):
+        pack_folder(source, tmp_path / "packed")
+
+
+def test_the_writer_takes_each_name_once(tmp_path: Path) -> None:
+    with pytest.raises(SparseGPTError, match="a comes twice"), ShardedWriter(tmp_path, 4096) as writer:
+        writer.add(("a", torch.zeros(1)), ("a", torch.zeros(1)))
 
 
 def test_reasons_for_staying_dense(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Packed folders through transformers: load, generate, save, load again; damage refused before a tensor is used."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -22,10 +23,11 @@ from transformers import (
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.tensor_files import WEIGHTS, ShardedWriter, header_room
 from sparsegpt.kernels.checkpoint.archive import pack_folder, unpack_folder
-from sparsegpt.kernels.hf.quantizer import Sparse24Quantizer, load_packed, register
+from sparsegpt.kernels.hf.quantizer import Sparse24Quantizer, load_packed, name_patterns, register
 from sparsegpt.kernels.layers.linear import packed_layers
 from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
 from tests.kernels.helpers import weight24
+from tests.support import CHILD_ENVIRONMENT
 
 LLAMA = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4,
@@ -184,6 +186,91 @@ def test_a_damaged_config_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(SparseGPTError, match=r"config\.json.* (cannot be read as JSON|expected a JSON object)"):
         load_packed(tmp_path)
+
+
+ALONE = """
+import sys, transformers
+for name in ("AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel"):
+    try:
+        getattr(transformers, name).from_pretrained(sys.argv[1])
+        print(name, "loaded")
+    except RuntimeError:
+        print(name, "refused")
+try:
+    print(transformers.pipeline("text-generation", sys.argv[1]))
+except Exception as error:  # the pipeline's own, after it has tried several classes
+    print("pipeline refused", "mismatched" in str(error))
+"""
+
+
+def test_without_sparsegpt_loading_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """In a process that has not imported it: transformers knows no such quantizer, and goes on without one.
+
+    Not in this repository's folder, where transformers takes `kernels` for the package of that name.
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folders[1])],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=CHILD_ENVIRONMENT,
+        cwd=tmp_path,
+    )
+    expected = [
+        "AutoModelForCausalLM refused",
+        "LlamaForCausalLM refused",
+        "AutoModel refused",
+        "pipeline refused True",
+    ]
+    assert found.stdout.splitlines() == expected, found.stderr
+
+
+def test_a_folder_of_the_first_version_still_loads(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """It had no placeholders."""
+    old = copy_of(folders[1], tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 1
+    (old / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor for name, tensor in load_file(old / WEIGHTS).items() if tensor.dtype != torch.uint8}
+    assert len(tensors) == len(load_file(old / WEIGHTS)) - 14
+    with ShardedWriter(old, header_room(tensors)) as writer:
+        writer.add(*tensors.items())
+    assert torch.equal(*(logits(AutoModelForCausalLM.from_pretrained(folder)) for folder in (old, folders[1])))
+    unpack_folder(old, tmp_path / "unpacked")
+    unpacked, original = load_file(tmp_path / "unpacked" / WEIGHTS), load_file(folders[0] / WEIGHTS)
+    assert unpacked.keys() == original.keys()
+    assert all(torch.equal(unpacked[name], tensor) for name, tensor in original.items())
+
+
+def test_metadata_of_one_position_twice_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    odd, name = copy_of(folders[1], tmp_path / "odd"), "model.layers.0.mlp.up_proj"
+    tensors = load_file(odd / WEIGHTS)
+    tensors[f"{name}.meta"][3, 0] = 0x44544444
+    with ShardedWriter(odd, header_room(tensors)) as writer:
+        writer.add(*tensors.items())
+    with pytest.raises(SparseGPTError, match=rf"{name}: metadata of row 3, group 5 keeps positions 1 and 1"):
+        AutoModelForCausalLM.from_pretrained(odd)
+
+
+@pytest.mark.parametrize("settings", [{"modules": 5}, {"modules": {"a": 5}}, {"modules": [["a", 1]]}, {"pattern": {}}])
+def test_settings_of_another_form_are_refused(
+    settings: dict[str, object], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    odd = copy_of(folders[1], tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (odd / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SparseGPTError, match="packed model"):
+        AutoModelForCausalLM.from_pretrained(odd)
+
+
+def test_names_alike_but_for_their_numbers_have_one_pattern() -> None:
+    names = [f"model.layers.{layer}.mlp.{expert}.up.weight" for layer in range(12) for expert in range(64)]
+    (pattern,) = name_patterns(names)
+    assert all(re.search(f"({pattern})", name) for name in names)
+    others = ("model.layers.12.mlp.0.up.weight", "model.layers.0.mlp.64.up.weight", "xmodel.layers.0.mlp.0.up.weight")
+    assert not any(re.search(f"({pattern})", name) for name in (*others, names[0] + "s", names[0].replace(".", "x")))
+    assert len(name_patterns([*names, "a.b"])) == 2
 
 
 @pytest.mark.parametrize("first", ["transformers.quantizers", "sparsegpt.kernels.hf.quantizer"])

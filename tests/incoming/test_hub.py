@@ -20,7 +20,7 @@ REASONS = {
     errors.GatedRepoError: "gated",
     errors.RevisionNotFoundError: "no revision old",
     errors.RepositoryNotFoundError: "none of this name, or it is private",
-    errors.RemoteEntryNotFoundError: "no config.json",
+    errors.RemoteEntryNotFoundError: "no config.json, so it is an adapter",
     errors.LocalEntryNotFoundError: "nobody answers",
     errors.OfflineModeIsEnabled: "nobody answers",
 }

@@ -5,6 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsegpt import NM, SparseGPTError, Unstructured, parse_sparsity
+from sparsegpt.sparsity import doubtful
 from tests.support import refused
 
 
@@ -89,6 +90,33 @@ def test_refusal_shows_what_was_found_and_what_was_expected():
         parse_sparsity("abc")
     with refused("4:2", "0 < n < m"):
         parse_sparsity("4:2")
+
+
+MEANT = {"50": "50%", "62,5": "62.5%", "1.5": "1.5%", "50 %": "50%", "50pct": "50%", "33.3pct-per-row": "33.3%/row"}
+MEANT |= {"50/row": "50%/row", "0,5": "0.5", "2/4": "2:4", "2-4": "2:4", "2 : 4": "2:4", "2of4": "2:4", "2 of 4": "2:4"}
+MEANT |= {"4:2": "2:4", "8/4": "4:8", "2.4": "2:4 or 2.4%", "16_32": "16:32", "50 percent": "50%"}
+
+
+@pytest.mark.parametrize("text", MEANT)
+def test_the_nearest_reading_is_asked_for(text):
+    with refused(f"; did you mean {MEANT[text]}?"):
+        parse_sparsity(text)
+    for meant in MEANT[text].split(" or "):
+        parse_sparsity(meant)
+
+
+@pytest.mark.parametrize("text", ["1", "100%", "100", "-1", "abc", "4:4", "0:4", "2:4:8", "-50%", "150", "0/4", ""])
+def test_nothing_is_asked_for_where_nothing_is_near(text):
+    with pytest.raises(SparseGPTError) as caught:
+        parse_sparsity(text)
+    assert "mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "doubtful_"), [("0.5%", True), ("0.9%/row", True), ("1%", False), ("50%", False)])
+def test_a_percentage_below_one_is_doubted(text, doubtful_):
+    assert bool(doubtful(text)) == doubtful_
+    assert not doubtful("0.005")
+    assert not doubtful("0%")
 
 
 @given(st.integers(2, 512).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))))

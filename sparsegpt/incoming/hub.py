@@ -2,6 +2,8 @@
 
 # Modules of the libraries, one or another of which the client speaks through.
 _TRANSPORT = ("httpx", "httpcore", "requests", "urllib3")
+# What a model without this file is.
+_WITHOUT = {"config.json": ", so it is an adapter, GGUF weights or another form that transformers does not load"}
 
 
 def ask_hub(repository: str, file: str, revision: str | None = None, kind: str = "model") -> None:
@@ -24,7 +26,7 @@ def hub_reason(error: BaseException, file: str, revision: str | None = None) -> 
         (errors.RevisionNotFoundError, f"it has no revision {revision}"),
         (errors.RepositoryNotFoundError, "there is none of this name, or it is private: log in with `hf auth login`"),
         ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled), "it is not in the cache, and nobody answers"),
-        (errors.EntryNotFoundError, f"it has no {file}"),
+        (errors.EntryNotFoundError, f"it has no {file}{_WITHOUT.get(file, '')}"),
     )
     cause: BaseException | None = error
     while cause is not None:

@@ -69,13 +69,13 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
     """
     check_options(options, settings)
-    check_inputs(options)
     with (
         WorkFolder(
             options.out, resume=options.resume, overwrite=options.overwrite, sources=source_folders(options.model)
         ) as work,
         PeakWatch() as memory,
     ):
+        check_inputs(options)
         planned = plan_run(options, settings)
         if memory_is_scarce(options, planned):
             give_back_freed_memory()

@@ -99,7 +99,9 @@ class RunOptions:
     device: str = field(default="auto", metadata=option("auto, cpu, cuda or cuda:N.", MACHINE))
     dtype: str = field(
         default="auto",
-        metadata=option("auto, float32, float16 or bfloat16; auto is float32 on a CPU, else the file's.", MACHINE),
+        metadata=option(
+            "auto, float32, float16 (fp16) or bfloat16 (bf16); auto is float32 on a CPU, else the file's.", MACHINE
+        ),
     )
     batch_size: int | None = field(
         default=None,

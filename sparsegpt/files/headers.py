@@ -82,7 +82,7 @@ def read_header(path: Path) -> Header:
         raise SparseGPTError(f"{path} cannot be read ({error.strerror or error}): copy or create it again") from error
     except (ValueError, RecursionError) as error:
         raise SparseGPTError(
-            f"{path}: truncated or damaged safetensors file ({first_line(error)}); copy or create it again"
+            f"{path} is truncated or damaged ({first_line(error)}): copy or create it again"
         ) from error
     return Header(entries, metadata, 8 + length)
 

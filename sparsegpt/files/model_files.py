@@ -39,7 +39,7 @@ def read_index(index: Path) -> dict[str, Path]:
     files = {name: index.with_name(name) for name in dict.fromkeys(named.values())}
     for name, path in files.items():
         if not path.is_file():
-            raise SparseGPTError(f"{index} names the file {name}, which is not there: fetch it")
+            raise SparseGPTError(f"{index} names the shard {name}, which is not there: fetch it")
         check_inside(index.parent, path)
     return {tensor: files[name] for tensor, name in named.items()}
 

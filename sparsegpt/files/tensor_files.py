@@ -117,7 +117,7 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise SparseGPTError(
-            f"{path}: truncated or damaged safetensors file ({first_line(error)}); copy or create it again"
+            f"{path} is truncated or damaged ({first_line(error)}): copy or create it again"
         ) from error
 
 

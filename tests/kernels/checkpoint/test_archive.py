@@ -368,7 +368,7 @@ def test_newer_version_and_other_methods_are_refused(packed: Path, tmp_path: Pat
         ("config.json", "[1]", "expected a JSON object"),
         ("report.json", "[]", "expected a JSON object"),
         (INDEX, '{"weight_map": 3}', "no weight_map"),
-        (INDEX, '{"weight_map": {"a": "gone.safetensors"}}', r"names the file gone\.safetensors"),
+        (INDEX, '{"weight_map": {"a": "gone.safetensors"}}', r"names the shard gone\.safetensors"),
     ],
 )
 def test_unreadable_sources(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -196,11 +196,10 @@ def parse_method(method: str | Method) -> Method:
         plain = method.removesuffix(REFITTED)
         found = _load(plain)
         return found if plain == method else _refitted(found)
-    if isinstance(method, str) and method.removesuffix(REFITTED) in METHODS:
-        raise SparseGPTError(f"method {method!r} is not known: {method.removesuffix(REFITTED)} refits by itself")
+    plain = str(method).removesuffix(REFITTED)
+    hint = f"; {plain} refits by itself" if plain in METHODS else did_you_mean(str(method), METHODS)
     raise SparseGPTError(
-        f"method {method!r} is not known: expected one of {', '.join(METHODS)}, or module:name of your own"
-        f"{did_you_mean(str(method), METHODS)}"
+        f"method {method!r} is not known: expected one of {', '.join(METHODS)}, or module:name of your own{hint}"
     )
 
 

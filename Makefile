@@ -35,7 +35,7 @@ test-faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults" -s
 
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python -m pytest tests/kernels $(addprefix tests/test_,architectures.py packed_architectures.py streams.py streamed_run.py mixtures.py structure.py families.py capture.py fused.py)
+	$(OLDEST)/bin/python -m pytest tests/kernels tests/model tests/run/test_streamed_run.py tests/solvers/test_fused.py
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -256,31 +256,40 @@ def test_builds_once_into_the_cache(fresh_build: Path) -> None:
     assert machine_level() in LEVELS and library.stat().st_mtime_ns == stamp
 
 
+@pytest.fixture
+def small_source(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library of one function, which compiles in a moment; the folder that it is built into."""
+    source = fresh_build.parent.parent / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    monkeypatch.setattr(build, "SOURCES", (source,))
+    return fresh_build
+
+
 @needs_compiler
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data + b"\0"])
-def test_a_damaged_library_is_never_loaded(damage, fresh_build: Path) -> None:
+def test_a_damaged_library_is_never_loaded(damage, small_source: Path) -> None:
     library = build._cached_build()
     whole = library.read_bytes()
     library.write_bytes(damage(whole))
     assert build._cached_build() == library and library.read_bytes() == whole
-    assert list(fresh_build.iterdir()) == [library] and fresh_build.stat().st_mode & 0o777 == 0o700
+    assert list(small_source.iterdir()) == [library] and small_source.stat().st_mode & 0o777 == 0o700
 
 
 @needs_compiler
 @pytest.mark.parametrize("others", ["the folder", "the one around it", "a link"])
 def test_no_library_comes_from_where_others_write(
-    others: str, fresh_build: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    others: str, small_source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if others == "a link":
         (tmp_path / "elsewhere").mkdir()
-        fresh_build.parent.mkdir()
-        fresh_build.symlink_to(tmp_path / "elsewhere")
+        small_source.parent.mkdir()
+        small_source.symlink_to(tmp_path / "elsewhere")
     else:
-        fresh_build.mkdir(parents=True)
-        (fresh_build if others == "the folder" else fresh_build.parent).chmod(0o777)
+        small_source.mkdir(parents=True)
+        (small_source if others == "the folder" else small_source.parent).chmod(0o777)
     with caplog.at_level(logging.WARNING, logger="sparsegpt.kernels"):
         library = build._cached_build()
-    assert fresh_build not in library.parents and not list(fresh_build.iterdir())
+    assert small_source not in library.parents and not list(small_source.iterdir())
     assert library.parent.stat().st_mode & 0o777 == 0o700 and "can be written by others" in caplog.text
 
 

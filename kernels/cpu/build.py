@@ -20,6 +20,8 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +35,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul24.cpp", "int
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("common24.h", "products24.h"))
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
 _TIMEOUT = 120  # seconds
+_BUILDING = "building-"
 
 
 @cache
@@ -77,7 +80,8 @@ def _cached_build() -> Path:
 def _private_folder() -> Path:
     """The cache folder, if it and the one around it are this user's alone to write; else one for this process."""
     folder = cache_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (folder.parent, folder):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if all(_is_private(path) for path in (folder, folder.parent)):
         return folder
     logger.warning("%s can be written by others: kernels are built anew for this process; chmod go-w it", folder)
@@ -101,7 +105,11 @@ def _content(library: Path) -> str:
 
 def _build(compiler: str, openmp: list[str], target: Path, name: str) -> Path:
     """Compile beside the target and rename, so that no process and no power cut ever leaves half a file."""
-    with tempfile.TemporaryDirectory(dir=target) as folder:
+    for left in target.glob(f"{_BUILDING}*"):  # by a process that was killed
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > 10 * _TIMEOUT:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=target, prefix=_BUILDING) as folder:
         output = Path(folder) / f"{name}.so"
         last: subprocess.SubprocessError | None = None
         for options in (openmp, ["-fopenmp"], []):  # a compiler without OpenMP still gives one fast thread

@@ -271,7 +271,7 @@ def remember(rows: Sequence[Measured]) -> Path:
         path = measured_file()
         kept = _load(path)
         kept[rows[0].path] = tuple(rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # kernels lie in it, too
         machines = {name: [to_plain(row) for row in kept[name]] for name in sorted(kept)}
         write_atomically(path, json.dumps({"format": FORMAT, "machines": machines}, indent=1) + "\n")
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home

@@ -12,8 +12,10 @@ import regex
 from sparsegpt.errors import SparseGPTError
 
 _RANGE = re.compile(r"(?P<first>\d{0,9})(?P<open>:(?P<end>\d{0,9}))?", re.ASCII)
-
-
+# Letters of an expression, and how often its counts together may repeat a part: each is compiled as often as it counts.
+LETTERS, REPEATS = 100_000, 10_000
+_COUNTS = re.compile(r"\{(\d*)(?:,(\d*))?\}", re.ASCII)
+_SHOWN = 200  # letters of an expression in a message
 # Seconds that one expression may take for all names together: some take longer than anybody's patience on one name.
 SECONDS = 2.0
 
@@ -24,6 +26,10 @@ class Expression:
     def __init__(self, text: str, what: str, setting: str) -> None:
         self.text, self.what, self.settings = text, what, tuple(filter(None, (setting,)))
         self._left = SECONDS
+        if len(text) > LETTERS or _repeats(text) > REPEATS:
+            raise self._refusal(
+                f"is too large: expected {LETTERS} letters at most, and counts below {REPEATS} together"
+            )
         try:
             with warnings.catch_warnings():  # what a later Python may read differently, this one reads as ever
                 warnings.simplefilter("ignore")
@@ -43,7 +49,18 @@ class Expression:
         return found
 
     def _refusal(self, why: str) -> SparseGPTError:
-        return SparseGPTError(f"{self.what} {self.text!r} {why}", settings=self.settings)
+        shown = self.text if len(self.text) <= _SHOWN else self.text[:_SHOWN] + "..."
+        return SparseGPTError(f"{self.what} {shown!r} {why}", settings=self.settings)
+
+
+def _repeats(text: str) -> int:
+    """The product of all counts such as {3} and {2,5}, as if each stood inside of the others."""
+    product = 1
+    for found in _COUNTS.finditer(text):
+        product *= max([1, *(int(digits[:9]) for digits in found.groups(default="") if digits)])
+        if product > REPEATS:
+            break
+    return product
 
 
 @functools.lru_cache

@@ -1,6 +1,7 @@
 """Ranges of blocks, such as 0:12, and names of linears by regular expressions."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -81,3 +82,20 @@ def test_an_expression_whose_time_is_up_is_named(monkeypatch):
     monkeypatch.setattr(expression, "_pattern", SimpleNamespace(search=endless))
     with refused("--only 'a+' takes longer than 2 s on model.layers.0"):
         expression.found_in("model.layers.0")
+
+
+@pytest.mark.parametrize(
+    "text", ["((((a{99}){99}){99}){99}){99}", "a{10001}", "(a{1,101}){100}", "(a{,99999999999}){2}", "x" * 100_001]
+)
+def test_an_expression_that_would_fill_the_memory_is_refused(text):
+    """Counts are compiled as often as they count: five of 99, one in the other, are ten thousand million parts."""
+    with refused("--only", "is too large"):
+        selection.Expression(text, "--only", "only")
+
+
+def test_expressions_of_a_reasonable_size_are_taken():
+    names = [f"model.layers.{block}.mlp.{part}_proj" for block in range(80) for part in ("gate", "up", "down")]
+    expression = selection.Expression("|".join(map(re.escape, names)), "--only", "only")
+    assert all(map(expression.found_in, names))
+    expression = selection.Expression(r"layers\.\d{1,2}\.(?:[a-z_]{3,10}\.){2}", "--only", "only")
+    assert [expression.found_in(name) for name in (names[0], "model.layers.1.self_attn.rotary.cos")] == [False, True]

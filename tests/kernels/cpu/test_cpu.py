@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -291,6 +294,41 @@ def test_no_library_comes_from_where_others_write(
         library = build._cached_build()
     assert small_source not in library.parents and not list(small_source.iterdir())
     assert library.parent.stat().st_mode & 0o777 == 0o700 and "can be written by others" in caplog.text
+
+
+@needs_compiler
+def test_a_mask_for_groups_makes_no_folder_of_others(small_source: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        assert build._cached_build().parent == small_source
+    finally:
+        os.umask(before)
+
+
+@needs_compiler
+def test_what_a_killed_build_left_goes_and_a_build_at_work_stays(small_source: Path) -> None:
+    small_source.mkdir(parents=True, mode=0o700)
+    for name, age in (("building-old", 10**5), ("building-new", 10)):
+        (small_source / name).mkdir()
+        (small_source / name / "half.so").write_bytes(b"half")
+        os.utime(small_source / name, (time.time() - age,) * 2)
+    library = build._cached_build()
+    assert set(small_source.iterdir()) == {library, small_source / "building-new"}
+
+
+@needs_compiler
+def test_two_processes_that_build_at_once_have_one_library(small_source: Path) -> None:
+    (source,) = build.SOURCES
+    code = (
+        f"from pathlib import Path; from sparsegpt.kernels.cpu import build; build.SOURCES = (Path({str(source)!r}),)"
+    )
+    code += "; print(build._cached_build())"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        for _ in range(2)
+    ]
+    found = {child.communicate(timeout=300)[0].strip() for child in children}
+    assert found == {str(library) for library in small_source.iterdir()} and len(found) == 1
 
 
 @pytest.mark.parametrize("case", ["none", "broken"])

@@ -1,6 +1,7 @@
 """Calibration and evaluation text, token windows, the embedded demo model."""
 
 from .demo_model import demo_folder
+from .mixture import check_texts, draw_mixture, load_texts
 from .sources import KNOWN_SOURCES, TextSource, check_text, load_text
 from .windows import BOS_CHOICES, Calibration, bos_token, check_bos, draw_windows, evaluation_tokens
 
@@ -12,8 +13,11 @@ __all__ = [
     "bos_token",
     "check_bos",
     "check_text",
+    "check_texts",
     "demo_folder",
+    "draw_mixture",
     "draw_windows",
     "evaluation_tokens",
     "load_text",
+    "load_texts",
 ]

@@ -17,6 +17,7 @@ from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 if TYPE_CHECKING:
     from sparsegpt.driver.pipeline import prune_model
     from sparsegpt.driver.reports import PruneReport
+    from sparsegpt.driver.rotating import rotate_model
     from sparsegpt.eval.perplexity import perplexity
     from sparsegpt.settings.recipe import read_recipe
 
@@ -39,6 +40,7 @@ __all__ = [
     "prune_model",
     "prune_weight",
     "read_recipe",
+    "rotate_model",
 ]
 
 # From here on transformers' from_pretrained knows packed folders, whether it is imported already or later.
@@ -49,6 +51,7 @@ _LAZY = {
     "perplexity": "sparsegpt.eval.perplexity",
     "prune_model": "sparsegpt.driver.pipeline",
     "read_recipe": "sparsegpt.settings.recipe",
+    "rotate_model": "sparsegpt.driver.rotating",
 }
 
 

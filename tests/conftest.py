@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from sparsegpt.cli import commands as cli
 from sparsegpt.kernels.dispatch import measured
-from tests.support import Outcome, save_model, write_text
+from tests.support import Outcome, look_for_bases_quickly, save_model, write_text
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -20,6 +20,7 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+    look_for_bases_quickly()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsegpt import SparseGPTError, prune_model
+from sparsegpt import SparseGPTError
 from sparsegpt.driver.accounting import EXPECTED, Accounting, in_braces
 from sparsegpt.driver.reports import PruneReport
-from tests.support import VOCABULARY, random_windows, tiny_model
+from tests.support import VOCABULARY, prune_model, random_windows, tiny_model
 
 EXPERTS = 6
 # Sizes of other words than tiny_model's; None takes one of its sizes away.

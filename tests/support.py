@@ -13,7 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import sparsegpt
+from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.rotation import search
+from sparsegpt.rotation.learning import Schedule
 from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
 
 T = TypeVar("T")
@@ -41,6 +45,16 @@ def one_line_or_none(call: Callable[[], T]) -> T | None:
         assert str(error)
         assert "\n" not in str(error)
         return None
+
+
+def prune_model(model: nn.Module, windows: object, sparsity: object, **options: object) -> PruneReport:
+    """`sparsegpt.prune_model`, unless asked otherwise in the model's own bases: there the definitions are written."""
+    return sparsegpt.prune_model(model, windows, sparsity, **{"rotate": "off", **options})
+
+
+def look_for_bases_quickly() -> None:
+    """A few steps of learning in every run of this process: in any basis at all a run must do what is tested."""
+    search.STREAM, search.VALUES = Schedule(4, 0.03), Schedule(3, 0.02)
 
 
 # Layer problems

@@ -24,6 +24,7 @@ ROOMS = (
     "calib_data",
     "settings",
     "model",
+    "rotation",
     "recovery",
     "driver",
     "kernels.format",

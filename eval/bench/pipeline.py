@@ -60,15 +60,15 @@ def _measure(
     """Prune in this process and print the measurement as one line of JSON."""
     import time
 
-    from sparsegpt.calib_data import draw_windows, load_text
+    from sparsegpt.calib_data import draw_mixture, load_texts
     from sparsegpt.driver.pipeline import prune_model
     from sparsegpt.model.loading import load_model
     from sparsegpt.run.memory import peak_memory
 
-    text = load_text(calibration, "calibration")
+    texts = load_texts(calibration, "calibration")
     loaded = load_model(model, device=device, revision=revision, trust_remote_code=trust_remote_code, to_prune=True)
     length, bos = loaded.sequence_length(sequence_length), loaded.bos_token("auto")
-    windows = draw_windows(text, loaded.tokenizer, samples, length, 0, bos).windows
+    windows = draw_mixture(texts, loaded.tokenizer, samples, length, 0, bos).windows
     started = time.perf_counter()
     prune_model(loaded.model, windows, "2:4", preset="paper", order=order)
     seconds = time.perf_counter() - started

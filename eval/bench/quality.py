@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsegpt.calib_data import check_text, draw_windows, load_text
+from sparsegpt.calib_data import check_text, check_texts, draw_mixture, load_text, load_texts
 from sparsegpt.driver.pipeline import prune_model
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import score_text
@@ -57,14 +57,14 @@ class QualityBench:
 
     def check(self) -> None:
         """Look at texts, device and configuration, before anything is loaded. Raises SparseGPTError."""
-        check_text(self.calibration, "calibration")
+        check_texts(self.calibration, "calibration")
         check_text(self.evaluation, "evaluation")
         pick_device(self.device)
         config = load_config(
             self.model, revision=self.revision, trust_remote_code=self.trust_remote_code, to_prune=True
         )
         sequence_length(self.model, config, self.sequence_length)
-        load_text(self.calibration, "calibration")
+        load_texts(self.calibration, "calibration")
         load_text(self.evaluation, "evaluation")
 
     def run(
@@ -115,9 +115,9 @@ class QualityBench:
 
     def _prune(self, method: str, pattern: str) -> QualityRow:
         loaded = self._load()
-        text = load_text(self.calibration, "calibration")
-        windows = draw_windows(
-            text, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")
+        texts = load_texts(self.calibration, "calibration")
+        windows = draw_mixture(
+            texts, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")
         ).windows
         report = prune_model(loaded.model, windows, pattern, **LADDER[method])
         return QualityRow(method, pattern, self._score(loaded), sum(report.seconds.values()))

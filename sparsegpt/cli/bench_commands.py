@@ -74,7 +74,7 @@ def bench_pipeline_command(
     as_json: AsJson = False,
 ) -> None:
     """One Hessian and one pass per shared input against one of each per linear: seconds and peak memory."""
-    from sparsegpt.calib_data import check_text
+    from sparsegpt.calib_data import check_texts
     from sparsegpt.eval.bench.pipeline import bench_pipeline
     from sparsegpt.eval.bench.tables import pipeline_table
     from sparsegpt.model.loading import load_config
@@ -86,7 +86,7 @@ def bench_pipeline_command(
         {"trust_remote_code": trust_remote_code},
     )
     pick_device(device)
-    check_text(text, "calibration")
+    check_texts(text, "calibration")
     load_config(model, revision=revision, to_prune=True, **code)
     rows = bench_pipeline(model, text, samples, sequence_length, device, revision=revision, **code)
     _print_rows(rows, pipeline_table(rows), as_json=as_json)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport
+from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.run.inspection import TensorFinding
 from sparsegpt.run.job import Listener
@@ -58,6 +58,13 @@ class RunDisplay(Listener):
         """Show one score."""
         if not self.quiet:
             print_line(self.console, f"  {which} perplexity on {score.data}: {score.perplexity:.4g}")
+
+    def rotated(self, report: RotationReport) -> None:
+        """Print how much less is lost."""
+        found = {"stream": report.stream, "values": report.values}
+        parts = [f"{name} {shares[0]:.1%} -> {shares[1]:.1%}" for name, shares in found.items() if shares]
+        if parts and not self.quiet:
+            print_line(self.console, f"  rotated, share dropped of a row: {', '.join(parts)}")
 
     def block(self, report: BlockReport) -> None:
         """Move the bar, or print a line where there is none."""

@@ -24,11 +24,12 @@ from sparsegpt.driver.groups import GroupSolver
 from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.progress import Progress
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
+from sparsegpt.driver.rotating import rotate_first
 from sparsegpt.driver.verification import WINDOWS, verify_blocks
 from sparsegpt.driver.windows import Windows, micro_batches
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.capture import ModelInputs
-from sparsegpt.model.decoder import DecoderModel
+from sparsegpt.model.decoder import DecoderModel, evaluating
 from sparsegpt.model.head import head_inputs, lm_head_of
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.streams import ActivationStore, Streams
@@ -101,11 +102,25 @@ def prune_blocks(
     batches = micro_batches(windows, decoder, micro_batch)
     work = prepare(decoder, choices, finite=residence is not None)
     computing = decoder.model.dtype
+    progress, in_place = progress or Progress(), residence is None
     residence = residence or Residence(torch.device(device) if device else None, computing, computing)
     report = report or PruneReport(choices.settings)
     report.begin(choices.settings, choices.linears, choices.notes)
     solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored)
     with evaluating(decoder.model):
+        with solver.timed("rotate"):
+            patterns = {name: choice.sparsity for name, choice in work.linears.items()}
+            rotate_first(
+                decoder,
+                choices.settings.rotate,
+                patterns,
+                batches,
+                residence,
+                progress,
+                report,
+                solver.listener,
+                in_place=in_place,
+            )
         if verify:
             unreached = _verify("before", work, solver, batches[0][:WINDOWS], residence)
             choices, work = choices.without(unreached, UNREACHED), work.without(unreached)
@@ -116,7 +131,7 @@ def prune_blocks(
             inputs = ModelInputs(decoder, batches, store.keep)
             work = work.spread(inputs, residence.visit)
             streams = Streams.begin(inputs, store, with_dense=work.settings.needs_dense_stream)
-        driver = _Driver(solver, streams, work, residence, progress or Progress())
+        driver = _Driver(solver, streams, work, residence, progress)
         for index in range(len(decoder.blocks)):
             driver.visit_block(index)
         if work.trained:
@@ -203,17 +218,6 @@ def _verify(when: str, work: Work, solver: GroupSolver, tokens: Tensor, residenc
     return found.unreached
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and its kin for this long."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 @dataclass
 class _Driver:
     """Carries the activation streams from block to block and prunes each block in turn."""
@@ -240,7 +244,7 @@ class _Driver:
             error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
             seconds = time.perf_counter() - started
             report.blocks.append(BlockReport(index, len(self._blocks), len(layers), error, seconds, share))
-            self._settle(block, self.progress.keep(index, self.residence.to_store(block), report))
+            self.residence.settle_all(block, self.progress.keep(index, self.residence.to_store(block), report))
         return report.blocks[-1]
 
     def _solve_block(self, index: int) -> tuple[list[LayerReport], float | None]:
@@ -269,7 +273,7 @@ class _Driver:
         if not last and self.streams.dense is not None:
             with self._at_work(index) as job:
                 job.move_dense()
-        self._settle(block, self.progress.load(index))
+        self.residence.settle_all(block, self.progress.load(index))
         if not last:
             with self._at_work(index) as job:
                 self._move_pruned(job)
@@ -286,7 +290,9 @@ class _Driver:
             if not self._train(student, training_batches(batches, self.streams.dense)):
                 return
             for index in trained:
-                self._settle(self._blocks[index], self.progress.keep_distilled(index, student.finished(index)))
+                self.residence.settle_all(
+                    self._blocks[index], self.progress.keep_distilled(index, student.finished(index))
+                )
                 with self._at_work(index):
                     self._recount(index)
             for step, tokens in enumerate(batches if self.work.head is not None else ()):
@@ -350,7 +356,3 @@ class _Driver:
         with self.solver.timed("capture"):
             for step in range(len(self.streams.pruned)):
                 self.streams.move_pruned(step, job.output(step))
-
-    def _settle(self, block: nn.Module, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in block.named_parameters():
-            self.residence.settle(parameter, tensors[name])

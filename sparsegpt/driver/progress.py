@@ -10,6 +10,17 @@ class Progress:
 
     finished = 0
 
+    def load_bases(self) -> dict[str, Tensor] | None:
+        """The bases in which the model was written before; None where nobody has looked for any."""
+        return None
+
+    def keep_bases(self, tensors: dict[str, Tensor], report: PruneReport) -> None:
+        """Keep the bases in which the model is to be written, which may be none, and what the report says of them."""
+
+    def keep_outside(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep rotated tensors of a module that is in no block; the model goes on with those returned."""
+        return tensors
+
     def load(self, index: int) -> dict[str, Tensor]:
         """The stored tensors of a finished block, by their names inside it."""
         raise LookupError(index)

@@ -11,7 +11,7 @@ from sparsegpt.driver.verification import Agreement
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
 
 # Of a prune, each with its seconds.
-PARTS = ("verify", "capture", "solve", "reconstruct", "distill")
+PARTS = ("rotate", "verify", "capture", "solve", "reconstruct", "distill")
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,31 @@ class EpochReport:
     loss: float
 
 
+@dataclass(frozen=True)
+class RotationReport:
+    """What writing the model in other bases has brought.
+
+    stream, values: the mean share of what a row's weights are worth that the pattern drops, before and after; None
+    where that basis is the model's own. blocks: those whose values have a basis of their own. untied_parameters: of the
+    head that has parted from the embedding.
+    """
+
+    stream: tuple[float, float] | None
+    values: tuple[float, float] | None
+    blocks: int
+    untied_parameters: int
+
+    def __bool__(self) -> bool:
+        return self.stream is not None or self.blocks > 0
+
+
 @dataclass
 class PruneReport:
     """What `prune_model` returns: one LayerReport a linear, one BlockReport a block, and where the time went.
 
     epochs: of distillation, epoch 0 among them; empty without it. choices: what the settings and the recipe say of each
     selected linear; None: left dense. parameters: every weight of the model in one of three lists. verification:
-    "before" and "after", how far blocks run one by one agree with the whole model.
+    "before" and "after", how far blocks run one by one agree with the whole model. rotation: None without it.
     """
 
     settings: PruneSettings
@@ -80,6 +98,7 @@ class PruneReport:
     choices: dict[str, LinearSettings | None] = field(default_factory=dict)
     parameters: Accounting = field(default_factory=Accounting)
     verification: dict[str, Agreement] = field(default_factory=dict)
+    rotation: RotationReport | None = None
 
     def begin(self, settings: PruneSettings, choices: dict[str, LinearSettings | None], notes: tuple[str, ...]) -> None:
         """Take up what is to be done; a report may know finished blocks already."""
@@ -109,6 +128,7 @@ class PruneReport:
             "recipe": self._recipe() if self.settings.recipe else None,
             "density_of_pruned_linears": self.density,
             "parameters": self.parameters.as_dict(),
+            "rotation": None if self.rotation is None else asdict(self.rotation),
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [asdict(block) for block in self.blocks],
             "epochs": [asdict(epoch) for epoch in self.epochs],

@@ -1,6 +1,7 @@
 """A causal language model, asked once what it is: its family, its decoder blocks, its head."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,3 +99,14 @@ class DecoderModel:
         weight = self.embedding.weight
         assert isinstance(weight, torch.Tensor)
         return weight.device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and its kin for this long."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

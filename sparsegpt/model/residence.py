@@ -5,7 +5,7 @@ gets private copies on the computing device in the computing dtype, and gives th
 any size runs with the memory of its largest block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,8 @@ class Residence:
     _home: dict[Tensor, Tensor] = field(default_factory=dict)
     _originals: dict[Tensor, Tensor] = field(default_factory=dict)
     _visits: list[list[Tensor]] = field(default_factory=list)
+    # What is done to a module each time it comes to work, until it is settled.
+    _arrivals: dict[nn.Module, Callable[[], None]] = field(default_factory=dict)
     # What came to work by being called and stays until `staying` ends; None outside of it.
     _held: list[Tensor] | None = None
 
@@ -72,8 +74,19 @@ class Residence:
         else:
             parameter.data = tensor.to(home.device)
 
+    def settle_all(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """`settle` every parameter of a module, by its name inside it; nothing more is done to it on arrival."""
+        for name, parameter in module.named_parameters():
+            self.settle(parameter, tensors[name])
+        self._arrivals.pop(module, None)
+
+    def on_arrival(self, module: nn.Module, change: Callable[[], None]) -> None:
+        """From now on change the copies of a module's parameters each time it comes to work, until it is settled."""
+        self._arrivals[module] = change
+
     def unsettle(self) -> None:
         """Put back everything that was ever settled: the dense model again."""
+        self._arrivals.clear()
         self._send_home(list(self._home))
         for parameter, tensor in self._originals.items():
             parameter.data = tensor
@@ -154,12 +167,15 @@ class Residence:
 
     def _bring(self, module: nn.Module, brought: list[Tensor]) -> None:
         """Copy to work what is at home, and note it in `brought`, one parameter at a time."""
-        for parameter in module.parameters():
-            if parameter not in self._home:
+        arriving = [parameter for parameter in module.parameters() if parameter not in self._home]
+        for parameter in arriving:
+            if parameter not in self._home:  # a parameter of two names comes once
                 self._home[parameter] = parameter.data
                 brought.append(parameter)
                 dtype = self._working_dtype(parameter)
                 parameter.data = parameter.data.to(self.device or parameter.device, dtype, copy=True)
+        if arriving and module in self._arrivals:
+            self._arrivals[module]()
 
     def _home_of(self, place: Tensor) -> Tensor | None:
         """The tensor at home of a parameter, or of the parameter at work that it shows a part of; None if unknown."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sparsegpt.calib_data import Calibration, TextSource, draw_windows, load_text
+from sparsegpt.calib_data import Calibration, TextSource, draw_mixture, load_text, load_texts
 from sparsegpt.driver import listener as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
@@ -159,7 +159,7 @@ class _Job:
         """Texts, model, tokenizer and calibration windows."""
         options = self.options
         with self.measure("load"):
-            text = load_text(options.calibration, "calibration")
+            texts = load_texts(options.calibration, "calibration")
             self.texts = {data: load_text(data, "evaluation") for data in options.evaluate}
             self.listener.stage(f"loading {options.model}")
             self.loaded = load_model(
@@ -174,8 +174,8 @@ class _Job:
             self.source = self.loaded.source
             self.length = self.loaded.sequence_length(options.sequence_length)
             bos = self.loaded.bos_token(options.bos)
-            self.calibration = draw_windows(
-                text, self.loaded.tokenizer, options.samples, self.length, options.seed, bos
+            self.calibration = draw_mixture(
+                texts, self.loaded.tokenizer, options.samples, self.length, options.seed, bos
             )
         self.choices = choose_linears(
             self.loaded.decoder,

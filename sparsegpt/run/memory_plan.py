@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from sparsegpt.driver.rotating import wanted_bases
 from sparsegpt.driver.windows import TOKENS_PER_STEP
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.loading import without_weights
 from sparsegpt.recovery.training import TOKENS_PER_BATCH
+from sparsegpt.rotation.rotatable import Rotatable
+from sparsegpt.rotation.search import BLOCKS, LINES
 from sparsegpt.run.memory import available_memory, readable
 from sparsegpt.settings.prune_settings import CORRECTIONS, PruneSettings
 from sparsegpt.solvers.methods import Copies, parse_method
@@ -97,6 +100,7 @@ class ModelShape:
     groups: tuple[SharedInput, ...]
     residual_projections: int
     stored: torch.dtype
+    rotatable: Rotatable
 
     @property
     def parameters(self) -> int:
@@ -151,6 +155,7 @@ def shape_of(config: "PretrainedConfig", stored: torch.dtype, *, trust_remote_co
         groups=max(groups, key=lambda found: sum(group.inputs**2 for group in found)),
         residual_projections=len(residuals),
         stored=stored,
+        rotatable=Rotatable(decoder),
     )
 
 
@@ -168,18 +173,20 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     width = work.computing.itemsize
     on_gpu = work.gpu_memory is not None
     block = shape.block_parameters * width
+    rotation, outside, added = _rotation_bytes(shape, settings, width)
     solve, gathered = _solve_bytes(shape, settings, on_gpu=on_gpu), _gathered_bytes(shape, settings)
     batch = min(work.samples, work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered)))
     tokens = batch * work.sequence_length
     widest = max(group.inputs for group in shape.groups)
     forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
     training = _training_bytes(shape, settings, work, widest)
-    compute = {"one block": block, "work on it": max(solve, gathered + forward, training)}
+    compute = {"one block": block, "work on it": max(solve, gathered + forward, training, rotation)}
     streams = _activation_bytes(shape, settings, work)
     memory = {"libraries": LIBRARIES}
     disk = {
         "finished blocks": shape.blocks * shape.block_parameters * shape.stored.itemsize,
-        "result": shape.parameters * shape.stored.itemsize,
+        "result": shape.parameters * shape.stored.itemsize + added,
+        **({"rotated embedding and head": outside} if outside else {}),
     }
     gpu: dict[str, int] = {}
     if on_gpu:
@@ -216,7 +223,7 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
             f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: "
             f"give {way_out}{without}"
         )
-    kept = ("finished blocks", "epochs of distillation", "distilled blocks", "result")
+    kept = ("finished blocks", "rotated embedding and head", "epochs of distillation", "distilled blocks", "result")
     for folder, parts in ((out, kept), (scratch, SCRATCH_PARTS)):
         needed = sum(planned.disk.get(part, 0) for part in parts)
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
@@ -283,6 +290,20 @@ def _training_bytes(shape: ModelShape, settings: PruneSettings, work: Workload, 
         head = shape.vocabulary * shape.hidden + LOGIT_COPIES * tokens * shape.vocabulary
         needed.append(4 * (between + max(in_block, head)))
     return max(needed)
+
+
+def _rotation_bytes(shape: ModelShape, settings: PruneSettings, width: int) -> tuple[int, int, int]:
+    """(memory to look for bases and to turn what is outside of the blocks, its file, what a head of its own adds)."""
+    model = shape.rotatable
+    wanted = wanted_bases(model, settings.rotate)
+    if not wanted:
+        return 0, 0, 0
+    held = 4 * BLOCKS * (2 * shape.hidden**2 + len(shape.groups) * 2 * LINES * shape.hidden) if wanted.stream else 0
+    outside = shape.outside_parameters + (model.head_parameters if wanted.stream and model.unties else 0)
+    turned = width * outside if wanted.stream else 0
+    added = model.head_parameters * shape.stored.itemsize if wanted.stream and model.unties else 0
+    looking = held + 4 * 4 * max(group.inputs for group in shape.groups) ** 2
+    return max(looking, turned), outside * shape.stored.itemsize if wanted.stream else 0, added
 
 
 def _gathered_bytes(shape: ModelShape, settings: PruneSettings) -> int:

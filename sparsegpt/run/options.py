@@ -29,7 +29,7 @@ class RunOptions:
     )
     calibration: str = field(
         metadata=option(
-            "Calibration text: wikitext2, ptb, c4, pydoc, a file or a folder.",
+            "Calibration text: wikitext2, ptb, c4, pydoc, a file or a folder; several with commas, equal windows each.",
             MODEL,
             flag="--calib",
             unset="pydoc for the demo, else c4",

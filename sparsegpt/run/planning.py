@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsegpt.calib_data import check_bos, check_text
+from sparsegpt.calib_data import check_bos, check_text, check_texts
 from sparsegpt.errors import SparseGPTError, unknown
 from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.model.loading import check_model, dtypes_for, load_config, sequence_length, stored_in_files
@@ -53,7 +53,7 @@ def check_inputs(options: RunOptions) -> None:
     Raises SparseGPTError.
     """
     check_model(options.model, options.revision)
-    check_text(options.calibration, "calibration")
+    check_texts(options.calibration, "calibration")
     for name in options.evaluate:
         check_text(name, "evaluation")
 

@@ -4,6 +4,8 @@
         lock                          held by the process that works here
         state.json                    what decides the result, reports of the finished blocks, scores
         beside/                       the result but for its weights, which comes first
+        bases.safetensors             bases in which the model is written
+        outside-exit.safetensors ...  what of the model is in no block, in these bases, written anew by every run
         block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
         training-00001.safetensors    what distillation knows after its last finished epoch
         distilled-00000.safetensors ...  blocks that it has changed, written anew by every run that gets so far
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparsegpt.driver.progress import Progress
-from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
+from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport, RotationReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.folders import flush
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
     pass
 
 VERSION = 1
+NO_ROTATION = asdict(RotationReport(None, None, 0, 0))
 STATE = "state.json"
 # Names of what runs write into this folder.
 _OWN = re.compile(
     r"state\.json|\.state\.json\.writing|tensors\.writing|(block|training|distilled)-\d{5}\.safetensors"
+    r"|bases\.safetensors|outside-[a-z0-9-]+\.safetensors"
     r"|beside|\.sparsegpt-\w+"
 )
 
@@ -117,9 +121,29 @@ class WorkFolder(Progress):
         report.layers += [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in self.state.get("layers", [])]
         report.blocks += [BlockReport(**row) for row in self.state.get("blocks", [])]
         report.epochs += [EpochReport(**row) for row in self.state.get("epochs", [])]
+        if rotation := self.state.get("rotation"):
+            report.rotation = RotationReport(**rotation)
         report.seconds.update(self.state.get("seconds", {}))
         report.warnings += self.state.get("warnings", [])
         return False
+
+    def load_bases(self) -> dict[str, Tensor] | None:
+        """The bases of the unfinished run, mapped from their file."""
+        if "rotation" not in self.state:
+            return None
+        return _mapped(self._bases) if RotationReport(**self.state["rotation"]) else {}
+
+    def keep_bases(self, tensors: dict[str, Tensor], report: PruneReport) -> None:
+        """Write bases, if there are any, then say that they are known."""
+        if tensors:
+            self._write(self._bases, tensors)
+        self._save_report(report)
+
+    def keep_outside(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write a rotated module that is in no block; returns its tensors mapped from the file."""
+        path = self.folder / f"outside-{name}.safetensors"
+        self._write(path, tensors)
+        return _mapped(path)
 
     def load(self, index: int) -> dict[str, Tensor]:
         """The tensors of a finished block, mapped from its file."""
@@ -168,6 +192,7 @@ class WorkFolder(Progress):
             epochs=[asdict(epoch) for epoch in report.epochs],
             seconds=report.seconds,
             warnings=report.warnings,
+            **({} if report.rotation is None else {"rotation": asdict(report.rotation)}),
         )
 
     def save_state(self, **changes: Any) -> None:
@@ -210,7 +235,16 @@ class WorkFolder(Progress):
                 _remove_path(path)
 
     def _drop_damaged(self) -> None:
-        """Forget blocks from the first damaged file on, and all epochs of a training that began after them."""
+        """Forget blocks from the first damaged file on, and all epochs of a training that began after them.
+
+        Without their bases all blocks are lost.
+        """
+        try:
+            if RotationReport(**self.state.get("rotation", NO_ROTATION)):
+                verify_checksums(self._bases)
+        except (SparseGPTError, OSError):
+            self.state = {}
+            return
         for index in range(self.finished):
             try:
                 verify_checksums(self._block(index))
@@ -236,6 +270,10 @@ class WorkFolder(Progress):
         except (SparseGPTError, OSError):
             return False
         return True
+
+    @property
+    def _bases(self) -> Path:
+        return self.folder / "bases.safetensors"
 
     def _block(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"

@@ -19,6 +19,7 @@ from sparsegpt.sparsity import NM, Sparsity, Unstructured, parse_sparsity
 
 Order = Literal["input", "block", "linear"]
 ALLOCATIONS = ("uniform", "owl")
+ROTATIONS = ("auto", "off", "values", "stream", "all")
 CORRECTIONS = ("error_correction", "residual_correction")
 # What decides the last training alone: finished blocks do not depend on it.
 DISTILLATION = ("distill", "distill_rate")
@@ -151,7 +152,8 @@ class PruneSettings(LinearSettings):
     What LinearSettings holds is for every linear that no rule of the recipe changes. order: "input" solves input by
     input, each seeing what is pruned already; "block" is the published order, all linears of a block from one capture;
     "linear" gives every linear a capture and a Hessian of its own (the costly baseline of the benchmark). allocation:
-    how a fraction is spread over the blocks. reconstruct: epochs of block-wise training of the kept weights.
+    how a fraction is spread over the blocks. rotate: which bases the model is written in first, see
+    driver/rotating.py. reconstruct: epochs of block-wise training of the kept weights.
     look_ahead: dense blocks after a block at whose end its training compares outputs; 0: at its own. distill: epochs
     of training the kept weights of all blocks together on the dense model's predictions. learning_rate, distill_rate:
     Adam's, of the two trainings. recipe: rules for single linears, see `recipe.choose`. asked: names of the settings
@@ -162,6 +164,14 @@ class PruneSettings(LinearSettings):
     allocation: str = field(
         default="uniform",
         metadata=option("How a fraction is spread over the blocks: uniform or owl (by outliers).", Group.PATTERN),
+    )
+    rotate: str = field(
+        default="off",
+        metadata=option(
+            "Bases in which pruning costs less, merged into the weights: off, values, stream, all, or auto (all that "
+            "does not untie a head of some size).",
+            Group.PATTERN,
+        ),
     )
     reconstruct: int = field(
         default=0, metadata=option("Epochs of block-wise training of the kept weights.", Group.RECOVERY)
@@ -193,6 +203,8 @@ class PruneSettings(LinearSettings):
         super().__post_init__()
         if self.order not in get_args(Order):
             raise unknown("order", self.order, get_args(Order))
+        if self.rotate not in ROTATIONS:
+            raise unknown("rotate", self.rotate, ROTATIONS, settings=("rotate",))
         if self.allocation not in ALLOCATIONS:
             raise unknown("allocation", self.allocation, ALLOCATIONS)
         if self.allocation != "uniform" and (isinstance(self.sparsity, NM) or self.sparsity.per_row):
@@ -239,10 +251,10 @@ class PruneSettings(LinearSettings):
 
 
 # The corrections and the damping are tuned at 2:4 on a 15M- and a 135M-parameter Llama (BENCHMARKS.md).
-_CORRECTED = {"method": "admm", "error_correction": 0.5, "residual_correction": 0.75}
+_CORRECTED = {"method": "admm", "rotate": "auto", "error_correction": 0.5, "residual_correction": 0.75}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"method": "sparsegpt", "order": "block", "damping": 0.01},
-    "fast": {"method": "admm", "order": "block"},
+    "fast": {"method": "admm", "rotate": "auto", "order": "block"},
     "default": _CORRECTED,
     "best": {**_CORRECTED, "reconstruct": 3, "look_ahead": 3, "distill": 8},
 }

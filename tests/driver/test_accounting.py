@@ -7,11 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegpt import prune_model
 from sparsegpt.driver.accounting import in_braces
 from sparsegpt.settings.recipe import parse_recipe
 from tests.architectures import VARIANTS, WRAPPERS, block_matrices, stored_keys, tiny_variant, tiny_wrapper
-from tests.support import random_windows, refused, tiny_model, weights_of
+from tests.support import prune_model, random_windows, refused, tiny_model, weights_of
 
 
 def of_all(lists) -> dict[str, int]:

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegpt import SparseGPTError, prune_model
+from sparsegpt import SparseGPTError
 from sparsegpt.driver.allocation import SPREAD, _whole_zeros, block_shares
 from sparsegpt.settings.prune_settings import resolve_settings
-from tests.support import random_windows, tiny_model
+from tests.support import prune_model, random_windows, tiny_model
 
 
 @given(

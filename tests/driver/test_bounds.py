@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from sparsegpt import prune_model
 from sparsegpt.driver import groups
 from sparsegpt.solvers import METHODS, prune_layer
 from sparsegpt.solvers.correction import GROWTH, hold_back, remainder
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.sparsity import NM
-from tests.support import random_windows, tiny_model
+from tests.support import prune_model, random_windows, tiny_model
 
 
 def drifted(tokens: int = 300, width: int = 16, out: int = 8):

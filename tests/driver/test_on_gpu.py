@@ -5,9 +5,18 @@ import copy
 import pytest
 import torch
 
-from sparsegpt import HessianAccumulator, parse_sparsity, prune_model, prune_weight
+from sparsegpt import HessianAccumulator, parse_sparsity, prune_weight
 from sparsegpt.solvers.hessian import exact_product
-from tests.support import assert_pattern, block_linears, damped, obs_oracle, random_layer, random_windows, tiny_model
+from tests.support import (
+    assert_pattern,
+    block_linears,
+    damped,
+    obs_oracle,
+    prune_model,
+    random_layer,
+    random_windows,
+    tiny_model,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparsegpt import Unstructured, prune_model
+from sparsegpt import Unstructured
 from sparsegpt.driver import allocation
 from sparsegpt.driver.allocation import allocate
 from sparsegpt.settings.selection import name_filter, parse_blocks
-from tests.support import block_linears, random_windows, record, refused, tiny_model
+from tests.support import block_linears, prune_model, random_windows, record, refused, tiny_model
 
 
 def prune(model, sparsity, **options):

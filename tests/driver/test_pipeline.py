@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsegpt import NM, HessianAccumulator, SparseGPTError, prune_model
+from sparsegpt import NM, HessianAccumulator, SparseGPTError
 from sparsegpt.driver.listener import Listener
 from sparsegpt.settings.prune_settings import DAMPING_PER_SHARE, DAMPING_RANGE, PruneSettings, resolve_settings
 from sparsegpt.settings.selection import name_filter
@@ -18,6 +18,7 @@ from tests.support import (
     block_linears,
     damped,
     obs_oracle,
+    prune_model,
     random_windows,
     record,
     refused,

@@ -3,14 +3,22 @@
 import pytest
 import torch
 
-from sparsegpt import prune_model
 from sparsegpt.settings.prune_settings import resolve_settings
 from sparsegpt.settings.recipe import parse_rules
 from sparsegpt.settings.selection import name_filter
 from sparsegpt.solvers import METHODS, prune_layer
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.sparsity import parse_sparsity
-from tests.support import assert_pattern, block_linears, random_windows, record, refused, tiny_model, weights_of
+from tests.support import (
+    assert_pattern,
+    block_linears,
+    prune_model,
+    random_windows,
+    record,
+    refused,
+    tiny_model,
+    weights_of,
+)
 
 
 def rule(modules: str, **said: object) -> dict[str, object]:

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 
-from sparsegpt import prune_model
-from tests.support import assert_pattern, random_windows, refused, tiny_model, weights_of
+from tests.support import assert_pattern, prune_model, random_windows, refused, tiny_model, weights_of
 
 
 def up_proj(model) -> nn.Linear:

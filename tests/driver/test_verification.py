@@ -5,11 +5,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsegpt import prune_model
 from sparsegpt.driver.verification import token_differences, verify_blocks
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.residence import Residence
-from tests.support import random_windows, refused, tiny_model
+from tests.support import prune_model, random_windows, refused, tiny_model
 
 GEMMA = {
     "vocab_size": 128,

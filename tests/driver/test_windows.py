@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sparsegpt import prune_model
 from sparsegpt.driver.windows import micro_batches
 from sparsegpt.model.decoder import DecoderModel
-from tests.support import block_linears, random_windows, refused, tiny_model
+from tests.support import block_linears, prune_model, random_windows, refused, tiny_model
 
 TOKENS = random_windows(6, 12)
 

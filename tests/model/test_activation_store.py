@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from sparsegpt import prune_model
 from sparsegpt.files.mapped import is_mapped
 from sparsegpt.model.streams import ActivationStore
 from sparsegpt.run import job as run_module
@@ -12,7 +11,7 @@ from sparsegpt.run.job import run
 from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import plan_run
 from sparsegpt.settings.prune_settings import resolve_settings
-from tests.support import random_windows, save_model, tiny_model, weights_of, write_text
+from tests.support import prune_model, random_windows, save_model, tiny_model, weights_of, write_text
 
 
 def test_in_memory_a_tensor_stays_the_same_tensor():

@@ -7,12 +7,11 @@ runs of transformers' own code, never through the table under test.
 import pytest
 import torch
 
-from sparsegpt import prune_model
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import FAMILIES, family_of, prunable_linears
 from sparsegpt.model.unfuse import unfused
 from tests.architectures import CONFIGS, VARIANTS, WRAPPERS, block_matrices, stored_keys, tiny_variant, tiny_wrapper
-from tests.support import assert_pattern, logits_of, random_windows, refused, weights_of
+from tests.support import assert_pattern, logits_of, prune_model, random_windows, refused, weights_of
 
 MODELS = [*VARIANTS, *WRAPPERS]
 POST_NORMS = {"gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3"}

@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 
-from sparsegpt import prune_model
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import prunable_linears
 from sparsegpt.settings.prune_settings import PRESETS
@@ -17,6 +16,7 @@ from tests.support import (
     assert_pattern,
     block_linears,
     logits_of,
+    prune_model,
     random_windows,
     refused,
     tiny_model,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from sparsegpt import prune_model
 from sparsegpt.driver import stages
 from sparsegpt.driver.stages import enough_tokens, plan_stages, waves
 from sparsegpt.model.decoder import DecoderModel
@@ -16,7 +15,15 @@ from sparsegpt.model.unfuse import sources, unfused
 from sparsegpt.sparsity import parse_sparsity
 from tests.architectures import MIXTURES, block_matrices, expected_inputs, tiny_variant
 from tests.more_architectures import CONFIGS
-from tests.support import assert_pattern, brute_layer_mask, logits_of, random_windows, tiny_model, weights_of
+from tests.support import (
+    assert_pattern,
+    brute_layer_mask,
+    logits_of,
+    prune_model,
+    random_windows,
+    tiny_model,
+    weights_of,
+)
 
 
 @pytest.fixture(params=MIXTURES)

@@ -7,7 +7,6 @@ projection's weight may bring the stream behind the addition any closer to the d
 import pytest
 import torch
 
-from sparsegpt import prune_model
 from sparsegpt.driver.block_job import BlockJob
 from sparsegpt.driver.groups import GroupSolver
 from sparsegpt.driver.listener import Listener
@@ -27,7 +26,7 @@ from tests.architectures import (
     tiny_variant,
     tiny_wrapper,
 )
-from tests.support import logits_of, random_windows, relative_error
+from tests.support import logits_of, prune_model, random_windows, relative_error
 
 MODELS = [*VARIANTS, *WRAPPERS]
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from sparsegpt import prune_model
 from sparsegpt.model.capture import BlockCall, ModelInputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import FAMILIES, Family, family_of
 from sparsegpt.model.loading import load_config
 from sparsegpt.run.memory_plan import shape_of
 from tests.architectures import WRAPPERS, block_matrices, stored_keys, tiny_wrapper
-from tests.support import assert_pattern, logits_of, random_windows, refused, tiny_model, weights_of
+from tests.support import assert_pattern, logits_of, prune_model, random_windows, refused, tiny_model, weights_of
 
 # Architectures without a row, whose blocks return tensors and tuples, and where the list of blocks lies.
 UNKNOWN = {

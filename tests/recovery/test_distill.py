@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparsegpt import prune_model
 from sparsegpt.recovery import distill, training
 from sparsegpt.recovery.distill import Trained, adam_step, divergence
 from tests.architectures import tiny_variant
-from tests.support import assert_pattern, block_linears, logits_of, random_windows, tiny_model, weights_of
+from tests.support import assert_pattern, block_linears, logits_of, prune_model, random_windows, tiny_model, weights_of
 
 WINDOWS = random_windows(40)
 # Leaves much to be learnt, and from windows as few as these.

@@ -6,13 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from sparsegpt import prune_model
 from sparsegpt.driver import block_job
 from sparsegpt.model.capture import ModelInputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.recovery import training
 from sparsegpt.recovery.reconstruct import reconstruct_block
-from tests.support import assert_pattern, block_linears, logits_of, random_windows, tiny_model
+from tests.support import assert_pattern, block_linears, logits_of, prune_model, random_windows, tiny_model
 
 PRUNED = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
 

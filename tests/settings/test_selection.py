@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegpt import prune_model
 from sparsegpt.settings import selection
 from sparsegpt.settings.selection import name_filter, parse_blocks
-from tests.support import one_line_or_none, random_windows, refused, tiny_model
+from tests.support import one_line_or_none, prune_model, random_windows, refused, tiny_model
 
 
 @given(

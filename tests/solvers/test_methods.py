@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsegpt import NM, parse_sparsity, prune_model, prune_weight
+from sparsegpt import NM, parse_sparsity, prune_weight
 from sparsegpt.settings.prune_settings import resolve_settings
 from sparsegpt.settings.recipe import parse_recipe, read_recipe
 from sparsegpt.solvers import METHODS, Method, parse_method, prune_layer
@@ -21,6 +21,7 @@ from tests.support import (
     block_linears,
     brute_layer_mask,
     damped,
+    prune_model,
     random_layer,
     random_windows,
     refused,

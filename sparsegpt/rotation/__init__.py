@@ -1,0 +1,1 @@
+"""Bases in which pruning costs less, merged into ordinary weights."""

@@ -1,0 +1,292 @@
+"""From a few windows to bases: what the linears of some blocks read, and the bases in which least of them is dropped.
+
+The stream's basis is one for all blocks, so some blocks stand for all, some rows of each linear for its rows, and a
+few experts for a mixture's. Then each block's values are looked at, with the stream turned already.
+
+Dimension key: D width of the stream, G key-value heads, F values of a head, C in_features.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt.model.capture import ModelInputs, run_watched
+from sparsegpt.model.residence import Residence
+from sparsegpt.model.routers import mixture_of
+from sparsegpt.model.unfuse import unfused
+from sparsegpt.rotation.bases import Bases, fold_gains, rotate_block
+from sparsegpt.rotation.learning import Schedule, learn_basis
+from sparsegpt.rotation.objective import HeadsTerm, InputTerm, OutputTerm, Term, ValuesTerm, group_of, some
+from sparsegpt.rotation.rotatable import Rotatable, ValueHeads
+from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
+from sparsegpt.sparsity import Sparsity
+
+# Calibration tokens that are looked at, and at least so many for each input of the stream.
+TOKENS, TOKENS_PER_INPUT = 16384, 4
+# Blocks and experts that stand for all, and the lines of a linear that are held.
+BLOCKS, EXPERTS, LINES = 12, 4, 1024
+# Of those, what a step looks at.
+BLOCKS_A_STEP, LINES_A_STEP = 6, 256
+STREAM, VALUES = Schedule(100, 0.03), Schedule(60, 0.02)
+# Share of the mean diagonal added to a Hessian.
+DAMPING = 0.01
+
+# Before and after, the mean share of saliency that the pattern drops.
+Shares = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Bases that drop less than the model's own; what was found to drop less, of stream and values."""
+
+    bases: Bases
+    stream: Shares | None = None
+    values: Shares | None = None
+
+
+def find_bases(
+    model: Rotatable,
+    batches: Sequence[Tensor],
+    residence: Residence,
+    patterns: Mapping[str, Sparsity],
+    *,
+    stream: bool,
+    values: bool,
+    seed: int = 0,
+) -> Found:
+    """Bases for these calibration batches [batch, sequence] in which pruning the linears drops least.
+
+    patterns: of the linears that are pruned, by their full names. The model stays as it is. seed: draws what is looked
+    at. Raises SparseGPTError where the model has no such basis.
+    """
+    model.check(stream=stream, values=values)
+    width = ModelInputs(model.decoder, batches[:1]).hidden[0].shape[-1]
+    inputs = ModelInputs(model.decoder, _first(batches, max(TOKENS, TOKENS_PER_INPUT * width)))
+    search = _Search(model, inputs, residence, patterns, torch.Generator().manual_seed(seed))
+    basis, stream_shares = search.stream() if stream else (None, None)
+    by_block, value_shares = search.values(basis) if values else ({}, None)
+    return Found(Bases(basis, by_block), stream_shares, value_shares)
+
+
+def _first(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """So many batches that they hold these tokens, or all."""
+    taken: list[Tensor] = []
+    for batch in batches:
+        if sum(map(torch.numel, taken)) >= tokens:
+            break
+        taken.append(batch)
+    return taken
+
+
+# Runs a block and hands what is watched, by name, to a function; returns the hidden states after it.
+_See = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Search:
+    model: Rotatable
+    inputs: ModelInputs
+    residence: Residence
+    patterns: Mapping[str, Sparsity]
+    generator: torch.Generator
+
+    def stream(self) -> tuple[Tensor | None, Shares | None]:
+        """[D, D]: the stream's basis, and the shares dropped; None where there is none that drops less."""
+        sampled, held = self._sampled_blocks(), list[list[Term]]()
+        hidden = self.inputs.hidden
+        for index in self._visited():
+            fold_gains(self.model, self._block(index))
+            statistics = _Statistics.of(self._stream_linears(index) if index in sampled else {})
+            hidden = self._run(index, hidden, statistics.watched, statistics.see)
+            if terms := list(self._stream_terms(index, statistics)):
+                held.append(terms)
+        if not held:
+            return None, None
+
+        def loss(basis: Tensor, lines: int | None = LINES_A_STEP, blocks: int = BLOCKS_A_STEP) -> Tensor:
+            drawn = torch.randperm(len(held), generator=self.generator)[:blocks].tolist()
+            return _mean_loss([term for index in drawn for term in held[index]], basis, lines, self.generator)
+
+        start = torch.eye(hidden[0].shape[-1], device=_device(held[0]))
+        basis = learn_basis(loss, start, STREAM, fixes_ones=self.model.layout.centred)
+        before, after = (float(loss(each, None, len(held))) for each in (start, basis.float()))
+        return (basis, (before, after)) if after < before else (None, None)
+
+    def values(self, stream: Tensor | None) -> tuple[dict[int, Tensor], Shares | None]:
+        """{block: [G, F, F]}: bases of the values where the stream is in its basis already, and the mean shares."""
+        bases, shares = dict[int, Tensor](), list[Shares]()
+        hidden = self.inputs.hidden
+        if stream is not None:
+            hidden = [part @ stream.to(part) for part in hidden]
+        for index in self._visited():
+            if stream is not None:
+                rotate_block(self.model, index, Bases(stream))
+            statistics = _Statistics.of(self._value_linears(index))
+            hidden = self._run(index, hidden, statistics.watched, statistics.see)
+            terms = list(self._value_terms(index, statistics))
+            if not terms:
+                continue
+
+            def loss(basis: Tensor, lines: int | None = LINES_A_STEP, terms: list[Term] = terms) -> Tensor:
+                return _mean_loss(terms, basis, lines, self.generator)
+
+            heads = self.model.value_heads(self._block(index))
+            assert heads is not None
+            start = torch.eye(heads.width, device=_device(terms)).repeat(heads.groups, 1, 1)
+            basis = learn_basis(loss, start, VALUES)
+            before, after = (float(loss(each, None)) for each in (start, basis.float()))
+            if after < before:
+                bases[index] = basis
+                shares.append((before, after))
+        return bases, _mean(shares)
+
+    def _visited(self) -> Iterator[int]:
+        """Each block in turn, with weights of its own that may be changed, shown as linears."""
+        for index, block in enumerate(self.model.decoder.blocks):
+            with self.residence.visit(block), unfused(block):
+                yield index
+
+    def _block(self, index: int) -> nn.Module:
+        return self.model.decoder.blocks[index]
+
+    def _run(self, index: int, hidden: list[Tensor], watched: Sequence[str], see: _See) -> list[Tensor]:
+        """Carry the micro-batches through a block; `see` is told of what is watched, as in `run_watched`."""
+        block, moved = self._block(index), list[Tensor]()
+        device = next(block.parameters()).device
+        for tokens, part in zip(self.inputs.batches, hidden, strict=True):
+            call = self.inputs.calls(tokens, "rotation")[index]
+            seen, output = run_watched(block, call, part.to(device), watched)
+            moved.append(output.to(part.device))
+            for name, tensor in seen.items():
+                see(name, tensor)
+        return moved
+
+    def _stream_linears(self, index: int) -> dict[str, bool]:
+        """What of a block to watch for the stream's basis, and whether its whole Hessian is wanted."""
+        block = self._block(index)
+        readers = {f"{norm}()": True for norm, found in self.model.readers(block) if self._chosen(index, found)}
+        return readers | dict.fromkeys(self._chosen(index, self.model.writers(block)), False)
+
+    def _stream_terms(self, index: int, statistics: "_Statistics") -> Iterator[Term]:
+        block = self._block(index)
+        for norm, found in self.model.readers(block):
+            if f"{norm}()" in statistics.hessians:
+                chosen = self._chosen(index, found)
+                rows = [some(linear.out_features, LINES, self.generator) for linear in chosen.values()]
+                weights = [linear.weight.data[row] for linear, row in zip(chosen.values(), rows, strict=True)]
+                patterns = tuple(self._pattern(index, name) for name in chosen)
+                inverse = statistics.inverse(f"{norm}()")
+                yield InputTerm(tuple(weight.float() for weight in weights), patterns, inverse)
+        for name, linear in self._chosen(index, self.model.writers(block)).items():
+            if name in statistics.squares:
+                pattern = self._pattern(index, name)
+                columns = some(linear.in_features, LINES, self.generator, group_of(pattern))
+                yield OutputTerm(linear.weight.data[:, columns].float(), statistics.scale(name)[columns], pattern)
+
+    def _value_linears(self, index: int) -> dict[str, bool]:
+        """What of a block to watch for its values' basis, and whether its whole Hessian is wanted."""
+        values, heads = self.model.layout.values, self.model.value_heads(self._block(index))
+        if values is None or heads is None or not self._is_pruned(index, values.output):
+            return {}
+        return {values.output: True} | ({values.source: False} if self._is_pruned(index, values.source) else {})
+
+    def _value_terms(self, index: int, statistics: "_Statistics") -> Iterator[Term]:
+        values, heads = self.model.layout.values, self.model.value_heads(self._block(index))
+        if values is None or heads is None or values.output not in statistics.hessians:
+            return
+        rows = some(heads.output.out_features, LINES, self.generator)
+        inverse = _within_heads(statistics.inverse(values.output), heads)
+        yield HeadsTerm(heads.columns()[rows].float(), inverse, self._pattern(index, values.output))
+        if values.source in statistics.squares:
+            weight = heads.source.weight
+            assert isinstance(weight, Tensor)
+            scale = statistics.scale(values.source)
+            yield ValuesTerm(heads.rows(weight).float(), scale, self._pattern(index, values.source))
+
+    def _chosen(self, index: int, found: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+        """Of matrices found those that are pruned, and of a mixture's experts a few."""
+        expert_of = mixture_of(self._block(index)).expert_of
+        chosen = {}
+        for name, module in found.items():
+            expert = expert_of(name)
+            is_chosen = expert is None or expert[1] < EXPERTS
+            if is_chosen and isinstance(module, nn.Linear) and self._is_pruned(index, name):
+                chosen[name] = module
+        return chosen
+
+    def _pattern(self, index: int, name: str) -> Sparsity:
+        return self.patterns[self.model.decoder.prefix(index) + name]
+
+    def _is_pruned(self, index: int, name: str) -> bool:
+        full = self.model.decoder.prefix(index) + name
+        return full in self.patterns and self.patterns[full].zeros > 0
+
+    def _sampled_blocks(self) -> set[int]:
+        """Blocks with pruned linears, evenly spaced among them."""
+        prefixes = [prefix for prefix, _ in self.model.decoder.by_prefix()]
+        busy = [i for i, prefix in enumerate(prefixes) if any(name.startswith(prefix) for name in self.patterns)]
+        count = min(BLOCKS, len(busy))
+        return {busy[(2 * place + 1) * len(busy) // (2 * count)] for place in range(count)}
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What is gathered of the tensors [..., C] watched in a block. squares: [C], sums; hessians: [C, C]."""
+
+    whole: Mapping[str, bool]
+    squares: dict[str, Tensor]
+    hessians: dict[str, HessianAccumulator]
+
+    @classmethod
+    def of(cls, whole: Mapping[str, bool]) -> "_Statistics":
+        """Watch these, and sum up a Hessian of those for which it says True."""
+        return cls(whole, {}, {})
+
+    @property
+    def watched(self) -> list[str]:
+        """What to watch."""
+        return list(self.whole)
+
+    def see(self, name: str, tensor: Tensor) -> None:
+        """Take up what was watched."""
+        if self.whole[name]:
+            width = tensor.shape[-1]
+            self.hessians.setdefault(name, HessianAccumulator(width, tensor.device)).add(tensor)
+        else:
+            sums = tensor.float().flatten(0, -2).square().sum(0)
+            self.squares[name] = self.squares[name] + sums if name in self.squares else sums
+
+    def inverse(self, name: str) -> Tensor:
+        """[C, C]: (H + damping)^-1."""
+        hessian = DampedHessian(self.hessians[name].take(), DAMPING, name=name)
+        return hessian.inverse_factor.T @ hessian.inverse_factor
+
+    def scale(self, name: str) -> Tensor:
+        """[C]: diag H + damping."""
+        return self.squares[name] + DAMPING * self.squares[name].mean()
+
+
+def _within_heads(inverse_CC: Tensor, heads: ValueHeads) -> Tensor:
+    """[C, C] -> [G, H, F, F]: the parts of a matrix that lie within the heads."""
+    count = heads.output.in_features // heads.width
+    by_head = inverse_CC.unflatten(0, (count, heads.width)).unflatten(2, (count, heads.width))
+    diagonal = torch.stack([by_head[head, :, head] for head in range(count)])
+    return diagonal.unflatten(0, (heads.groups, -1))
+
+
+def _mean_loss(terms: Sequence[Term], basis: Tensor, lines: int | None, generator: torch.Generator) -> Tensor:
+    return torch.stack([loss for term in terms for loss in term.losses(basis, lines, generator)]).mean()
+
+
+def _device(terms: Sequence[Term]) -> torch.device:
+    first = terms[0]
+    return first.inverse.device if isinstance(first, InputTerm | HeadsTerm) else first.scale.device
+
+
+def _mean(shares: Sequence[Shares]) -> Shares | None:
+    if not shares:
+        return None
+    before, after = (sum(each) / len(shares) for each in zip(*shares, strict=True))
+    return before, after

@@ -251,7 +251,7 @@ class WorkFolder(Progress):
 def _mapped(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, whose pages they are."""
     with OpenTensors.of_file(path) as tensors:
-        return {name: tensors[name] for name in tensors}
+        return {name: tensors.mapped(name) for name in tensors}
 
 
 def unfinished_blocks(target: Path) -> int:

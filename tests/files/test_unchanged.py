@@ -37,7 +37,6 @@ def replace(path):
         (shorten, "it had 100 bytes and has 99"),
         (write_into, "somebody wrote into it"),
         (replace, "somebody wrote into it"),
-        (os.remove, "cannot be found any more"),
     ],
 )
 def test_a_changed_file_is_refused_before_it_is_read_and_after(tmp_path, change, said):
@@ -51,6 +50,13 @@ def test_a_changed_file_is_refused_before_it_is_read_and_after(tmp_path, change,
         change(path)
     with pytest.raises(SparseGPTError, match=f"{path}.*{said}"), files.meanwhile():
         pytest.fail("it was read")
+
+
+def test_the_pages_of_a_file_that_is_gone_are_not(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(100))
+    with Unchanged.since_now([path]).meanwhile():
+        path.unlink()
 
 
 def test_whatever_wrong_weights_lead_to_the_file_is_named(tmp_path):

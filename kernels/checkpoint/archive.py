@@ -296,7 +296,7 @@ def _room(tensors: OpenTensors, plan: _Plan, form: Form) -> int:
 def _stored_dtype(tensors: OpenTensors) -> torch.dtype:
     """The dtype of the model's matrices; the first one decides."""
     for name, shape in tensors.shapes().items():
-        if len(shape) == 2 and (dtype := tensors[name].dtype).is_floating_point:
+        if len(shape) == 2 and (dtype := tensors.dtype(name)).is_floating_point:
             return dtype
     return torch.bfloat16
 

@@ -15,6 +15,7 @@ from sparsegpt.cli.model_commands import evaluate_model, inspect, pack, unpack
 from sparsegpt.cli.options import Command
 from sparsegpt.cli.run_command import run
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.unchanged import bus_errors_told
 
 NAME = "sparsegpt"  # of the script, also where shells complete it
 WRONG_USAGE = 2  # the exit code
@@ -60,7 +61,8 @@ def main() -> None:
     """Run the command line; every refusal is one line on stderr, with exit code 1, or 2 for wrong usage."""
     try:
         _check_words(sys.argv)
-        code = app(prog_name=NAME, standalone_mode=False)
+        with bus_errors_told(say):
+            code = app(prog_name=NAME, standalone_mode=False)
     except SparseGPTError as error:
         say(str(error))
         code = 1

@@ -21,6 +21,12 @@ from sparsegpt.run.memory_plan import Plan
 WORST_LAYERS = 5
 # Letters of a text's name that a table shows whole.
 NAME_WIDTH = 30
+# Columns of scores: {heading: (letters of a line from which on there is room for it, (entry of the report, form))}.
+SCORES = {
+    "perplexity": (0, ("perplexity", "{:.4f}")),
+    "bits per byte": (52, ("bits_per_byte", "{:.4f}")),
+    "tokens/s": (60, ("tokens_per_second", "{:.0f}")),
+}
 
 
 class RunDisplay(Listener):
@@ -153,7 +159,7 @@ def print_plan(console: Console, model: str, planned: Plan) -> None:
 def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     """The closing tables of a run, and where its result lies."""
     if report["perplexity"]:
-        console.print(_score_table(report))
+        console.print(_score_table(report, console.width))
     console.print(_worst_layers(report["layers"]))
     seconds = ", ".join(f"{part} {value:.1f}" for part, value in report["seconds"].items())
     memory = f"{report['peak_memory_bytes'] / 2**20:.0f} MiB"
@@ -164,14 +170,16 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     print_line(console, f"saved {out}")
 
 
-def _score_table(report: dict[str, Any]) -> Table:
-    columns = ("data", "model", "perplexity", "bits per byte", "tokens/s")
-    table = new_table(*columns, broken=("data",), title=f"{report['model']} at {report['sparsity']}")
+def _score_table(report: dict[str, Any], width: int) -> Table:
+    columns = {name: entry for name, (least, entry) in SCORES.items() if width >= least}
+    title = f"{report['model']} at {report['sparsity']}"
+    table = new_table("data", "model", *columns, broken=("data",), title=title)
     shown = short_names(list(report["perplexity"]))
     for data, by_model in report["perplexity"].items():
-        for which, perplexity in by_model.items():
-            bits, speed = report["bits_per_byte"][data][which], report["tokens_per_second"][data][which]
-            table.add_row(shown[data], which, f"{perplexity:.4f}", f"{bits:.4f}", f"{speed:.0f}")
+        for which in by_model:
+            table.add_row(
+                shown[data], which, *(form.format(report[key][data][which]) for key, form in columns.values())
+            )
     return table
 
 

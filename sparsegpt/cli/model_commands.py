@@ -79,12 +79,13 @@ def evaluate_model(
     )
     if kernels is not None:
         say(_use_kernels(loaded.model, kernels))
-    scores = [
-        score_text(
-            loaded.model, loaded.tokenizer, text, length, batch_size=batch_size, bos=bos, max_windows=eval_windows
-        )
-        for text in texts
-    ]
+    with loaded.source.files.meanwhile():
+        scores = [
+            score_text(
+                loaded.model, loaded.tokenizer, text, length, batch_size=batch_size, bos=bos, max_windows=eval_windows
+            )
+            for text in texts
+        ]
     if as_json:
         print(json.dumps([asdict(score) for score in scores]))
     else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.files.unchanged import mapped_file
 from sparsegpt.strips import strips
 
 # Smaller tensors are not worth a file of their own.
@@ -23,17 +24,7 @@ SMALL = 1 << 20
 
 def is_mapped(tensor: Tensor) -> bool:
     """Whether the tensor's memory is mapped from a file. Where the system does not tell (no /proc), False."""
-    address = tensor.data_ptr()
-    try:
-        with Path("/proc/self/maps").open(encoding="utf-8") as maps:
-            for line in maps:
-                span, _, _, _, inode, *_ = line.split(maxsplit=5)
-                start, end = (int(part, 16) for part in span.split("-"))
-                if start <= address < end:
-                    return inode != "0"
-    except OSError:
-        pass
-    return False
+    return mapped_file(tensor.data_ptr()) is not None
 
 
 def mapped_empty(shape: torch.Size | list[int], dtype: torch.dtype, folder: Path) -> Tensor:

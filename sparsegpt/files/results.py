@@ -142,6 +142,7 @@ def claimed(target: Path) -> Iterator[Path]:
     """
     folder = unfinished_folder(target)
     with writing(folder):
+        made = [parent for parent in folder.parents if not parent.exists()]
         lock = _acquire(folder, target)
     try:
         with writing(folder):
@@ -153,6 +154,8 @@ def claimed(target: Path) -> Iterator[Path]:
                 # The lock last, because whoever finds none may begin here.
                 (folder / LOCK).unlink(missing_ok=True)
                 folder.rmdir()
+                for parent in made:  # where nothing came of it; a folder with a result in it stays
+                    parent.rmdir()
         lock.release()
 
 

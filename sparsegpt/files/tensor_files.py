@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError, first_line
-from sparsegpt.files.headers import CODES, Header, check_storable, read_header
+from sparsegpt.files.headers import CODES, Header, check_storable, read_header, stored_dtype
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -59,15 +59,17 @@ def header_room(names: Iterable[str]) -> int:
 
 
 class OpenTensors:
-    """Tensors of several files {tensor name: file}, each file mapped once, each tensor read when asked for.
+    """Tensors of several files {tensor name: file}, each file opened once, each tensor read when asked for.
 
-    Use as a context manager; iterates over the names. Whatever is wrong with a file is a SparseGPTError that names it.
+    Use as a context manager; iterates over the names. Whatever is wrong with a file is a SparseGPTError that names it,
+    one that becomes shorter meanwhile too.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
         self._stack = ExitStack()
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, tuple[IO[bytes], Header]] = {}
+        self._pages: dict[Path, Any] = {}
 
     @classmethod
     def of_file(cls, path: Path) -> OpenTensors:
@@ -84,30 +86,52 @@ class OpenTensors:
         return iter(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
-        with _naming(self._files[name]):
-            tensor: Tensor = self._file(name).get_tensor(name)
-        return tensor
+        return self._read(name, self._entry(name)["shape"])
 
     def row(self, name: str, index: int) -> Tensor:
         """`self[name][index]`, without reading the rest of the tensor."""
-        with _naming(self._files[name]):
-            tensor: Tensor = self._file(name).get_slice(name)[index]
+        return self._read(name, self._entry(name)["shape"][1:], index)
+
+    def mapped(self, name: str) -> Tensor:
+        """`self[name]` as pages of the file, which must stay as it is for as long as they are used (unchanged.py)."""
+        path = self._files[name]
+        self._entry(name)  # says more of what is wrong than the library does
+        with _naming(path):
+            if path not in self._pages:
+                self._pages[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            tensor: Tensor = self._pages[path].get_tensor(name)
         return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """`self[name].dtype`, without reading the tensor."""
+        return stored_dtype(self._files[name], name, self._entry(name)["dtype"])
 
     def shapes(self) -> dict[str, list[int]]:
         """{tensor name: shape}, from the headers; SparseGPTError for a file that is cut short or lacks a tensor."""
-        headers = {path: read_header(path).entries for path in dict.fromkeys(self._files.values())}
-        for name, path in self._files.items():
-            if name not in headers[path]:
-                raise SparseGPTError(f"{path}: the index promises {name}, which is not there; copy the folder again")
-        return {name: headers[path][name]["shape"] for name, path in self._files.items()}
+        return {name: self._entry(name)["shape"] for name in self._files}
 
-    def _file(self, name: str) -> Any:
+    def _read(self, name: str, shape: list[int], row: int = 0) -> Tensor:
+        path, entry = self._files[name], self._entry(name)
+        file, header = self._open[path]
+        # Said, because loaders make models with another device as the default, "meta" among them.
+        tensor = torch.empty(shape, dtype=self.dtype(name), device="cpu")
+        with _naming(path):
+            file.seek(header.data_start + entry["data_offsets"][0] + row * tensor.nbytes)
+            if file.readinto(memoryview(_bytes_of(tensor))) != tensor.nbytes:  # type: ignore[attr-defined]
+                raise SparseGPTError(f"{path} became shorter while it was read, {name} is cut: copy or create it again")
+        return tensor
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        """What the file says of a tensor."""
         path = self._files[name]
         if path not in self._open:
-            read_header(path)  # says more of what is wrong than the library does
-            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        return self._open[path]
+            header = read_header(path)
+            with _naming(path):
+                self._open[path] = self._stack.enter_context(path.open("rb")), header
+        entries = self._open[path][1].entries
+        if name not in entries:
+            raise SparseGPTError(f"{path}: the index promises {name}, which is not there; copy the folder again")
+        return entries[name]
 
 
 @contextmanager

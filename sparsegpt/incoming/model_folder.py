@@ -37,7 +37,9 @@ def check_folder(folder: Path) -> None:
         )
     of_safetensors = any(folder.glob("*.safetensors"))
     for index in sorted(folder.glob("*.index.json")):
-        if not of_safetensors or ".safetensors." in index.name:  # those of other forms are not read then
+        single = folder / index.name.removesuffix(".index.json")
+        # Those of other forms are not read then, nor is one beside the whole file.
+        if (not of_safetensors or ".safetensors." in index.name) and not single.is_file():
             read_index(index)
     for path in sorted(folder.glob("*.safetensors")):
         read_header(check_inside(folder, path))

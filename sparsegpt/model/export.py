@@ -40,7 +40,7 @@ def write_beside(loaded: LoadedModel, folder: Path) -> None:
 def write_weights(loaded: LoadedModel, folder: Path) -> None:
     """Write the weights alone."""
     names = _TensorNames(loaded)
-    with ShardedWriter(folder, header_room(names.written)) as writer:
+    with loaded.source.files.meanwhile(), ShardedWriter(folder, header_room(names.written)) as writer:
         for part in _parts(loaded.decoder):
             for name, tensor in names.of_part(part):
                 writer.add((name, tensor))

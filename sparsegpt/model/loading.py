@@ -120,17 +120,19 @@ def load_model(
     loaded = LoadedModel(name, model, tokenizer, source, stored, asked, tied=is_tied(model))
     _check_loaded(name, model, tokenizer, info)
     if stream_through is None:
-        _check_finite(name, model)
-        model.to(target)
+        with source.files.meanwhile():
+            _check_finite(name, model)
+            model.to(target)
         return loaded
     working = {}
     if loaded.asked is None and getattr(config, "quantization_config", None) is None:
         working = restore_dtypes(loaded.names, source, model, (stored, computing), stream_through)
-    loaded.content = _check_finite(name, model)
+    with source.files.meanwhile():
+        loaded.content = _check_finite(name, model)
     loaded.notes = (*_surplus_note(loaded, info["unexpected_keys"]), *source.notes())
     if computing != stored:
         _compute_tables(model, stored, computing)
-    loaded.residence = Residence(target, computing, stored, reversible=True, working=working)
+    loaded.residence = Residence(target, computing, stored, reversible=True, working=working, files=source.files)
     loaded.residence.attach(loaded.decoder, keep=_has_room(model, target))
     return loaded
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.files.unchanged import Unchanged
 from sparsegpt.model.decoder import DecoderModel
 
 
@@ -23,7 +24,8 @@ class Residence:
     device, dtype: of the copies; None for the device where each parameter is. stored: the dtype of the parameters at
     home that are computed in `dtype`; others keep their own, except those of `working`: {parameter: the dtype that it
     is computed in}. reversible: remember the tensors that settled ones replace, which costs nothing where they are
-    mapped from files.
+    mapped from files. files: those whose pages the parameters at home may be; each read of them looks whether they are
+    as they were, and is a SparseGPTError where they are not.
     """
 
     device: torch.device | None
@@ -31,6 +33,7 @@ class Residence:
     stored: torch.dtype
     reversible: bool = False
     working: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
+    files: Unchanged = field(default_factory=Unchanged)
     # The tensors at home of every parameter that is at work now; those that a settled one had before; nested visits.
     _home: dict[Tensor, Tensor] = field(default_factory=dict)
     _originals: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -152,7 +155,8 @@ class Residence:
         self._home[table] = table.data
         module.__dict__["padding_idx"] = None  # matters to gradients alone, and would point outside of the few rows
         wanted, rows = tokens.to(table.device).unique(return_inverse=True)
-        table.data = table.data[wanted].to(self.device, self._working_dtype(table))
+        with self.files.meanwhile():
+            table.data = table.data[wanted].to(self.device, self._working_dtype(table))
         rows = rows.to(self.device)
         return (args, {**kwargs, name: rows}) if name else ((rows, *args[1:]), kwargs)
 
@@ -168,8 +172,8 @@ class Residence:
     def _bring(self, module: nn.Module, brought: list[Tensor]) -> None:
         """Copy to work what is at home, and note it in `brought`, one parameter at a time."""
         arriving = [parameter for parameter in module.parameters() if parameter not in self._home]
-        for parameter in arriving:
-            if parameter not in self._home:  # a parameter of two names comes once
+        with self.files.meanwhile():
+            for parameter in arriving:
                 self._home[parameter] = parameter.data
                 brought.append(parameter)
                 dtype = self._working_dtype(parameter)

@@ -23,6 +23,7 @@ from sparsegpt.files.headers import read_header, stored_dtype
 from sparsegpt.files.inside import check_inside
 from sparsegpt.files.model_files import CONFIG, check_name, indexed_names, read_config, read_index
 from sparsegpt.files.tensor_files import INDEX, WEIGHTS, OpenTensors
+from sparsegpt.files.unchanged import Unchanged
 
 # Where transformers looks for weights, the first that is there.
 WEIGHT_FILES = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -48,19 +49,25 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder. tensors: those of the files that the loader reads, by name; beside: its other files."""
+    """A model's folder. tensors: those of the files that the loader reads, by name; beside: its other files.
+
+    files: those of the weights, as they were when the folder was looked at.
+    """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
     beside: Beside
+    files: Unchanged
 
     @classmethod
     def of(cls, folder: Path) -> "Source":
         """Look at a folder; SparseGPTError, naming the file, where it is not whole."""
         tensors: dict[str, StoredTensor] = {}
-        for path in weight_paths(folder):
+        paths = weight_paths(folder)
+        files = Unchanged.since_now(paths)
+        for path in paths:
             tensors |= _tensors_of(path)
-        return cls(folder, tensors, Beside.of(folder))
+        return cls(folder, tensors, Beside.of(folder), files)
 
     @functools.cached_property
     def dtype(self) -> torch.dtype | None:
@@ -94,14 +101,14 @@ class Source:
         return content
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """These tensors with their names, file by file, each read when its turn comes."""
+        """These tensors with their names, file by file, as pages of the files where their form allows that."""
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.tensors[name].file].append(name)
         for path, inside in by_file.items():
             if path.suffix == ".safetensors":
                 with OpenTensors(dict.fromkeys(inside, path)) as tensors:
-                    yield from ((name, tensors[name]) for name in inside)
+                    yield from ((name, tensors.mapped(name)) for name in inside)
             else:
                 content = _unpickled(path)
                 yield from ((name, content[name]) for name in inside)

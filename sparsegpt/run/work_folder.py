@@ -21,21 +21,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Required, TypedDict
 
 from torch import Tensor
 
 from sparsegpt.driver.progress import Progress
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport, RotationReport
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.folders import flush
 from sparsegpt.files.model_files import weight_files
 from sparsegpt.files.results import check_target, claimed, filled, is_whole, unfinished_folder, writing
 from sparsegpt.files.tensor_files import WEIGHTS, OpenTensors, ShardedWriter, header_room, verify_checksums
-
-if TYPE_CHECKING:
-    pass
+from sparsegpt.files.typed_json import misfit
 
 VERSION = 1
 NO_ROTATION = asdict(RotationReport(None, None, 0, 0))
@@ -46,6 +45,25 @@ _OWN = re.compile(
     r"|bases\.safetensors|outside-[a-z0-9-]+\.safetensors"
     r"|beside|\.sparsegpt-\w+"
 )
+
+
+class State(TypedDict, total=False):
+    """What state.json holds."""
+
+    version: Required[int]
+    identity: dict[str, Any]
+    replaces: bool
+    micro_batch: int
+    rotation: RotationReport
+    layers: list[LayerReport]
+    blocks: list[BlockReport]
+    epochs: list[EpochReport]
+    warnings: list[str]
+    seconds: dict[str, float]
+    run_seconds: dict[str, float]
+    surroundings: dict[str, str]
+    evaluation: dict[str, Any]
+    scores: dict[str, dict[str, TextScore]]
 
 
 class ResumeError(SparseGPTError):
@@ -219,6 +237,8 @@ class WorkFolder(Progress):
             raise SparseGPTError(f"{error}: give --overwrite instead of --resume to start again") from error
         if state.get("version") != VERSION:
             raise SparseGPTError(f"{path} is not of this version: give --overwrite instead of --resume to start again")
+        if wrong := misfit(state, State, "state"):
+            raise SparseGPTError(f"{path} is damaged ({wrong}): give --overwrite instead of --resume to start again")
         if self.resume:
             self.state = state
         elif state.get("blocks"):
@@ -289,7 +309,7 @@ class WorkFolder(Progress):
 def _mapped(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, whose pages they are."""
     with OpenTensors.of_file(path) as tensors:
-        return {name: tensors[name] for name in tensors}
+        return {name: tensors.mapped(name) for name in tensors}
 
 
 def unfinished_blocks(target: Path) -> int:

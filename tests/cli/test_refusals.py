@@ -165,6 +165,14 @@ def test_less_than_one_percent_is_doubted(run):
 # Models that are none
 
 
+def test_a_model_that_is_not_to_be_had_leaves_no_folder(run_cli, text_file, tmp_path, monkeypatch):
+    """Neither the default output folder, nor the one around it."""
+    monkeypatch.chdir(tmp_path)
+    outcome = run_cli("run", "--model=nobody/no-such-model", "--sparsity=2:4", f"--calib={text_file}", "--eval=none")
+    outcome.refused("'nobody/no-such-model'", "without network")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_packed_folder_is_to_be_unpacked(run, run_cli, tmp_path):
     assert run().code == 0
     assert run_cli("pack", "out", "packed").code == 0
@@ -369,9 +377,9 @@ def report_on(*texts: str) -> dict:
     }
 
 
-def printed(print_, *arguments: object) -> str:
+def printed(print_, *arguments: object, width: int | None = 80) -> str:
     file = io.StringIO()
-    print_(Console(width=80, markup=False, emoji=False, highlight=False, file=file), *arguments)
+    print_(Console(width=width, markup=False, emoji=False, highlight=False, file=file), *arguments)
     return file.getvalue()
 
 
@@ -403,6 +411,19 @@ def test_texts_that_differ_in_their_last_letters_stay_apart(texts, tmp_path):
     named = column(table, 0)[:4]
     assert named == [short_names(texts)[text] for text in texts for _ in range(2)]
     assert len(set(named)) == 2
+    assert column(table, 2)[:4] == ["12.5000", "14.5000"] * 2
+
+
+@pytest.mark.parametrize(("width", "headings"), [(40, 3), (50, 3), (55, 4), (59, 4), (60, 5)])
+def test_a_narrow_terminal_shows_names_and_whole_numbers(monkeypatch, width, headings, tmp_path):
+    """What it has no room for stands in report.json."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    texts = ("wikitext2", f"{LONG}a.txt")
+    table = printed(print_report, report_on(*texts), tmp_path, width=None)
+    rows = [line for line in table.splitlines() if line.startswith("│")]
+    assert all(len(line) <= width for line in rows)
+    assert rows[0].count("│") == headings + 1
+    assert column(table, 0)[:4] == [short_names(texts)[text] for text in texts for _ in range(2)]
     assert column(table, 2)[:4] == ["12.5000", "14.5000"] * 2
 
 

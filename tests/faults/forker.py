@@ -110,6 +110,7 @@ def child(job: dict) -> None:
         for stream, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(job.get("cwd", "."))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if job.get("user"):
             os.setgid(job["user"])

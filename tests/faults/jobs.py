@@ -19,6 +19,8 @@ from tests.support import CHILD_ENVIRONMENT
 TIMEOUT = 300.0
 NOBODY = 65534
 OLD = {"precious": b"old"}
+# What is done to a command before it has ended, see `Forker.finish`.
+ENDING = ("kill_after", "when", "disturb")
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,29 @@ class Forker:
         self.server.stdin.write(json.dumps(request).encode() + b"\n")
         return self._answer(TIMEOUT)
 
-    def finish(self, process: int, kill_after: float | None = None, when: Callable[[], bool] = lambda: True) -> Outcome:
-        """Wait for its end; with `kill_after`, end it by SIGKILL so many seconds after `when` is true."""
+    def finish(
+        self,
+        process: int,
+        kill_after: float | None = None,
+        when: Callable[[], bool] = lambda: True,
+        disturb: Callable[[], object] | None = None,
+    ) -> Outcome:
+        """Wait for its end, and meanwhile, as soon as `when` is true, do something to it.
+
+        kill_after: end it by SIGKILL so many seconds later. disturb: call this while it stands still.
+        """
         code = None
-        if kill_after is not None:
+        if kill_after is not None or disturb is not None:
             while code is None and not when():
                 code = self._answer(0.003)
+        if kill_after is not None:
             code = self._answer(kill_after) if code is None else code
             if code is None:
                 os.kill(process, signal.SIGKILL)
+        elif disturb is not None and code is None:
+            os.kill(process, signal.SIGSTOP)
+            disturb()
+            os.kill(process, signal.SIGCONT)
         if code is None:
             code = self._answer(TIMEOUT)
         if code is None:
@@ -107,8 +123,8 @@ class Forker:
         return Outcome(code, out, err, time.perf_counter() - self.began)
 
     def run(self, arguments: list[object], **job: Any) -> Outcome:
-        """Start a command and wait for its end; `kill_after` and `when` as in `finish`."""
-        ending = {name: job.pop(name) for name in ("kill_after", "when") if name in job}
+        """Start a command and wait for its end; `kill_after`, `when` and `disturb` as in `finish`."""
+        ending = {name: job.pop(name) for name in ENDING if name in job}
         return self.finish(self.start(arguments, **job), **ending)
 
     def _answer(self, timeout: float) -> int | None:
@@ -141,8 +157,8 @@ class Job:
         ]
 
     def run(self, out: Path, *extra: object, **options: Any) -> Outcome:
-        """Run it; `fault`, `user`, `kill_after` and `when` are for the server, other keyword arguments are flags."""
-        job = {name: options.pop(name) for name in ("fault", "user", "kill_after", "when") if name in options}
+        """Run it; `fault`, `user` and ENDING are for the server, other keyword arguments are flags."""
+        job = {name: options.pop(name) for name in ("fault", "user", *ENDING) if name in options}
         return self.forker.run(self.arguments(out, *extra, **options), **job)
 
     def resume(self, out: Path) -> None:

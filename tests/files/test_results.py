@@ -212,3 +212,16 @@ def test_a_failing_command_leaves_the_old_result_and_nothing_else(result):
     assert json.loads((result / MARKER).read_text()) == before
     assert is_whole(result)
     assert [path.name for path in result.parent.iterdir()] == ["result"]
+
+
+def test_folders_that_were_made_for_nothing_go(tmp_path):
+    """Those that were there stay, and so does everything around a result."""
+    (tmp_path / "there").mkdir()
+    for target in (tmp_path / "there" / "new" / "deep" / "result", tmp_path / "other" / "result"):
+        with pytest.raises(ZeroDivisionError), claimed(target):
+            raise ZeroDivisionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    result = tmp_path / "new" / "result"
+    with new_result(result, "test", overwrite=False) as draft:
+        (draft / "file").touch()
+    assert (result / "file").exists()

@@ -11,13 +11,14 @@ import torch
 
 from sparsegpt.files.checked_json import read_checked
 from sparsegpt.files.results import MARKER
+from sparsegpt.model.loading import load_model
 from sparsegpt.run.job import Listener, run
 from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import plan_run
 from sparsegpt.settings.prune_settings import resolve_settings
 from tests.architectures import tiny_variant, tiny_wrapper
 from tests.model.test_source import hub, in_cache  # noqa: F401 - a fixture
-from tests.support import assert_pattern, logits_of, random_windows, refused, save_model, save_tokenizer
+from tests.support import assert_pattern, logits_of, random_windows, refused, save_model, save_tokenizer, tiny_model
 
 SETTINGS = resolve_settings("2:4", "paper")
 
@@ -335,3 +336,25 @@ def test_links_that_lead_out_of_the_source_are_told_and_refused_where_the_result
     with refused("links out of its folder", "tokenizer.json"):
         run(changed(options, overwrite=True), SETTINGS, watch)
     assert watch.blocks == 0
+
+
+STALE = {"pytorch_model.bin.index.json": "pytorch_model-00001-of-00002.bin"}
+OTHER = {"model.safetensors.index.json": "model-00001-of-00009.safetensors"}
+
+
+@pytest.mark.parametrize(("shards", "stale"), [("1MB", STALE), ("30KB", STALE), ("1MB", STALE | OTHER)])
+def test_an_index_of_weights_that_are_not_there_misleads_nobody(options, hub, shards, stale):  # noqa: F811
+    """As in Llama-2-hf, which holds safetensors and the index of the pickled files that were there before."""
+    model = save_model(Path(options.model))
+    tiny_model("llama").save_pretrained(model, max_shard_size=shards)
+    for name, shard in stale.items():
+        (model / name).write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": shard}}))
+    in_cache(model, hub)
+    for name in (options.model, "org/tiny"):
+        run(changed(options, model=name, overwrite=True), SETTINGS)
+        written = {path.name for path in options.out.iterdir()}
+        assert not {path for path in written if path.endswith(("index.json", ".bin"))}
+        weights = tensors(options.out)
+        assert_pattern(weights["model.layers.0.mlp.up_proj.weight"], "2:4")
+        logits = logits_of(load_model(str(options.out), device="cpu").model, random_windows())
+        assert torch.isfinite(logits).all()

@@ -27,6 +27,8 @@ _ARGUMENTS = {
     "matmul": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 2,
     "swiglu": [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2,
     "integer": [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 3,
+    "masked": [_POINTER] * 11 + [_LONG] * 4 + [_INT] * 2,
+    "expand": [_POINTER] * 5 + [_LONG] * 4 + [_INT] * 2,
     "dense": [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2,
     "norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT] + [_INT] * 2,
     "unpack": [_POINTER] * 3 + [_LONG] * 3 + [_INT] * 2,

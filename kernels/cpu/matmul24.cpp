@@ -270,7 +270,7 @@ TARGET inline void store_eight(const float* sums, bf16* out) {
 
 #include "products24.h"
 
-// Rows in fours for one token as well, fetched into the second-level cache: 1.5 times as fast as a row at a time.
+// Rows in fours for one token as well: four streams, fetched into the second-level cache, are read faster than one.
 TARGET void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += 4) {
     int64_t t = 0;

@@ -90,10 +90,12 @@ def kernels_table(bench: KernelBench) -> Table:
         "kernel",
         "us",
         "GB/s",
+        "read, us",
+        "of it",
         "against dense",
         "against best dense",
         "ceiling",
-        title=f"{bench.device}: a copy reaches {bench.bandwidth:.0f} GB/s",
+        title=f"{bench.device}: a copy reaches {bench.bandwidth:.0f} GB/s; read: of as many bytes, in the same rounds",
     )
     for row in bench.rows:
         table.add_row(
@@ -103,6 +105,8 @@ def kernels_table(bench: KernelBench) -> Table:
             row.kernel + (" *" if row.chosen else ""),
             f"{row.microseconds:.0f}" if row.microseconds >= 1000 else f"{row.microseconds:.3g}",
             f"{row.gigabytes_per_second:.1f}",
+            f"{row.read_microseconds:.3g}",
+            f"{row.read_microseconds / row.microseconds:.0%}",
             f"{row.speedup:.2f}x",
             f"{row.speedup_over_best_dense:.2f}x",
             f"{row.ceiling:.2f}x",

@@ -335,6 +335,12 @@ TARGET inline __m512i times(__m512i weights, float scale) {
 TARGET inline void put(__m512i weights, bf16* out) { _mm512_storeu_si512(out, weights); }
 
 #include "masked_products.h"
+#include "tiles.h"
+
+template <class K, class T>
+AMX void rows_on_tiles(const Masked<K, bf16, T>& p, int64_t begin, int64_t end) {
+  rows_tiled(p, begin, end, SpreadRows<K, bf16, T>{p, {}});
+}
 
 }  // namespace with_bf16
 #undef TARGET
@@ -366,6 +372,11 @@ void product(const Weight& gate, const Weight& up, const T* inputs, Output<T> to
              int64_t group, int threads, int level) {
 #if X86
   if constexpr (std::is_same_v<T, bf16>) {
+    if (level >= kAmx && tokens >= kTiledTokens) {
+      const std::vector<bf16> pairs = with_bf16::in_pairs(inputs, tokens, columns);
+      return run(problem<K>(gate, pairs.data(), to, columns, tokens, group),
+                 problem<K>(up, pairs.data(), to, columns, tokens, group), threads, with_bf16::rows_on_tiles<K, T>);
+    }
     if (level >= kAvx512Bf16) {
       auto rows = tokens < with_bf16::kManyTokens ? with_bf16::rows_few<K, bf16, T> : with_bf16::rows_many<K, bf16, T>;
       return run(problem<K>(gate, inputs, to, columns, tokens, group),

@@ -40,11 +40,11 @@ TARGET int64_t tiles_block(const P& p, const X* block, int64_t first, int64_t le
   return t;
 }
 
-// sums [tokens, kRows] to their places, eight at once where nothing else is to be done to them.
+// sums [tokens, kRows] to their places, from token `first` on; eight at once where nothing else is to be done to them.
 template <class T>
-TARGET void put_rows(const Output<T>& to, int64_t n, int64_t rows, int64_t tokens, const float* sums) {
+TARGET void put_rows(const Output<T>& to, int64_t n, int64_t rows, int64_t first, int64_t tokens, const float* sums) {
   const bool whole = rows == kRows && !to.gate && !to.bias;
-  for (int64_t t = 0; t < tokens; t++, sums += kRows) {
+  for (int64_t t = first; t < first + tokens; t++, sums += kRows) {
     if (whole) store_eight(sums, to.out + t * to.rows + n);
     for (int64_t r = 0; r < rows && !whole; r++) to.put(n + r, t, sums[r]);
   }
@@ -65,6 +65,6 @@ TARGET void rows_blocked(const P& p, int64_t begin, int64_t end, Spread spread) 
       t = tiles_block<kTokens / 2>(p, block, 32 * first, 32 * words, sums.data(), t);
       tiles_block<1>(p, block, 32 * first, 32 * words, sums.data(), t);
     }
-    put_rows(p.to, n, rows, p.tokens, sums.data());
+    put_rows(p.to, n, rows, 0, p.tokens, sums.data());
   }
 }

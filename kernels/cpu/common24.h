@@ -18,13 +18,17 @@
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")))
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,avx2,fma,f16c")))
+#define AMX                                                                                              \
+  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2," \
+                        "avx2,fma,f16c")))
 #else
 #define X86 0
 #endif
 
 namespace {
 
-enum Level { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Level { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+constexpr int64_t kTiledTokens = 16;  // from so many on AMX tiles are taken
 
 using bf16 = uint16_t;
 

@@ -95,7 +95,7 @@ TARGET inline void spread(const Masked<K, X, T>& p, int64_t n, int64_t first, in
 template <class K, class X, class T>
 struct SpreadRows {
   const Masked<K, X, T>& p;
-  int64_t at[kRows];
+  int64_t at[32];
   TARGET void operator()(int64_t n, int64_t r, int64_t first, int64_t words, X* row) {
     if (first == 0) at[r] = p.offsets[n + r];
     spread(p, n + r, first, words, at[r], row);

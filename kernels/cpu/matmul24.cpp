@@ -17,8 +17,13 @@
 
 #include <type_traits>
 
+#if X86
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -284,6 +289,12 @@ TARGET void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
   }
 }
 
+#include "tiles.h"
+
+AMX void rows_on_tiles(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
+  rows_tiled(p, begin, end, Spread24<bf16, bf16>{p});
+}
+
 TARGET void unpack(const uint16_t* values, const uint32_t* meta, uint16_t* dense, int64_t columns) {
   for (int64_t w = 0; w < columns / 32; w++)
     _mm512_storeu_si512(dense + 32 * w, spread(load_16(values + 16 * w), meta[w]));
@@ -320,6 +331,11 @@ void product(const T* gate_values, const uint32_t* gate_meta, const T* values, c
              Output<T> to, int64_t columns, int64_t tokens, int threads, int level) {
 #if X86
   if constexpr (std::is_same_v<T, bf16>) {
+    if (level >= kAmx && tokens >= kTiledTokens) {
+      const std::vector<bf16> pairs = in_bf16::in_pairs(inputs, tokens, columns);
+      Problem<bf16, bf16> gate{gate_values, gate_meta, pairs.data(), columns, tokens, to};
+      return run(gate, {values, meta, pairs.data(), columns, tokens, to}, threads, in_bf16::rows_on_tiles);
+    }
     Problem<bf16, bf16> gate{gate_values, gate_meta, inputs, columns, tokens, to};
     Problem<bf16, bf16> up{values, meta, inputs, columns, tokens, to};
     const auto rows = tokens < kManyTokens<bf16> ? in_bf16::rows_few : in_bf16::rows_many<bf16, bf16>;
@@ -353,6 +369,19 @@ int sparse24_level() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kPlain;
+}
+
+// Whether there are AMX tiles for bfloat16, and the system lets this process use them.
+int sparse24_has_tiles() {
+#if X86 && defined(__linux__)
+  unsigned a, b, c, d;
+  if (sparse24_level() < kAvx512Bf16 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  const bool tiles = d >> 22 & 1 && d >> 24 & 1;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return tiles && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return 0;
+#endif
 }
 
 // inputs [tokens, columns], out [tokens, rows], bias [rows] or null, all bfloat16.

@@ -41,7 +41,7 @@ def test_kernel_rows(beside_own_dense: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert {("library", "bfloat16", 64, 1), ("dense", "float32", 32, 40)} <= found
     assert ((OWN_DENSE, "bfloat16", 64, 40) in found) == own_dense
     for row in measured.rows:
-        assert row.microseconds > 0 and row.gigabytes_per_second > 0
+        assert row.microseconds > 0 and row.gigabytes_per_second > 0 and row.read_microseconds > 0
         if row.kernel == "library":
             assert row.speedup == row.ceiling == 1 and row.speedup_over_best_dense <= 1
         elif row.kernel == OWN_DENSE:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.cpu.bitmask import Masked, prepare, refusal, run, run_swiglu, unpack_fast
 from sparsegpt.kernels.cpu.library import LEVELS, machine_level
 from sparsegpt.kernels.format.bitmask import pack_bitmask, unpack_bitmask
@@ -12,7 +13,7 @@ from tests.kernels.helpers import relative_error, sparse_weight
 
 # float32 sums of products of up to 1100 terms; one rounding to 8 bits for bfloat16, of dense integers two
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
-HERE = LEVELS[: LEVELS.index(machine_level() or "plain") + 1]
+HERE = LEVELS[: library.level_number(library.best_level()) + 1]
 KINDS = [(None, torch.bfloat16), (None, torch.float32), (8, torch.bfloat16), (4, torch.bfloat16)]
 CASES = [(1, 1, 0.5), (5, 33, 0.0), (64, 288, 0.5), (67, 352, 0.99), (33, 700, 0.7), (11, 1100, 0.3), (4, 64, 1.0)]
 pytestmark = pytest.mark.skipif(machine_level() is None, reason="no C++ compiler here")

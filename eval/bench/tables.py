@@ -13,6 +13,7 @@ from sparsegpt.eval.bench.memory import MemoryRow
 from sparsegpt.eval.bench.pipeline import PipelineRow
 from sparsegpt.eval.bench.quality import LADDER, QualityRow
 from sparsegpt.eval.bench.solver import SolverRow
+from sparsegpt.eval.bench.sparsity import SparsityRow
 from sparsegpt.kernels.dispatch.measured import ANY, KernelRow, Measured, dtype_name, in_words
 from sparsegpt.run.memory import readable
 from sparsegpt.settings.prune_settings import PRESETS
@@ -110,6 +111,24 @@ def kernels_table(bench: KernelBench) -> Table:
             f"{row.speedup:.2f}x",
             f"{row.speedup_over_best_dense:.2f}x",
             f"{row.ceiling:.2f}x",
+        )
+    return table
+
+
+def sparsity_table(rows: Sequence[SparsityRow]) -> Table:
+    """The table of `bench sparsity`; microseconds, and how many times as fast as the faster dense product."""
+    titles = ("pattern", "tokens", "library", "in huge pages", "CSR", "ours", "route", "ours", "CSR", "claimed")
+    table = Table(*titles, title="microseconds; then times as fast as the faster dense product")
+    for row in rows:
+        times = (row.library_microseconds, row.huge_pages_microseconds, row.csr_microseconds, row.microseconds)
+        table.add_row(
+            row.pattern,
+            str(row.tokens),
+            *("" if taken is None else f"{taken:.0f}" for taken in times),
+            row.route,
+            f"{row.speedup:.2f}x",
+            "" if row.csr_speedup is None else f"{row.csr_speedup:.2f}x",
+            "" if row.claimed is None else "{}x to {}x".format(*row.claimed),
         )
     return table
 

@@ -78,12 +78,12 @@ def call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[float, ...], weigh
     of LEVELS, None for the machine's. Raises SparseGPTError for a path that the machine does not have.
     """
     # a small product costs a few microseconds, so each step here counts: map, and a cache with one key
-    function, number = atbest_level(name) if level is None else (find_function(name), level_number(level))
+    function, number = at_best_level(name) if level is None else (find_function(name), level_number(level))
     function(*map(_ADDRESS, tensors), *sizes, 1 if weights < _SMALL else torch.get_num_threads(), number)
 
 
 @cache
-def atbest_level(name: str) -> tuple[Any, int]:
+def at_best_level(name: str) -> tuple[Any, int]:
     """A function of the library and the number of the machine's path."""
     return find_function(name), level_number(best_level())
 

@@ -119,7 +119,7 @@ def _tensors(weight: Masked) -> tuple[Tensor, ...]:
 
 
 def _is_settled(weight: Masked) -> bool:
-    return len(weight.offsets) == weight.shape[0] + 1
+    return len(weight.offsets) == weight.shape[0] + 1 and weight.offsets.dtype == torch.int64
 
 
 def _bits(weight: Masked) -> int | None:

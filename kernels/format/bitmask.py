@@ -2,7 +2,7 @@
 
     values  [V + 32]             kept weights, row by row in input order; 32 zeros follow, so that a kernel may read on
     mask    [N, Kp / 32] int32   bit i of word w is column 32 w + i: set where a weight is kept
-    offsets [N + 1] int64        row n is values[offsets[n] : offsets[n + 1]]; or
+    offsets [N + 1] int32        row n is values[offsets[n] : offsets[n + 1]]; int64 from 2^31 values on; or
             [1]                  the number of kept weights in a row, where every row keeps as many (n:m patterns)
     Kp = K rounded up to a multiple of 32; the bits of the columns added are 0
 
@@ -215,20 +215,20 @@ def count_rows(words: Tensor) -> Tensor:
 def offsets_of(mask: Tensor) -> Tensor:
     """Words [N, W] -> offsets [N + 1], or [1] where every row keeps as many."""
     counts = count_rows(mask)
-    if len(counts) and bool((counts == counts[0]).all()):
-        return counts[:1].clone()
-    return functional.pad(counts.cumsum(0), (1, 0))
+    same = len(counts) > 0 and bool((counts == counts[0]).all())
+    offsets = counts[:1] if same else functional.pad(counts.cumsum(0), (1, 0))
+    return offsets.to(torch.int32) if int(offsets[-1]) < 1 << 31 else offsets
 
 
 def row_starts(offsets: Tensor, rows: int) -> Tensor:
-    """Offsets of a weight [N, K], in either form -> [N + 1]."""
+    """Offsets of a weight [N, K], in any form -> [N + 1] int64."""
     if len(offsets) == rows + 1:
-        return offsets
+        return offsets.long()
     return torch.arange(rows + 1, device=offsets.device) * offsets
 
 
 def settled_offsets(mask: Tensor, offsets: Tensor, room: int) -> Tensor:
-    """Words [N, W] and offsets [N + 1] or [1] -> offsets [N + 1], contiguous.
+    """Words [N, W] and offsets [N + 1] or [1] -> offsets [N + 1] int64, contiguous.
 
     room: of how many values there are. Raises SparseGPTError where these are not those of the mask.
     """
@@ -269,10 +269,10 @@ def check_mask_shapes(mask: Tensor, offsets: Tensor, shape: tuple[int, int]) -> 
     """Words and offsets of a weight [N, K]. Raises SparseGPTError where shapes or dtypes do not fit."""
     expected, lengths = mask_shape(shape), (shape[0] + 1, 1)
     fits = tuple(mask.shape) == expected and offsets.ndim == 1 and len(offsets) in lengths
-    if not fits or (mask.dtype, offsets.dtype) != (torch.int32, torch.int64):
+    if not fits or mask.dtype != torch.int32 or offsets.dtype not in (torch.int32, torch.int64):
         raise SparseGPTError(
             f"bitmask weight of shape {shape} needs a mask {expected} in int32 and offsets [{lengths[0]}] or [1] in "
-            f"int64; found {tuple(mask.shape)} {mask.dtype} and {list(offsets.shape)} {offsets.dtype}"
+            f"int32 or int64; found {tuple(mask.shape)} {mask.dtype} and {list(offsets.shape)} {offsets.dtype}"
         )
 
 

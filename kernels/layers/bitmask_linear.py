@@ -12,7 +12,7 @@ from sparsegpt.kernels.layers.quantized_linear import IntegerLinear
 class BitmaskLinear(PackedLinear):
     """[..., K] -> [..., N], `torch.nn.Linear` on a packed weight; made by `from_packed`.
 
-    Buffers: values [V + 32] floating point, mask [out, Kp / 32] int32, offsets [out + 1] or [1] int64, bias [out] or
+    Buffers: values [V + 32] floating point, mask [out, Kp / 32] int32, offsets [out + 1] or [1] int32, bias [out] or
     None. Inputs, outputs and bias have the dtype of `values`; under autocast inputs are cast to it.
     """
 

@@ -161,7 +161,7 @@ def test_export() -> None:
 def test_a_layer_with_offsets_of_another_mask_is_refused_before_a_kernel_reads() -> None:
     layer = BitmaskLinear.from_packed(pack_bitmask(sparse_weight(24, 50, 0.6)), None)
     layer(torch.randn(1, 50))
-    layer.offsets[-1] = 1 << 40
+    layer.offsets[-1] = 1 << 30
     with pytest.raises(SparseGPTError, match="before row 24"):
         layer(torch.randn(1, 50))
     layer = BitmaskLinear.from_packed(pack_bitmask(sparse_weight(24, 50, 0.6)), None)

@@ -427,8 +427,8 @@ void unpack(const Weight& w, T* dense, int64_t rows, int64_t padded, int64_t rea
 
 extern "C" {
 
-// inputs [tokens, columns], out [tokens, rows], bias [rows] or null, all of the values' type or, with bits of 8 or 4 and
-// scales, bfloat16. With a gate's values (null without) out = silu(inputs gate^T) * (inputs weight^T).
+// inputs [tokens, columns], out [tokens, rows], bias [rows] or null, all of the values' type or, with integers and
+// scales, of the type in the name. With a gate's values (null without) out = silu(inputs gate^T) * (inputs weight^T).
 #define PRODUCT(NAME, K, T)                                                                                           \
   void NAME(const void* gate_values, const uint32_t* gate_mask, const int64_t* gate_offsets,                          \
             const uint16_t* gate_scales, const void* values, const uint32_t* mask, const int64_t* offsets,            \
@@ -439,8 +439,10 @@ extern "C" {
   }
 PRODUCT(sparse24_masked_bf16, Bf16, bf16)
 PRODUCT(sparse24_masked_f32, F32, float)
-PRODUCT(sparse24_masked_int8, Int8, bf16)
-PRODUCT(sparse24_masked_int4, Int4, bf16)
+PRODUCT(sparse24_masked_int8_bf16, Int8, bf16)
+PRODUCT(sparse24_masked_int4_bf16, Int4, bf16)
+PRODUCT(sparse24_masked_int8_f32, Int8, float)
+PRODUCT(sparse24_masked_int4_f32, Int4, float)
 
 // dense [rows, real] from a weight of `padded` columns: values of 16 or 32 bits as they are, integers times scales.
 #define UNPACK(NAME, K, T)                                                                                            \

@@ -1,6 +1,6 @@
 """Packed weights of any pattern on a CPU, values as they were or integers; sums in float32 (bitmask.cpp).
 
-    run          outputs = inputs W^T + bias                           bfloat16 and float32; int8 and int4 in bfloat16
+    run          outputs = inputs W^T + bias                           bfloat16 and float32
     run_swiglu   silu(inputs Wg^T) * (inputs Wu^T)                     the same
     unpack_fast  W itself                                              bfloat16, float16, float32; int8 and int4 in two
 
@@ -28,8 +28,10 @@ _BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
 _MATMUL = {
     (None, _BF16): "sparse24_masked_bf16",
     (None, _F32): "sparse24_masked_f32",
-    (8, _BF16): "sparse24_masked_int8",
-    (4, _BF16): "sparse24_masked_int4",
+    (8, _BF16): "sparse24_masked_int8_bf16",
+    (4, _BF16): "sparse24_masked_int4_bf16",
+    (8, _F32): "sparse24_masked_int8_f32",
+    (4, _F32): "sparse24_masked_int4_f32",
 }
 _UNPACK = {
     (None, _BF16): "sparse24_expand_16",
@@ -50,8 +52,7 @@ def refusal(weight: Masked) -> str | None:
     if not _is_settled(weight):
         return "the CPU kernel needs an offset for each row; settle the weight first"
     if _kind(weight) not in _MATMUL:
-        found = "for integer values computes in bfloat16" if _bits(weight) else "computes in bfloat16 and float32"
-        return f"the CPU kernel {found}; the weight is {weight.dtype}"
+        return f"the CPU kernel computes in bfloat16 and float32; the weight is {weight.dtype}"
     return None if load_library() is not None else NO_COMPILER
 
 

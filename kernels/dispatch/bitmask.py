@@ -3,7 +3,7 @@
 dense       the library's matmul on the weight decompressed for the call, block by block of rows; on a GPU kept where
             the values are as they were
 resident    the same, kept on a CPU too
-cpu         C++, bfloat16 and float32; integers in bfloat16
+cpu         C++, bfloat16 and float32
 portable    Triton"""
 
 from __future__ import annotations

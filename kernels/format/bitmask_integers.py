@@ -44,10 +44,12 @@ from sparsegpt.kernels.format.pack import chunks, pad_columns, padded_columns, s
 from sparsegpt.kernels.format.quantized import (
     check_scales,
     check_settings,
+    exact_scales,
     group_scales,
     integer_settings,
     largest_integer,
     read_integers,
+    whole_integers,
 )
 
 
@@ -163,7 +165,7 @@ def pack_integers(
     mask_NW = torch.zeros(mask_shape(shape), dtype=torch.int32, device=integers.device)
     found = [torch.empty(0, dtype=torch.int8, device=integers.device)]
     for rows in chunks(shape):
-        integers_NK = _whole(integers[rows], bits)
+        integers_NK = whole_integers(integers[rows], bits)
         mask_NK = integers_NK != 0 if kept is None else kept[rows]
         if bool(integers_NK.masked_fill(mask_NK, 0).any()):
             raise SparseGPTError("an integer that is not kept is not 0: expected zeros wherever `kept` is False")
@@ -171,7 +173,9 @@ def pack_integers(
         mask_NW[rows] = mask_to_words(mask_NK)
         found.append(select(pad_columns(integers_NK), mask_NK))
     stream = _to_stream(torch.cat([*found, found[0].new_zeros(TAIL)]), bits)
-    packed = QuantizedBitmask(stream, _exact(scales), mask_NW, offsets_of(mask_NW), shape, bits, group_size, dtype)
+    packed = QuantizedBitmask(
+        stream, exact_scales(scales), mask_NW, offsets_of(mask_NW), shape, bits, group_size, dtype
+    )
     check_scales(packed.scales)
     return packed
 
@@ -286,22 +290,6 @@ class BitmaskIntegers(Form):
 
 
 # ---------------------------------------------------------------- integers
-
-
-def _whole(integers: Tensor, bits: int) -> Tensor:
-    """[n, K] whole numbers of `bits` -> int8. Raises SparseGPTError for others."""
-    small, most = integers.to(torch.int8), largest_integer(bits)
-    if bool((small != integers).any()) or bool((small.abs() > most).any()) or bool((small == -128).any()):
-        raise SparseGPTError(f"int{bits}: expected whole numbers from {-most} to {most}")
-    return small
-
-
-def _exact(scales: Tensor) -> Tensor:
-    """[N, S] -> float16. Raises SparseGPTError where that changes a scale."""
-    small = scales.half()
-    if bool((small.to(scales.dtype) != scales).any()):
-        raise SparseGPTError("scales are stored in float16: choose them among its numbers before rounding the weights")
-    return small
 
 
 def _to_stream(integers: Tensor, bits: int) -> Tensor:

@@ -105,6 +105,28 @@ def quantize(packed: Packed24, bits: int, group_size: int = 128) -> Quantized24:
     return Quantized24(words, scales_NS, packed.meta, packed.shape, bits, group_size, packed.dtype)
 
 
+def pack_integers24(
+    integers: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int = 128,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    name: str = "weight",
+) -> Quantized24:
+    """Integers [N, K] and scales [N, ceil(Kp / group_size)] that somebody has chosen -> packed, nothing rounded again.
+
+    Raises SparseGPTError as `pack` for integers that are not 2:4, for integers out of range or not whole, and for
+    scales that are no finite float16 numbers from 0 on, or do not fit.
+    """
+    check_settings(bits, group_size)
+    packed = pack(whole_integers(integers, bits).float(), name)
+    words = _pack_integers(packed.values.to(torch.int32), bits)
+    small = Quantized24(words, exact_scales(scales), packed.meta, packed.shape, bits, group_size, dtype)
+    check_scales(small.scales)
+    return small
+
+
 def dequantize(weight: Quantized24, dtype: torch.dtype) -> Packed24:
     """Integers [N, K] -> the packed weight q * scale in `dtype` (the product is rounded once, from float32)."""
     q_NSV = _scale_groups(unpack_integers(weight.words, weight.bits).float(), weight.group_size)
@@ -252,6 +274,22 @@ def group_scales(values_NSV: Tensor, bits: int) -> Tensor:
             f"int{bits}: a group's scale is not a finite float16; the weight holds inf, NaN or > 65504"
         )
     return scales_NS
+
+
+def whole_integers(integers: Tensor, bits: int) -> Tensor:
+    """[N, K] whole numbers of `bits` -> int8. Raises SparseGPTError for others."""
+    small, most = integers.to(torch.int8), largest_integer(bits)
+    if bool((small != integers).any()) or bool((small.abs() > most).any()) or bool((small == -128).any()):
+        raise SparseGPTError(f"int{bits}: expected whole numbers from {-most} to {most}")
+    return small
+
+
+def exact_scales(scales: Tensor) -> Tensor:
+    """[N, S] -> float16. Raises SparseGPTError where that changes a scale."""
+    small = scales.half()
+    if bool((small.to(scales.dtype) != scales).any()):
+        raise SparseGPTError("scales are stored in float16: choose them among its numbers before rounding the weights")
+    return small
 
 
 def check_scales(scales: Tensor) -> None:

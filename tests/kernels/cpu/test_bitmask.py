@@ -14,7 +14,7 @@ from tests.kernels.helpers import relative_error, sparse_weight
 # float32 sums of products of up to 1100 terms; one rounding to 8 bits for bfloat16, of dense integers two
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 HERE = LEVELS[: library.level_number(library.best_level()) + 1]
-KINDS = [(None, torch.bfloat16), (None, torch.float32), (8, torch.bfloat16), (4, torch.bfloat16)]
+KINDS = [(bits, dtype) for bits in (None, 8, 4) for dtype in (torch.bfloat16, torch.float32)]
 CASES = [(1, 1, 0.5), (5, 33, 0.0), (64, 288, 0.5), (67, 352, 0.99), (33, 700, 0.7), (11, 1100, 0.3), (4, 64, 1.0)]
 pytestmark = pytest.mark.skipif(machine_level() is None, reason="no C++ compiler here")
 
@@ -96,7 +96,7 @@ def test_threads_do_not_change_the_bits() -> None:
 def test_refusals() -> None:
     half = packed(4, 32, 0.5, None, torch.float16)
     assert "computes in bfloat16 and float32" in str(refusal(half))
-    assert "integer values computes in bfloat16" in str(refusal(packed(4, 32, 0.5, 8, torch.float32)))
+    assert "computes in bfloat16 and float32" in str(refusal(packed(4, 32, 0.5, 8, torch.float16)))
     whole = packed(4, 64, 0.5, None, torch.float32)
     assert refusal(whole) is None and prepare(whole) is whole
     with pytest.raises(SparseGPTError, match="one shape"):

@@ -15,7 +15,7 @@ from sparsegpt.kernels import Packed24, dequantize, first_violation, quantize, u
 from sparsegpt.kernels.format.form import Form
 from sparsegpt.kernels.format.interop import to_cutlass, to_semi_structured
 from sparsegpt.kernels.format.pack import pack, words_to_nibbles
-from sparsegpt.kernels.format.quantized import unpack_integers
+from sparsegpt.kernels.format.quantized import pack_integers24, unpack_integers
 from sparsegpt.kernels.layers.forms import read_form, samples
 from sparsegpt.sparsity import NM
 from tests.kernels.helpers import relative_error, weight24
@@ -200,6 +200,26 @@ def test_quantised_values(shape: tuple[int, int], bits: int, tolerance: float) -
         assert float(back.values[n, v]) == signed * float(small.scales[n, v // 32])
     again = quantize(back, bits, 64)
     assert torch.equal(dequantize(again, torch.float32).values, back.values)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_that_a_solver_chose_are_packed_as_they_are(bits: int) -> None:
+    most = 2 ** (bits - 1) - 1
+    integers = (weight24(9, 200) * most / 4).round().clamp(-most, most)
+    scales = torch.rand(9, 4).half()
+    small = pack_integers24(integers, scales.float(), bits, 64)
+    expected = integers * scales.float().repeat_interleave(64, 1)[:, :200]
+    assert torch.equal(unpack(dequantize(small, torch.float32)), expected) and small.dtype == torch.bfloat16
+    for wrong, chosen, message in (
+        (integers + 0.5, scales, "whole numbers"),
+        (integers * 2 + most, scales, f"from {-most} to {most}"),
+        (torch.ones(9, 200), scales, "w: not 2:4"),
+        (integers, scales.float() + 1e-6, "float16"),
+        (integers, scales / 0, "infinite"),
+        (integers, scales[:, :3], "needs words, scales"),
+    ):
+        with pytest.raises(SparseGPTError, match=message):
+            pack_integers24(wrong, chosen, bits, 64, name="w")
 
 
 def test_int4_size_and_refusals() -> None:

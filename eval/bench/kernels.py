@@ -4,6 +4,7 @@
                    thread of the process lost its core to another (the best round when there is none); on a GPU its
                    work alone, launched while earlier work still runs
     GB/s           bytes of the weight that the candidate reads / time; `bandwidth` is what a plain copy reaches here
+    read           a plain read of as many bytes takes so long, in the same rounds; on a GPU at the speed of a copy
     speedup        dense library time in the same dtype / candidate's time, of the same run
     ceiling        dense bytes / packed bytes: the most that reading less can give over a dense kernel bound by memory
 
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from sparsegpt.eval.bench.trial import failure, random_dense, samples_of, trials
 from sparsegpt.files.model_files import read_config
 from sparsegpt.kernels.checkpoint.packed_config import read_packed_config
 from sparsegpt.kernels.cpu import dense as on_cpu
+from sparsegpt.kernels.cpu import library
+from sparsegpt.kernels.cpu.read import read
 from sparsegpt.kernels.dispatch.measured import OWN_DENSE, KernelRow, dtype_name
 from sparsegpt.kernels.dispatch.route import DENSE, RESIDENT, Choice, Route
 from sparsegpt.kernels.format.pack import packed_shapes
@@ -38,6 +41,8 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+
+Name = TypeVar("Name")
 
 SHAPES = ((14336, 4096), (4096, 14336))
 TOKENS = (1, 4, 16, 64)
@@ -102,13 +107,15 @@ def bench_kernels(
         tried = trials(target, dtypes[0], shapes)
     rows: list[KernelRow] = []
     failed: list[KernelFailure] = []
+    bandwidth = copy_bandwidth(target, copy_bytes)
     for shape in shapes:
         tell(f"{shape[0]} x {shape[1]}")
         candidates = [found for dtype in dtypes for found in _candidates(random_dense(shape, dtype, target))]
+        reads = _reads(target, {candidate.bytes_read for candidate in candidates})
         for count in tokens:
-            rows += _bench_one(candidates, count, rounds, tried, failed)
+            rows += _bench_one(candidates, reads, bandwidth, count, rounds, tried, failed)
         del candidates
-    return KernelBench(str(target), copy_bandwidth(target, copy_bytes), tuple(rows), tuple(failed))
+    return KernelBench(str(target), bandwidth, tuple(rows), tuple(failed))
 
 
 def bench_decode(
@@ -161,9 +168,9 @@ def bench_decode(
     ]
 
 
-def time_in_turns(runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+def time_in_turns(runs: Mapping[Name, Callable[[], object]], device: torch.device, rounds: int) -> dict[Name, float]:
     """Seconds of each run: the candidates take turns, so that what disturbs the machine disturbs them alike."""
-    taken: dict[str, list[tuple[float, bool]]] = {name: [] for name in runs}
+    taken: dict[Name, list[tuple[float, bool]]] = {name: [] for name in runs}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for round_ in range(rounds + 1):  # the first round warms up
         for name, run in runs.items():
@@ -238,8 +245,19 @@ def _prepared(route: Route, weight: Any) -> Callable[[Tensor], Tensor]:
     return lambda inputs: route.run(state, inputs, None)
 
 
+def _reads(device: torch.device, sizes: set[int]) -> dict[int, Callable[[], object]]:
+    """{bytes: a plain read of as many}; none on a GPU, where a kernel of torch's would not be one."""
+    if device.type != "cpu":
+        return {}
+    memory = torch.ones(-(-max(sizes) // 8), dtype=torch.int64)
+    library.to_huge_pages(memory)
+    return {size: functools.partial(read, memory[: -(-size // 8)]) for size in sizes}
+
+
 def _bench_one(
     candidates: Sequence[_Candidate],
+    reads: Mapping[int, Callable[[], object]],
+    bandwidth: float,
     tokens: int,
     rounds: int,
     tried: Mapping[str, str | None],
@@ -260,12 +278,11 @@ def _bench_one(
             right.append(candidate)
         else:
             failed.append(KernelFailure(candidate.name, dtype_name(candidate.dtype), rows, columns, tokens, reason))
-    runs = {
-        f"{candidate.name} {candidate.dtype}": functools.partial(candidate.run, inputs[candidate.dtype])
-        for candidate in right
+    runs: dict[Any, Callable[[], object]] = {
+        candidate: functools.partial(candidate.run, inputs[candidate.dtype]) for candidate in right
     }
-    seconds = dict(zip(right, time_in_turns(runs, device, rounds).values(), strict=True))
-    library = {candidate.dtype: seconds[candidate] for candidate in right if candidate.name == "library"}
+    seconds = time_in_turns({**runs, **reads}, device, rounds)
+    dense = {candidate.dtype: seconds[candidate] for candidate in right if candidate.name == "library"}
     return [
         KernelRow(
             kernel=candidate.name,
@@ -275,12 +292,13 @@ def _bench_one(
             tokens=tokens,
             microseconds=taken * 1e6,
             gigabytes_per_second=candidate.bytes_read / taken / 1e9,
-            speedup=library[candidate.dtype] / taken,
-            speedup_over_best_dense=min(library.values()) / taken,
+            speedup=dense[candidate.dtype] / taken,
+            speedup_over_best_dense=min(dense.values()) / taken,
             ceiling=rows * columns * candidate.dtype.itemsize / candidate.bytes_read,
             chosen=candidate.choice is not None and candidate.route == candidate.choice.route(tokens),
+            read_microseconds=1e6 * seconds.get(candidate.bytes_read, candidate.bytes_read / bandwidth / 1e9),
         )
-        for candidate, taken in seconds.items()
+        for candidate, taken in ((candidate, seconds[candidate]) for candidate in right)
     ]
 
 

@@ -13,6 +13,7 @@ from sparsegpt.eval.bench.memory import MemoryRow
 from sparsegpt.eval.bench.pipeline import PipelineRow
 from sparsegpt.eval.bench.quality import LADDER, QualityRow
 from sparsegpt.eval.bench.solver import SolverRow
+from sparsegpt.eval.bench.sparsity import SparsityRow
 from sparsegpt.kernels.dispatch.measured import ANY, KernelRow, Measured, dtype_name, in_words
 from sparsegpt.run.memory import readable
 from sparsegpt.settings.prune_settings import PRESETS
@@ -90,10 +91,12 @@ def kernels_table(bench: KernelBench) -> Table:
         "kernel",
         "us",
         "GB/s",
+        "read, us",
+        "of it",
         "against dense",
         "against best dense",
         "ceiling",
-        title=f"{bench.device}: a copy reaches {bench.bandwidth:.0f} GB/s",
+        title=f"{bench.device}: a copy reaches {bench.bandwidth:.0f} GB/s; read: of as many bytes, in the same rounds",
     )
     for row in bench.rows:
         table.add_row(
@@ -103,9 +106,29 @@ def kernels_table(bench: KernelBench) -> Table:
             row.kernel + (" *" if row.chosen else ""),
             f"{row.microseconds:.0f}" if row.microseconds >= 1000 else f"{row.microseconds:.3g}",
             f"{row.gigabytes_per_second:.1f}",
+            f"{row.read_microseconds:.3g}",
+            f"{row.read_microseconds / row.microseconds:.0%}",
             f"{row.speedup:.2f}x",
             f"{row.speedup_over_best_dense:.2f}x",
             f"{row.ceiling:.2f}x",
+        )
+    return table
+
+
+def sparsity_table(rows: Sequence[SparsityRow]) -> Table:
+    """The table of `bench sparsity`; microseconds, and how many times as fast as the faster dense product."""
+    titles = ("pattern", "tokens", "library", "in huge pages", "CSR", "ours", "route", "ours", "CSR", "claimed")
+    table = Table(*titles, title="microseconds; then times as fast as the faster dense product")
+    for row in rows:
+        times = (row.library_microseconds, row.huge_pages_microseconds, row.csr_microseconds, row.microseconds)
+        table.add_row(
+            row.pattern,
+            str(row.tokens),
+            *("" if taken is None else f"{taken:.0f}" for taken in times),
+            row.route,
+            f"{row.speedup:.2f}x",
+            "" if row.csr_speedup is None else f"{row.csr_speedup:.2f}x",
+            "" if row.claimed is None else "{}x to {}x".format(*row.claimed),
         )
     return table
 

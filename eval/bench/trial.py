@@ -62,7 +62,7 @@ class Sample:
 def samples_of(dense: Tensor) -> Iterator[Sample]:
     """A dense 2:4 weight [N, K] -> it in every form, to be multiplied in its dtype."""
     for form in samples():
-        yield Sample(form, layer_class(form).for_inputs(form.pack(dense, "sample"), dense.dtype))
+        yield Sample(form, layer_class(form).for_inputs(form.pack(dense, "sample").settled(), dense.dtype))
 
 
 def failure(run: Callable[[], Tensor], expected: Tensor) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,17 @@ from sparsegpt.files.tensor_files import (
 from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices
 from sparsegpt.kernels.checkpoint.packed_config import PackedConfig, members, read_packed_config
 from sparsegpt.kernels.format.form import Form, PackedWeight
-from sparsegpt.kernels.format.pack import FloatValues
+from sparsegpt.kernels.layers.forms import usual_forms
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What `pack_folder` did: linears packed, {tensor: why} left dense, bytes of the packed linears.
+    """What `pack_folder` did: in which form, linears packed, {tensor: why} left dense, bytes of the packed linears.
 
     left_behind: links that lead out of the folder, and whatever else is no regular file.
     """
 
+    form: Form
     packed: tuple[str, ...]
     left_dense: Mapping[str, str]
     dense_bytes: int
@@ -57,8 +58,9 @@ class PackReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be tried: {tensor: its matrices}, why others are not, and which layers are promised to be packable."""
+    """What is to be tried: in which form, {tensor: its matrices}, why not others, which layers are promised to work."""
 
+    form: Form
     matrices: Mapping[str, list[Matrix]]
     left_dense: dict[str, str]
     promised: frozenset[str]
@@ -71,7 +73,6 @@ class _Packer:
     plan: _Plan
     tensors: OpenTensors
     writer: ShardedWriter
-    form: Form
     packed: list[Matrix] = field(default_factory=list)
     modules: dict[str, tuple[int, ...]] = field(default_factory=dict)  # as in config.json
     dense_bytes: int = 0
@@ -84,15 +85,15 @@ class _Packer:
 
     def _pack(self, matrix: Matrix) -> bool:
         """Whether the matrix keeps the pattern and is packed now; a promised one that breaks it is an error."""
-        weight = matrix.read(self.tensors)
+        weight, form = matrix.read(self.tensors), self.plan.form
         try:
-            packed = self.form.pack(weight, f"{matrix.name}.weight")
+            packed = form.pack(weight, f"{matrix.name}.weight")
         except SparseGPTError:
-            if matrix.layer in self.plan.promised or self.form.keeps(weight):  # then something else is wrong with it
+            if matrix.layer in self.plan.promised or form.keeps(weight):  # then something else is wrong with it
                 raise
-            self.plan.left_dense[matrix.tensor] = f"does not keep {self.form.pattern}"
+            self.plan.left_dense[matrix.tensor] = f"does not keep {form.demand}"
             return False
-        parts = zip(self.form.parts, self.form.tensors(packed), strict=True)
+        parts = zip(form.parts, form.tensors(packed), strict=True)
         self.writer.add(*((f"{matrix.name}.{part}", tensor) for part, tensor in parts))
         self._count(matrix, weight, packed)
         return True
@@ -107,21 +108,22 @@ class _Packer:
     def config(self) -> PackedConfig:
         transposed = frozenset(matrix.group for matrix in self.packed if matrix.transposed)
         stacked = frozenset(matrix.group for matrix in self.packed if matrix.expert is not None)
-        return PackedConfig(self.modules, transposed, stacked, self.form)
+        return PackedConfig(self.modules, transposed, stacked, self.plan.form)
 
 
 def pack_folder(
     source: Path,
     target: Path,
     *,
-    form: Form | None = None,
+    form: Form | Sequence[Form] | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> PackReport:
     """Write the packed form of the Hugging Face folder `source` to the new folder `target`.
 
-    form: how the weights are stored, 2:4 with every bit kept by default; one that rounds changes the model by that.
+    form: how the weights are stored, or several of which the one is taken that most weights keep, the first of those;
+    by default 2:4 or a bitmask, with every bit kept. One that rounds changes the model by that.
     trust_remote_code: run code of the folder to learn what its model calls the tensors.
 
     Raises:
@@ -135,16 +137,17 @@ def pack_folder(
         raise SparseGPTError(f"{source}: already packed or quantised (config.json has quantization_config)")
     files, beside = weight_files(source), Beside.of(source, report=True)
     with OpenTensors(files) as tensors:
-        form = (form or FloatValues()).of_model(_stored_dtype(tensors))
-        plan = _plan(source, tensors, form, trust_remote_code=trust_remote_code)
+        dtype, forms = _stored_dtype(tensors), [form] if isinstance(form, Form) else form or usual_forms()
+        plan = _plan(source, tensors, [form.of_model(dtype) for form in forms], trust_remote_code=trust_remote_code)
+        form = plan.form
         with new_result(target, "pack", overwrite=overwrite, sources=[source]) as stage:
-            with ShardedWriter(stage, _room(tensors, plan, form), shard_bytes) as writer:
-                packer = _Packer(plan, tensors, writer, form)
+            with ShardedWriter(stage, _room(tensors, plan), shard_bytes) as writer:
+                packer = _Packer(plan, tensors, writer)
                 for tensor in tensors:
                     packer.write(tensor)
                 writer.add(*packer.config().placeholders())
             if not packer.packed:
-                raise SparseGPTError(f"{source}: no linear layer keeps {form.pattern}; prune the model to it first")
+                raise SparseGPTError(f"{source}: no linear layer keeps {form.demand}; prune the model to it first")
             _copy_beside(beside, stage)
             tell_loading(stage, packed=True)
             if form.rounding:
@@ -152,7 +155,7 @@ def pack_folder(
             _write_config(stage, {**config, "quantization_config": packer.config().to_dict()})
     names = tuple(matrix.name for matrix in packer.packed)
     left_behind = tuple(map(str, beside.outside))
-    return PackReport(names, plan.left_dense, packer.dense_bytes, packer.packed_bytes, left_behind)
+    return PackReport(form, names, plan.left_dense, packer.dense_bytes, packer.packed_bytes, left_behind)
 
 
 def unpack_folder(
@@ -237,11 +240,12 @@ def _check_parts(names: Container[str], packing: PackedConfig, where: object) ->
                     )
 
 
-def _plan(source: Path, tensors: OpenTensors, form: Form, *, trust_remote_code: bool) -> _Plan:
-    """Which matrices to pack: those that report.json lists, of experts a projection of all or of none."""
+def _plan(source: Path, tensors: OpenTensors, forms: Sequence[Form], *, trust_remote_code: bool) -> _Plan:
+    """Which matrices to pack, and how: those that report.json lists, of experts a projection of all or of none."""
     listed = {name: layer.sparsity for name, layer in layers.items()} if (layers := reported_layers(source)) else None
     shapes = tensors.shapes()  # a truncated file is refused here, before anything is written
     found = checkpoint_matrices(source, shapes, listed or (), trust_remote_code=trust_remote_code)
+    form = _fitting(forms, listed, found, tensors)
     promised = frozenset(layer for layer, sparsity in (listed or {}).items() if form.promised(sparsity))
     _check_promised(source, promised, found)
     left_dense = {name: _why_no_matrix(name) for name, shape in shapes.items() if len(shape) in (2, 3)}
@@ -254,7 +258,24 @@ def _plan(source: Path, tensors: OpenTensors, form: Form, *, trust_remote_code: 
                 left_dense.pop(matrix.tensor, None)
             else:
                 left_dense[matrix.tensor] = reason
-    return _Plan(plan, left_dense, promised)
+    return _Plan(form, plan, left_dense, promised)
+
+
+def _fitting(
+    forms: Sequence[Form], listed: Mapping[str, str] | None, found: Iterable[Matrix], tensors: OpenTensors
+) -> Form:
+    """The form that takes most of the layers that report.json lists, or else of the weights; the first of those."""
+    if len(forms) == 1:
+        return forms[0]
+    if listed is not None:
+        return max(forms, key=lambda form: sum(map(form.promised, listed.values())))
+    counts = [0] * len(forms)
+    for matrix in found:
+        weight = matrix.read(tensors) if matrix.linear else None
+        counts = [
+            count + (weight is not None and form.keeps(weight)) for count, form in zip(counts, forms, strict=True)
+        ]
+    return forms[counts.index(max(counts))]
 
 
 def _groups(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
@@ -277,7 +298,7 @@ def _why_dense(
         return None
     if all(form.keeps(matrix.read(tensors)) for matrix in group):
         return None
-    return f"not every expert keeps {form.pattern}"
+    return f"not every expert keeps {form.demand}"
 
 
 def _why_no_matrix(tensor: str) -> str:
@@ -286,10 +307,10 @@ def _why_no_matrix(tensor: str) -> str:
     return "not the weight of a linear layer"
 
 
-def _room(tensors: OpenTensors, plan: _Plan, form: Form) -> int:
+def _room(tensors: OpenTensors, plan: _Plan) -> int:
     """Header space for every tensor that may come: room for three parts at least, whatever the form, a placeholder."""
     matrices = [matrix for group in plan.matrices.values() for matrix in group]
-    parts = range(1 + max(3, len(form.parts)))
+    parts = range(1 + max(3, len(plan.form.parts)))
     return header_room([*tensors, *(matrix.name for matrix in matrices for _ in parts)])
 
 

@@ -31,8 +31,14 @@ from sparsegpt.files.folders import flush
 
 logger = logging.getLogger("sparsegpt.kernels")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul24.cpp", "integer24.cpp", "dense.cpp", "norm.cpp"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("common24.h", "products24.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("matmul24.cpp", "integer24.cpp", "bitmask.cpp", "dense.cpp", "norm.cpp", "read.cpp")
+)
+HEADERS = tuple(
+    Path(__file__).with_name(name)
+    for name in ("common24.h", "blocks.h", "products24.h", "masked_products.h", "tiles.h")
+)
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
 _TIMEOUT = 120  # seconds
 _BUILDING = "building-"

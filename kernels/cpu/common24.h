@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -16,14 +17,18 @@
 #define X86 1
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")))
-#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")))
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,avx2,fma,f16c")))
+#define AMX                                                                                              \
+  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2," \
+                        "avx2,fma,f16c")))
 #else
 #define X86 0
 #endif
 
 namespace {
 
-enum Level { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Level { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+constexpr int64_t kTiledTokens = 16;  // from so many on AMX tiles are taken
 
 using bf16 = uint16_t;
 
@@ -107,6 +112,21 @@ AVX2 inline float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// The four sums over all lanes of a, b, c, d.
+AVX2 inline __m128 sum_four(__m256 a, __m256 b, __m256 c, __m256 d) {
+  __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+}
+AVX512 inline __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  __m128 upper = _mm_add_ps(_mm512_extractf32x4_ps(four, 2), _mm512_extractf32x4_ps(four, 3));
+  return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(four), _mm512_extractf32x4_ps(four, 1)), upper);
+}
+
 // Eight float32 as bfloat16.
 AVX2 inline __m128i round_eight(const float* sums) {
   const __m256 floats = _mm256_loadu_ps(sums);
@@ -153,6 +173,28 @@ AVX512_BF16 inline __m512i spread(__m256i kept, const uint32_t& word) {
   const __m512i nibble_of_lane = _mm512_setr_epi64(0, 4, 8, 12, 16, 20, 24, 28);
   __m512i nibbles = _mm512_srlv_epi64(_mm512_set1_epi32(word), nibble_of_lane);  // VPERMT2Q reads four bits of a lane
   return _mm512_multishift_epi64_epi8(_mm512_permutex2var_epi64(low, nibbles, high), _mm512_cvtepu32_epi64(kept));
+}
+
+// Nibble in two's complement -> its value.
+struct Values {
+  alignas(64) float of_nibble[16];
+  alignas(32) bf16 rounded[16];
+  Values() {
+    for (int nibble = 0; nibble < 16; nibble++) {
+      of_nibble[nibble] = float(nibble < 8 ? nibble : nibble - 16);
+      store(of_nibble[nibble], &rounded[nibble]);
+    }
+  }
+};
+const Values kValues;
+
+// Sixteen nibbles, the lowest first, as bfloat16.
+AVX512_BF16 inline __m256i widen_nibbles(uint64_t nibbles) {
+  // the low byte of place i starts at bit 4 i; VPERMW reads four bits of a place
+  const __m256i starts = _mm256_setr_epi64x(0x000c000800040000, 0x001c001800140010, 0x002c002800240020,
+                                            0x003c003800340030);
+  __m256i places = _mm256_multishift_epi64_epi8(starts, _mm256_set1_epi64x(int64_t(nibbles)));
+  return _mm256_permutexvar_epi16(places, _mm256_load_si256((const __m256i*)kValues.rounded));
 }
 
 #endif  // X86

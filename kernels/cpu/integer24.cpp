@@ -23,19 +23,6 @@ struct Integers {
   Output<bf16> to;
 };
 
-// Nibble in two's complement -> its value.
-struct Values {
-  alignas(64) float of_nibble[16];
-  alignas(32) bf16 rounded[16];
-  Values() {
-    for (int nibble = 0; nibble < 16; nibble++) {
-      of_nibble[nibble] = float(nibble < 8 ? nibble : nibble - 16);
-      store(of_nibble[nibble], &rounded[nibble]);
-    }
-  }
-};
-const Values kValues;
-
 // ---------------------------------------------------------------- bfloat16 products
 
 // Sixteen kept integers at `at` as bfloat16.
@@ -45,13 +32,9 @@ AVX512_BF16 inline __m256i widen(const uint8_t* at) {
     __m512i integers = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
     return (__m256i)_mm512_cvtneps_pbh(_mm512_cvtepi32_ps(integers));
   }
-  int64_t nibbles;
+  uint64_t nibbles;
   std::memcpy(&nibbles, at, 8);
-  // the low byte of place i starts at bit 4 i; VPERMW reads four bits of a place
-  const __m256i starts = _mm256_setr_epi64x(0x000c000800040000, 0x001c001800140010, 0x002c002800240020,
-                                            0x003c003800340030);
-  __m256i places = _mm256_multishift_epi64_epi8(starts, _mm256_set1_epi64x(nibbles));
-  return _mm256_permutexvar_epi16(places, _mm256_load_si256((const __m256i*)kValues.rounded));
+  return widen_nibbles(nibbles);
 }
 
 template <int BITS, int TOKENS>

@@ -17,8 +17,13 @@
 
 #include <type_traits>
 
+#if X86
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -270,17 +275,24 @@ TARGET inline void store_eight(const float* sums, bf16* out) {
 
 #include "products24.h"
 
-// Rows in fours, and for the last token of an odd number one by one: here a plain stream is read fastest.
+// Rows in fours for one token as well: four streams, fetched into the second-level cache, are read faster than one.
 TARGET void rows_few(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += 4) {
     int64_t t = 0;
     if (n + 4 <= end) {
       for (; t + 4 <= p.tokens; t += 4) tile<4, 4, 1>(p, n, t);
       for (; t + 2 <= p.tokens; t += 2) tile<4, 2, 2>(p, n, t);
+      for (; t < p.tokens; t++) tile<4, 1, 2>(p, n, t);
     }
     for (int64_t r = n; r < std::min(n + 4, end); r++)
       for (int64_t u = t; u < p.tokens; u++) tile<1, 1, 4>(p, r, u);
   }
+}
+
+#include "tiles.h"
+
+AMX void rows_on_tiles(const Problem<bf16, bf16>& p, int64_t begin, int64_t end) {
+  rows_tiled(p, begin, end, Spread24<bf16, bf16>{p});
 }
 
 TARGET void unpack(const uint16_t* values, const uint32_t* meta, uint16_t* dense, int64_t columns) {
@@ -319,6 +331,11 @@ void product(const T* gate_values, const uint32_t* gate_meta, const T* values, c
              Output<T> to, int64_t columns, int64_t tokens, int threads, int level) {
 #if X86
   if constexpr (std::is_same_v<T, bf16>) {
+    if (level >= kAmx && tokens >= kTiledTokens) {
+      const std::vector<bf16> pairs = in_bf16::in_pairs(inputs, tokens, columns);
+      Problem<bf16, bf16> gate{gate_values, gate_meta, pairs.data(), columns, tokens, to};
+      return run(gate, {values, meta, pairs.data(), columns, tokens, to}, threads, in_bf16::rows_on_tiles);
+    }
     Problem<bf16, bf16> gate{gate_values, gate_meta, inputs, columns, tokens, to};
     Problem<bf16, bf16> up{values, meta, inputs, columns, tokens, to};
     const auto rows = tokens < kManyTokens<bf16> ? in_bf16::rows_few : in_bf16::rows_many<bf16, bf16>;
@@ -346,12 +363,25 @@ int sparse24_level() {
 #if X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-    return products ? kAvx512Bf16 : kAvx512;
+    const bool bytes = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+    return bytes && __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kPlain;
+}
+
+// Whether there are AMX tiles for bfloat16, and the system lets this process use them.
+int sparse24_has_tiles() {
+#if X86 && defined(__linux__)
+  unsigned a, b, c, d;
+  if (sparse24_level() < kAvx512Bf16 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  const bool tiles = d >> 22 & 1 && d >> 24 & 1;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return tiles && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return 0;
+#endif
 }
 
 // inputs [tokens, columns], out [tokens, rows], bias [rows] or null, all bfloat16.

@@ -65,6 +65,7 @@ class KernelRow:
 
     `kernel` is "library" (torch on the dense weight), "own-dense" (our kernel on it, where linears that stay dense go
     through that), a route of the dispatch, or an integer form; `chosen` marks what the automatic choice takes.
+    `read_microseconds` is what a plain read of as many bytes took in the same rounds.
     """
 
     kernel: str
@@ -78,6 +79,7 @@ class KernelRow:
     speedup_over_best_dense: float
     ceiling: float
     chosen: bool
+    read_microseconds: float
 
 
 @dataclass(frozen=True)

@@ -38,15 +38,20 @@ class PackedWeight(Protocol):
         """Bytes of its tensors together."""
         ...
 
+    def settled(self) -> Self:
+        """[N, K] -> the same weight as kernels take it: its tensors contiguous, themselves where they are."""
+        ...
+
 
 class Form(ABC):
     """How packed weights are stored.
 
-    pattern: its name in config.json and for the user. parts: what the tensors of a weight are called in files and
-    layers.
+    pattern: its name in config.json and for the user. demand: what a weight must keep, for the user. parts: what the
+    tensors of a weight are called in files and layers.
     """
 
     pattern: ClassVar[str]
+    demand: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
 
     @classmethod

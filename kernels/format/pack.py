@@ -80,6 +80,10 @@ class Packed24:
         """Bytes of values and metadata together."""
         return self.values.nbytes + self.meta.nbytes
 
+    def settled(self) -> Packed24:
+        """[N, K] -> the same weight as kernels take it: its tensors contiguous, themselves where they are."""
+        return Packed24(self.values.contiguous(), self.meta.contiguous(), self.shape)
+
     def rows(self, part: slice) -> Packed24:
         """Rows of the weight [N, K] -> [n, K], on the same memory; `part` has a start, a stop and no step."""
         if part == slice(0, self.shape[0]):
@@ -117,10 +121,10 @@ def pack(weight: Tensor, name: str = "weight") -> Packed24:
     values_shape, meta_shape = packed_shapes(shape)
     values = torch.empty(values_shape, dtype=weight.dtype, device=weight.device)
     meta = torch.empty(meta_shape, dtype=torch.int32, device=weight.device)
-    for rows in _chunks(shape):
-        weight_NK = _pad_columns(weight[rows])
+    for rows in chunks(shape):
+        weight_NK = pad_columns(weight[rows])
         nibbles_NG = _nibbles(weight_NK, name, rows.start)
-        kept = _select(weight_NK, _mask(nibbles_NG)).view(values[rows].shape)
+        kept = select(weight_NK, _mask(nibbles_NG)).view(values[rows].shape)
         values[rows] = kept.masked_fill_(kept == 0, 0)  # turns -0.0 into 0.0
         meta[rows] = _nibbles_to_words(nibbles_NG)
     return Packed24(values, meta, shape)
@@ -130,7 +134,7 @@ def unpack(packed: Packed24) -> Tensor:
     """Packed -> dense [N, K], same dtype and device: the torch twin of every decompression kernel."""
     columns = packed.shape[1]
     dense = packed.values.new_empty(packed.shape)
-    for rows in _chunks(packed.shape):
+    for rows in chunks(packed.shape):
         mask_NK = _mask(words_to_nibbles(packed.meta[rows]))
         weight_NK = packed.values.new_zeros(mask_NK.shape).masked_scatter_(mask_NK, packed.values[rows])
         dense[rows] = weight_NK[:, :columns]
@@ -143,7 +147,7 @@ def first_violation(weight: Tensor, pattern: NM = PATTERN) -> tuple[int, int] | 
     Raises SparseGPTError for K that does not divide into groups of m.
     """
     pattern.check(weight.shape[1], "weight")
-    for rows in _chunks((weight.shape[0], weight.shape[1])):
+    for rows in chunks((weight.shape[0], weight.shape[1])):
         kept_NGM = rearrange(weight[rows] != 0, "n (g m) -> n g m", m=pattern.m)
         violation = _first(kept_NGM.sum(-1, dtype=torch.int32) > pattern.n)
         if violation is not None:
@@ -156,6 +160,7 @@ class FloatValues(Form):
     """2:4 with every kept value as it was: the form of Packed24."""
 
     pattern: ClassVar[str] = str(PATTERN)
+    demand: ClassVar[str] = str(PATTERN)
     parts: ClassVar[tuple[str, ...]] = ("values", "meta")
 
     @classmethod
@@ -287,21 +292,24 @@ def _first(bad_NG: Tensor) -> tuple[int, int] | None:
     return row, group
 
 
-def _select(weight: Tensor, mask: Tensor) -> Tensor:
-    """`weight[mask]`; on the CPU through numpy, whose masked copy is five to ten times as fast as torch's."""
+def select(weight: Tensor, mask: Tensor) -> Tensor:
+    """`weight[mask]` [V]; on the CPU through numpy, whose masked copy is five to ten times as fast as torch's."""
     if weight.device.type != "cpu":
         return weight[mask]
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize]  # numpy knows no bfloat16
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        weight.dtype.itemsize
+    ]  # numpy knows no bfloat16
     return torch.from_numpy(weight.view(bits).numpy()[mask.numpy()]).view(weight.dtype)
 
 
-def _pad_columns(weight: Tensor) -> Tensor:
+def pad_columns(weight: Tensor) -> Tensor:
+    """[N, K] -> [N, Kp] contiguous, zeros after column K."""
     missing = padded_columns(weight.shape[1]) - weight.shape[1]
     return functional.pad(weight, (0, missing)) if missing else weight.contiguous()
 
 
-def _chunks(shape: tuple[int, int]) -> list[slice]:
-    """Rows worked on at a time; none of a weight without elements."""
+def chunks(shape: tuple[int, int]) -> list[slice]:
+    """Rows of a weight of this shape to work on at a time; none of a weight without elements."""
     return strips(shape[0] if shape[1] else 0, max(1, _CHUNK // max(1, shape[1])))
 
 

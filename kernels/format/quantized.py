@@ -78,8 +78,8 @@ class Quantized24:
         """Bytes of words, scales and metadata together."""
         return self.words.nbytes + self.scales.nbytes + self.meta.nbytes
 
-    def contiguous(self) -> Quantized24:
-        """[N, K] -> the same weight with its tensors contiguous (themselves where they are)."""
+    def settled(self) -> Quantized24:
+        """[N, K] -> the same weight as kernels take it: its tensors contiguous, themselves where they are."""
         words, scales, meta = self.words.contiguous(), self.scales.contiguous(), self.meta.contiguous()
         return replace(self, words=words, scales=scales, meta=meta)
 
@@ -98,17 +98,33 @@ def quantize(packed: Packed24, bits: int, group_size: int = 128) -> Quantized24:
     finite float16.
     """
     check_settings(bits, group_size)
-    values_NSV = _scale_groups(packed.values.float(), group_size)
-    largest = 2 ** (bits - 1) - 1
-    # 2^-24 is the smallest float16: an all-zero group divides by it and gives zeros
-    scales_NS = (values_NSV.abs().amax(-1) / largest).clamp_min(2.0**-24).half()
-    if not bool(scales_NS.isfinite().all()):
-        raise SparseGPTError(
-            f"int{bits}: a group's scale is not a finite float16; the weight holds inf, NaN or > 65504"
-        )
+    values_NSV, largest = _scale_groups(packed.values.float(), group_size), largest_integer(bits)
+    scales_NS = group_scales(values_NSV, bits)
     q_NSV = (values_NSV / scales_NS.float()[..., None]).round().clamp(-largest, largest).to(torch.int32)
     words = _pack_integers(q_NSV.flatten(1)[:, : packed.values.shape[1]], bits)
     return Quantized24(words, scales_NS, packed.meta, packed.shape, bits, group_size, packed.dtype)
+
+
+def pack_integers24(
+    integers: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int = 128,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    name: str = "weight",
+) -> Quantized24:
+    """Integers [N, K] and scales [N, ceil(Kp / group_size)] that somebody has chosen -> packed, nothing rounded again.
+
+    Raises SparseGPTError as `pack` for integers that are not 2:4, for integers out of range or not whole, and for
+    scales that are no finite float16 numbers from 0 on, or do not fit.
+    """
+    check_settings(bits, group_size)
+    packed = pack(whole_integers(integers, bits).float(), name)
+    words = _pack_integers(packed.values.to(torch.int32), bits)
+    small = Quantized24(words, exact_scales(scales), packed.meta, packed.shape, bits, group_size, dtype)
+    check_scales(small.scales)
+    return small
 
 
 def dequantize(weight: Quantized24, dtype: torch.dtype) -> Packed24:
@@ -130,6 +146,7 @@ class IntegerValues(Form):
     dtype: torch.dtype = torch.bfloat16
 
     pattern: ClassVar[str] = str(PATTERN)
+    demand: ClassVar[str] = str(PATTERN)
     parts: ClassVar[tuple[str, ...]] = ("words", "scales", "meta")
 
     def __post_init__(self) -> None:
@@ -146,24 +163,12 @@ class IntegerValues(Form):
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Self | None:
         """2:4 with `values`, a mapping to bits, group_size and dtype. Raises SparseGPTError for other content."""
-        values = settings.get("values")
-        if settings.get("pattern") != cls.pattern or values is None:
-            return None
-        try:
-            dtype, bits, group_size = getattr(torch, values["dtype"]), values["bits"], values["group_size"]
-            if dtype not in DTYPES or not all(type(number) is int for number in (bits, group_size)):
-                raise ValueError(f"{dtype}, {bits}, {group_size}")
-            return cls(bits, group_size, dtype)
-        except (KeyError, TypeError, ValueError, AttributeError, SparseGPTError) as error:
-            raise SparseGPTError(f"values {str(values)[:200]} are not known here: update sparsegpt") from error
+        found = read_integers(settings, cls.pattern)
+        return None if found is None else cls(*found)
 
     def settings(self) -> dict[str, Any]:
         """The pattern, and `values` as `read` takes them."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {
-            "pattern": self.pattern,
-            "values": {"bits": self.bits, "group_size": self.group_size, "dtype": dtype},
-        }
+        return integer_settings(self.pattern, self.bits, self.group_size, self.dtype)
 
     @classmethod
     def samples(cls) -> Sequence[Form]:
@@ -207,11 +212,9 @@ class IntegerValues(Form):
         Scales are finite and not negative, integers symmetric about 0, and those after column K are 0.
         """
         check_positions(packed.meta)
-        bits_NS = packed.scales.view(torch.int16)
-        if bool(((bits_NS < 0) | (bits_NS >= _INFINITY)).any()):
-            raise SparseGPTError("a scale is negative, infinite or NaN: expected finite float16 numbers from 0 on")
+        check_scales(packed.scales)
         if _holds_least(packed.words, packed.bits):
-            most = 2 ** (packed.bits - 1) - 1
+            most = largest_integer(packed.bits)
             raise SparseGPTError(f"an integer of {packed.bits} bits is {-most - 1}: expected {-most} to {most}")
         fields, kept = 32 // packed.bits, packed.shape[1] // 2  # of a word; of a row, before the groups added
         last = slice(kept // fields, None)
@@ -251,9 +254,78 @@ def _scale_groups(values: Tensor, group_size: int) -> Tensor:
     return rearrange(functional.pad(values, (0, missing)), "n (s v) -> n s v", v=kept)
 
 
+# ---------------------------------------------------------------- what integers of every mask share
+
+
+def largest_integer(bits: int) -> int:
+    """The largest integer of so many bits; its negative is the least."""
+    return int(2 ** (bits - 1) - 1)
+
+
+def group_scales(values_NSV: Tensor, bits: int) -> Tensor:
+    """Values [N, S, V] of groups -> their scales [N, S] float16, so that the largest becomes the largest integer.
+
+    Raises SparseGPTError for values whose scale is not a finite float16.
+    """
+    # 2^-24 is the smallest float16: an all-zero group divides by it and gives zeros
+    scales_NS = (values_NSV.abs().amax(-1) / largest_integer(bits)).clamp_min(2.0**-24).half()
+    if not bool(scales_NS.isfinite().all()):
+        raise SparseGPTError(
+            f"int{bits}: a group's scale is not a finite float16; the weight holds inf, NaN or > 65504"
+        )
+    return scales_NS
+
+
+def whole_integers(integers: Tensor, bits: int) -> Tensor:
+    """[N, K] whole numbers of `bits` -> int8. Raises SparseGPTError for others."""
+    small, most = integers.to(torch.int8), largest_integer(bits)
+    if bool((small != integers).any()) or bool((small.abs() > most).any()) or bool((small == -128).any()):
+        raise SparseGPTError(f"int{bits}: expected whole numbers from {-most} to {most}")
+    return small
+
+
+def exact_scales(scales: Tensor) -> Tensor:
+    """[N, S] -> float16. Raises SparseGPTError where that changes a scale."""
+    small = scales.half()
+    if bool((small.to(scales.dtype) != scales).any()):
+        raise SparseGPTError("scales are stored in float16: choose them among its numbers before rounding the weights")
+    return small
+
+
+def check_scales(scales: Tensor) -> None:
+    """[N, S] float16. Raises SparseGPTError unless all are finite and none is negative."""
+    bits_NS = scales.view(torch.int16)
+    if bool(((bits_NS < 0) | (bits_NS >= _INFINITY)).any()):
+        raise SparseGPTError("a scale is negative, infinite or NaN: expected finite float16 numbers from 0 on")
+
+
+def integer_settings(pattern: str, bits: int, group_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of integers under a pattern."""
+    name = str(dtype).removeprefix("torch.")
+    return {"pattern": pattern, "values": {"bits": bits, "group_size": group_size, "dtype": name}}
+
+
+def read_integers(settings: Mapping[str, Any], pattern: str) -> tuple[int, int, torch.dtype] | None:
+    """(bits, group_size, dtype) that `integer_settings` wrote for a pattern; None for others, or without values.
+
+    Raises SparseGPTError for content that is not known here.
+    """
+    values = settings.get("values")
+    if settings.get("pattern") != pattern or values is None:
+        return None
+    try:
+        dtype, bits, group_size = getattr(torch, values["dtype"]), values["bits"], values["group_size"]
+        if dtype not in DTYPES or not all(type(number) is int for number in (bits, group_size)):
+            raise ValueError(f"{dtype}, {bits}, {group_size}")
+        check_settings(bits, group_size)
+    except (KeyError, TypeError, ValueError, AttributeError, SparseGPTError) as error:
+        raise SparseGPTError(f"values {str(values)[:200]} are not known here: update sparsegpt") from error
+    return bits, group_size, dtype
+
+
 def check_settings(bits: int, group_size: int) -> None:
     """Raises SparseGPTError for bits other than 8 and 4, and a group_size that is no multiple of 32."""
     if bits not in (4, 8):
-        raise SparseGPTError(f"quantised 2:4 values have 4 or 8 bits; found {bits}")
+        raise SparseGPTError(f"quantised values have 4 or 8 bits; found {bits}")
     if group_size < WORD_COLUMNS or group_size % WORD_COLUMNS:
         raise SparseGPTError(f"a scale group covers a multiple of {WORD_COLUMNS} columns; found {group_size}")

@@ -34,7 +34,8 @@ _WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def _dot(a, b, sums):
+def dot(a, b, sums):
+    """a [M, K] times b [K, N], added to sums [M, N] float32."""
     if _WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -42,7 +43,8 @@ def _dot(a, b, sums):
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
+    """x [...] float32 -> [...]: none, relu, relu2, silu or gelu."""
     if ACTIVATION == "relu":
         x = tl.maximum(x, 0.0)
     if ACTIVATION == "relu2":
@@ -87,7 +89,7 @@ def _load_values(values, rows, row_mask, first, COLUMNS, K: tl.constexpr):
 
 
 @triton.jit
-def _load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K: tl.constexpr):
+def load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K: tl.constexpr):
     """Inputs [K, T], transposed for `tl.dot`; COLUMNS is the real row length."""
     columns = first + tl.arange(0, K)
     mask = (columns < COLUMNS)[:, None] & token_mask[None, :]
@@ -95,10 +97,11 @@ def _load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K: tl.const
 
 
 @triton.jit
-def _finish(sums, bias, out, rows, row_mask, tokens, token_mask, ROWS, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+def finish(sums, bias, out, rows, row_mask, tokens, token_mask, ROWS, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+    """sums [N, T] with bias and activation to out [T, N]."""
     if BIAS:
         sums += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    sums = _activate(sums, ACTIVATION)
+    sums = activate(sums, ACTIVATION)
     mask = row_mask[:, None] & token_mask[None, :]
     tl.store(out + tokens[None, :] * ROWS + rows[:, None], sums.to(out.dtype.element_ty), mask=mask)
 
@@ -120,9 +123,9 @@ def matmul_kernel(
     for first in range(0, PADDED, K):
         kept = _load_values(values, rows, row_mask, first, PADDED, K)
         words = _load_words(meta, rows, row_mask, first, PADDED, K)
-        x = _load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K)
-        sums = _dot(_spread(kept, words, N, K), x, sums)
-    _finish(sums, bias, out, rows, row_mask, tokens, token_mask, ROWS, BIAS, ACTIVATION)
+        x = load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K)
+        sums = dot(_spread(kept, words, N, K), x, sums)
+    finish(sums, bias, out, rows, row_mask, tokens, token_mask, ROWS, BIAS, ACTIVATION)
 
 
 @triton.jit
@@ -153,7 +156,7 @@ def matvec_kernel(
     y = tl.sum(sums, axis=1)
     if BIAS:
         y += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)
-    tl.store(out + rows, _activate(y, ACTIVATION).to(out.dtype.element_ty), mask=row_mask)
+    tl.store(out + rows, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=row_mask)
 
 
 @triton.jit
@@ -169,15 +172,15 @@ def swiglu_kernel(
     gate = tl.zeros((N, T), dtype=tl.float32)
     up = tl.zeros((N, T), dtype=tl.float32)
     for first in range(0, PADDED, K):
-        x = _load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K)
+        x = load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K)
         kept = _load_values(gate_values, rows, row_mask, first, PADDED, K)
         words = _load_words(gate_meta, rows, row_mask, first, PADDED, K)
-        gate = _dot(_spread(kept, words, N, K), x, gate)
+        gate = dot(_spread(kept, words, N, K), x, gate)
         kept = _load_values(up_values, rows, row_mask, first, PADDED, K)
         words = _load_words(up_meta, rows, row_mask, first, PADDED, K)
-        up = _dot(_spread(kept, words, N, K), x, up)
+        up = dot(_spread(kept, words, N, K), x, up)
     y = gate * tl.sigmoid(gate) * up
-    _finish(y, out, out, rows, row_mask, tokens, token_mask, ROWS, False, "none")
+    finish(y, out, out, rows, row_mask, tokens, token_mask, ROWS, False, "none")
 
 
 @triton.jit
@@ -195,7 +198,7 @@ def integer_kernel(
     sums = tl.zeros((N, T), dtype=tl.float32)
     shifts = (tl.arange(0, FIELDS) * BITS)[None, None, :]
     for first in range(0, PADDED, K):
-        x = _load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K)
+        x = load_inputs(inputs, tokens, token_mask, first, COLUMNS, stride, K)
         at = first // 2 // FIELDS + tl.arange(0, K // 2 // FIELDS)
         mask = row_mask[:, None] & (at < PADDED // 2 // FIELDS)[None, :]
         q = tl.load(quantized + rows[:, None] * (PADDED // 2 // FIELDS) + at[None, :], mask=mask, other=0)
@@ -207,9 +210,9 @@ def integer_kernel(
             kept = kept.to(x.dtype)  # at most seven bits: exact in every input type
         words = _load_words(meta, rows, row_mask, first, PADDED, K)
         scale = tl.load(scales + rows * scale_stride + first // GROUP, mask=row_mask, other=0.0).to(tl.float32)
-        part = _dot(_spread(kept, words, N, K), x, tl.zeros((N, T), dtype=tl.float32))
+        part = dot(_spread(kept, words, N, K), x, tl.zeros((N, T), dtype=tl.float32))
         sums += part * scale[:, None]
-    _finish(sums, bias, out, rows, row_mask, tokens, token_mask, ROWS, BIAS, ACTIVATION)
+    finish(sums, bias, out, rows, row_mask, tokens, token_mask, ROWS, BIAS, ACTIVATION)
 
 
 # ---------------------------------------------------------------- host side
@@ -228,7 +231,7 @@ def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, activat
     """
     check_operands(weight, inputs, bias, activation)
     (rows, columns), tokens = weight.shape, inputs.shape[0]
-    inputs = _rows_contiguous(inputs)
+    inputs = rows_contiguous(inputs)
     out = inputs.new_empty(tokens, rows)
     given = {"BIAS": bias is not None, "ACTIVATION": activation}
     bias = inputs if bias is None else bias  # never read then
@@ -236,11 +239,11 @@ def matmul(weight: Packed24, inputs: Tensor, bias: Tensor | None = None, activat
     operands = (inputs, weight.values, weight.meta, bias, out)
     if tokens == 1:
         grid: tuple[int, ...] = (triton.cdiv(rows, MATVEC_TILE["N"]),)
-        _launch(matvec_kernel, grid, inputs, *operands, rows, columns, padded, **MATVEC_TILE, **given)
+        launch(matvec_kernel, grid, inputs, *operands, rows, columns, padded, **MATVEC_TILE, **given)
     elif tokens:
         grid = (triton.cdiv(rows, MATMUL_TILE["N"]), triton.cdiv(tokens, MATMUL_TILE["T"]))
         sizes = (tokens, rows, columns, padded, inputs.stride(0))
-        _launch(matmul_kernel, grid, inputs, *operands, *sizes, **MATMUL_TILE, **given)
+        launch(matmul_kernel, grid, inputs, *operands, *sizes, **MATMUL_TILE, **given)
     return out
 
 
@@ -254,13 +257,13 @@ def swiglu(gate: Packed24, up: Packed24, inputs: Tensor) -> Tensor:
     (rows, columns), tokens = gate.shape, inputs.shape[0]
     if up.shape != gate.shape:
         raise SparseGPTError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape")
-    inputs = _rows_contiguous(inputs)
+    inputs = rows_contiguous(inputs)
     out = inputs.new_empty(tokens, rows)
     operands = (inputs, gate.values, gate.meta, up.values, up.meta, out)
     if tokens:
         grid = (triton.cdiv(rows, SWIGLU_TILE["N"]), triton.cdiv(tokens, SWIGLU_TILE["T"]))
         sizes = (tokens, rows, columns, padded_columns(columns), inputs.stride(0))
-        _launch(swiglu_kernel, grid, inputs, *operands, *sizes, **SWIGLU_TILE)
+        launch(swiglu_kernel, grid, inputs, *operands, *sizes, **SWIGLU_TILE)
     return out
 
 
@@ -271,7 +274,7 @@ def matmul_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None = No
     """
     check_operands(weight, inputs, bias, activation)
     (rows, columns), tokens = weight.shape, inputs.shape[0]
-    inputs = _rows_contiguous(inputs)
+    inputs = rows_contiguous(inputs)
     out = inputs.new_empty(tokens, rows)
     if tokens:
         grid = (triton.cdiv(rows, INTEGER_TILE["N"]), triton.cdiv(tokens, INTEGER_TILE["T"]))
@@ -279,7 +282,7 @@ def matmul_integer(weight: Quantized24, inputs: Tensor, bias: Tensor | None = No
         sizes = (tokens, rows, columns, padded_columns(columns), inputs.stride(0), weight.scales.stride(0))
         constants = {**INTEGER_TILE, **integer_step(weight.bits, weight.group_size)}
         given = {"BIAS": bias is not None, "ACTIVATION": activation}
-        _launch(integer_kernel, grid, inputs, *operands, *sizes, **constants, **given)
+        launch(integer_kernel, grid, inputs, *operands, *sizes, **constants, **given)
     return out
 
 
@@ -288,10 +291,12 @@ def integer_step(bits: int, group_size: int) -> dict[str, Any]:
     return {"K": min(128, group_size & -group_size), "BITS": bits, "GROUP": group_size}
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *operands: object, **constants: object) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *operands: object, **constants: object) -> None:
+    """Launch a kernel on the device of a tensor [...]."""
     with torch.cuda.device_of(on):  # Triton launches on the current device, wherever the tensors are
         kernel[grid](*operands, **constants)
 
 
-def _rows_contiguous(matrix: Tensor) -> Tensor:
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """[T, K] -> itself, or a copy where its rows are strided."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.format.form import Form
-from sparsegpt.kernels.format.pack import FloatValues
 from sparsegpt.kernels.layers.dense_layers import DenseLinear, quicken_dense
 from sparsegpt.kernels.layers.experts import PackedExperts
-from sparsegpt.kernels.layers.forms import layer_class
+from sparsegpt.kernels.layers.forms import layer_class, usual_forms
 from sparsegpt.kernels.layers.gated import fuse_gated
 from sparsegpt.kernels.layers.linear import PackedLinear
 from sparsegpt.model.experts import fused_experts, is_conv1d
 
 
 def pack_linears(
-    model: nn.Module, *, kernels: str = "auto", skip: Iterable[str] = ("lm_head",), form: Form | None = None
+    model: nn.Module,
+    *,
+    kernels: str = "auto",
+    skip: Iterable[str] = ("lm_head",),
+    form: Form | Sequence[Form] | None = None,
 ) -> list[str]:
-    """Replace in place every linear of `model` that keeps the form's pattern by a packed one; returns their names.
+    """Replace in place every linear of `model` that keeps a form's pattern by a packed one; returns their names.
 
-    form: how weights are stored, 2:4 with every bit kept by default. skip: last name components left alone. Of experts
-    that share a parameter, a projection is packed when those of all of them keep the pattern. Weights that another
-    module shares are left alone too. Linears that stay dense become DenseLinear where that is quicker. Afterwards
+    form: how weights are stored, or several of which each weight takes the first whose pattern it keeps; by default 2:4
+    or a bitmask, with every bit kept. skip: last name components left alone. Of experts that share a parameter, a
+    projection is packed when those of all of them keep one pattern. Weights that another module shares are left alone
+    too. Linears that stay dense become DenseLinear where that is quicker. Afterwards
     `save_pretrained` raises SparseGPTError: transformers does not know how a checkpoint names what is packed here.
     """
-    form = form or FloatValues()
+    forms = [form] if isinstance(form, Form) else form or usual_forms()
     shared = _shared_parameters(model)
     replaced = []
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in skip or any(id(parameter) in shared for parameter in module.parameters(False)):
             continue
         if type(module) in (nn.Linear, DenseLinear) or is_conv1d(module):
-            replaced += _pack_linear(model, name, module, kernels, form)
+            replaced += _pack_linear(model, name, module, kernels, forms)
         elif any(parameter.ndim == 3 for parameter in module.parameters(False)):
-            replaced += _pack_experts(model, name, module, kernels, form)
+            replaced += _pack_experts(model, name, module, kernels, forms)
     fuse_gated(model)
     quicken_dense(model)
     for module in model.modules() if replaced else ():
@@ -52,10 +56,11 @@ def _refuse_saving(*_: Any, **__: Any) -> None:
     )
 
 
-def _pack_linear(model: nn.Module, name: str, module: Any, kernels: str, form: Form) -> list[str]:
+def _pack_linear(model: nn.Module, name: str, module: Any, kernels: str, forms: Sequence[Form]) -> list[str]:
     transposed = is_conv1d(module)
     weight = _weight(module.weight, transposed)
-    if not form.keeps(weight):
+    form = next((form for form in forms if form.keeps(weight)), None)
+    if form is None:
         return []
     packed = form.of_model(weight.dtype).pack(weight, name)
     layer = layer_class(form).from_packed(packed, module.bias, kernels=kernels)
@@ -64,19 +69,20 @@ def _pack_linear(model: nn.Module, name: str, module: Any, kernels: str, form: F
     return [name]
 
 
-def _pack_experts(model: nn.Module, name: str, module: nn.Module, kernels: str, form: Form) -> list[str]:
+def _pack_experts(model: nn.Module, name: str, module: nn.Module, kernels: str, forms: Sequence[Form]) -> list[str]:
     try:
         fused = fused_experts(name, module)
     except SparseGPTError:  # 3-D weights of another kind, such as a convolution's
         return []
     weights = {key: _weight(getattr(module, key), fused.transposed) for key in fused.projections}
-    kept = [key for key, weight in weights.items() if all(map(form.keeps, weight))]
+    keeping = {key: [form for form in forms if all(map(form.keeps, weight))] for key, weight in weights.items()}
+    kept = {key: found[0] for key, found in keeping.items() if found}
     if not kept:
         return []
     experts = PackedExperts(name, module)
-    for projection in kept:
+    for projection, chosen in kept.items():
 
-        def layer(index: int, part: str, weight: Tensor = weights[projection]) -> PackedLinear:
+        def layer(index: int, part: str, weight: Tensor = weights[projection], form: Form = chosen) -> PackedLinear:
             packed = form.of_model(weight.dtype).pack(weight[index], f"{name}.{index}.{part}")
             return layer_class(form).from_packed(packed, None, kernels=kernels)
 

@@ -8,6 +8,7 @@ Dimension key: N out_features, K in_features, T tokens."""
 from __future__ import annotations
 
 import json
+import operator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,7 +18,7 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.dispatch.route import KERNELS, Choice, Route, Table
 from sparsegpt.kernels.format.form import Form
 from sparsegpt.kernels.layers.plain import autocast_device, has_tangent, is_plain
-from sparsegpt.kernels.layers.schemas import packed_linear
+from sparsegpt.kernels.layers.schemas import introduce, packed_linear
 
 
 class PackedLinear(nn.Module):
@@ -41,25 +42,48 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: Any, bias: Tensor | None, *, kernels: str = "auto") -> Self:
-        """Packed [N, K] and bias [N] -> a layer on these very tensors (no copy). Raises NotImplementedError here."""
+        """Packed [N, K] and bias [N] -> a layer on these very tensors (no copy)."""
+        form, (rows, columns) = cls.form_of(packed), packed.shape
+        layer = cls(form, columns, rows, kernels)
+        for name, tensor in zip(form.parts, form.tensors(packed), strict=True):
+            layer.register_buffer(name, tensor)
+        layer.register_buffer("bias", None if bias is None else bias.detach())
+        return layer
+
+    @staticmethod
+    def form_of(packed: Any) -> Form:
+        """Packed [N, K] -> its form. Raises NotImplementedError here."""
         raise NotImplementedError
 
     @staticmethod
     def for_inputs(packed: Any, dtype: torch.dtype) -> Any:
-        """Packed [N, K] -> it as the table takes it for inputs of `dtype`. Raises NotImplementedError here."""
-        raise NotImplementedError
+        """Packed [N, K] -> it as the table takes it for inputs of `dtype`: here the weight itself."""
+        return packed
 
-    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that inputs of `dtype` are multiplied in. Raises NotImplementedError here."""
-        raise NotImplementedError
+    def computes_in(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype that inputs of `dtype` are multiplied in, None for the usual one: here that of the first part."""
+        return self.operands[0].dtype
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
         """The plan for inputs of `dtype`, renewed when a buffer was replaced (moving, casting) or written to.
 
         Raises SparseGPTError for a bias that does not fit, a dtype that the layer does not multiply in, or `kernels`
-        that cannot serve; NotImplementedError here.
+        that cannot serve.
         """
-        raise NotImplementedError
+        plan, buffers = self._plan, self._buffers
+        parts = tuple([t for name in (*self.form.parts, "bias") if (t := buffers[name]) is not None])
+        same = plan is not None and len(parts) == len(plan.parts) and all(map(operator.is_, plan.parts, parts))
+        if plan is None or not same or plan.dtype != (dtype or plan.dtype) or plan.written():
+            dtype = self.computes_in(dtype)
+            weight = self.for_inputs(self.packed.settled(), dtype)
+            choice = self.table.choose(weight, self._kernels)
+            plan = self._plan = Plan(weight, parts, self.bias_in(dtype), dtype, choice, self.table)
+            introduce(self)
+        return plan
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias [N] for products in `dtype`."""
+        return self.bias
 
     @property
     def kernels(self) -> str:

@@ -69,7 +69,7 @@ def _layer(weight: list[Tensor], bias: Tensor | None, kernels: str, form: str, s
 def _packed_weight(weight: list[Tensor], dtype: torch.dtype, form: str, *shape: int) -> Tensor:
     """-> [N, K] in `dtype`."""
     found = form_of(form)
-    kind, packed = layer_class(found), found.packed(weight, (shape[0], shape[1]))
+    kind, packed = layer_class(found), found.packed(weight, (shape[0], shape[1])).settled()
     return kind.table.dense(kind.for_inputs(packed, dtype)).to(dtype)
 
 

@@ -5,8 +5,8 @@ model leaves them alone."""
 
 from __future__ import annotations
 
-import operator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +15,44 @@ from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.dispatch.integer24 import INTEGER24
 from sparsegpt.kernels.format.pack import EMPTY_WORD, packed_shapes
 from sparsegpt.kernels.format.quantized import IntegerValues, Quantized24
-from sparsegpt.kernels.layers.linear import PackedLinear, Plan
-from sparsegpt.kernels.layers.schemas import introduce
+from sparsegpt.kernels.layers.linear import PackedLinear
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs
 
 
-class Quantized24Linear(PackedLinear):
+class IntegerLinear(PackedLinear):
+    """[..., K] -> [..., N] with integer values: inputs in bfloat16, float16 or float32 give outputs in their dtype."""
+
+    form: Any  # of integers
+
+    @staticmethod
+    def for_inputs(packed: Any, dtype: torch.dtype) -> Any:
+        """Packed [N, K] -> it with the dtype of the inputs."""
+        return replace(packed, dtype=dtype)
+
+    def computes_in(self, dtype: torch.dtype | None) -> torch.dtype:
+        """That of the inputs, by default the bias's or the weights'. Raises SparseGPTError for others than _DTYPES."""
+        if dtype is None:
+            dtype = self.form.dtype if self.bias is None else self.bias.dtype
+        if dtype not in _DTYPES:
+            raise SparseGPTError(f"a layer of {self.form} takes bfloat16, float16 or float32; found inputs in {dtype}")
+        return dtype
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias [N] cast to `dtype`."""
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Shape, bias, kernels, bits and group size, for printing."""
+        return f"{super().extra_repr()}, {self.form}"
+
+
+class Quantized24Linear(IntegerLinear):
     """[..., K] -> [..., N], `torch.nn.Linear` on a packed weight with integer values.
 
     Buffers: words [out, Kp / 2 * bits / 32] int32, scales [out, ceil(Kp / group_size)] int16 (float16 bits), meta
-    [out, Kp / 32] int32, bias [out] or None. Inputs in bfloat16, float16 or float32 give outputs in their dtype.
-    Created with zeros. Raises SparseGPTError for in_features not divisible by 4, other bits or a bad group_size.
+    [out, Kp / 32] int32, bias [out] or None. Created with zeros. Raises SparseGPTError for in_features not divisible
+    by 4, other bits or a bad group_size.
     """
 
     table = INTEGER24
@@ -63,35 +89,3 @@ class Quantized24Linear(PackedLinear):
         layer.words, layer.scales, layer.meta = layer.form.tensors(packed)
         layer.bias = None if bias is None else bias.detach()
         return layer
-
-    @staticmethod
-    def for_inputs(packed: Quantized24, dtype: torch.dtype) -> Quantized24:
-        """Packed [N, K] -> it with the dtype of the inputs."""
-        return replace(packed, dtype=dtype)
-
-    def extra_repr(self) -> str:
-        """Shape, bias, kernels, bits and group size, for printing."""
-        return f"{super().extra_repr()}, {self.form}"
-
-    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
-        """That of the inputs."""
-        return dtype
-
-    def plan(self, dtype: torch.dtype | None = None) -> Plan:
-        """The plan for a dtype, by default the bias's or bfloat16. Raises SparseGPTError for one that it cannot be."""
-        plan, bias = self._plan, self._buffers["bias"]
-        parts = tuple(t for name in ("words", "scales", "meta", "bias") if (t := self._buffers[name]) is not None)
-        same = plan is not None and len(parts) == len(plan.parts) and all(map(operator.is_, plan.parts, parts))
-        if plan is None or not same or (dtype is not None and dtype != plan.dtype) or plan.written():
-            if dtype is None:
-                dtype = torch.bfloat16 if bias is None else bias.dtype
-            if dtype not in _DTYPES:
-                raise SparseGPTError(
-                    f"a layer of {self.form} takes bfloat16, float16 or float32; found inputs in {dtype}"
-                )
-            weight = replace(self.packed.contiguous(), dtype=dtype)
-            given = None if bias is None else bias.to(dtype)
-            choice = self.table.choose(weight, self._kernels)
-            plan = self._plan = Plan(weight, parts, given, dtype, choice, self.table)
-            introduce(self)
-        return plan

@@ -59,12 +59,12 @@ class Sparse24Linear(PackedLinear):
         """Packed [N, K] -> the weight itself, whatever the inputs."""
         return packed
 
-    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+    def computes_in(self, dtype: torch.dtype | None) -> torch.dtype:
         """The dtype of `values`."""
         return self.values.dtype
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
-        """The plan, of one dtype whatever is asked."""
+        """The plan, of one dtype whatever is asked: as the base class's, a tenth of a small product quicker."""
         # the dictionary itself: a buffer's attribute look-up costs a tenth of a small product
         plan, buffers = self._plan, self._buffers
         values, meta, bias = buffers["values"], buffers["meta"], buffers["bias"]
@@ -77,7 +77,7 @@ class Sparse24Linear(PackedLinear):
             or plan.written()
         ):
             assert values is not None and meta is not None
-            packed = Packed24(values.contiguous(), meta.contiguous(), (self.out_features, self.in_features))
+            packed = Packed24(values, meta, (self.out_features, self.in_features)).settled()
             parts = (values, meta) if bias is None else (values, meta, bias)
             choice = self.table.choose(packed, self._kernels)
             plan = self._plan = Plan(packed, parts, bias, values.dtype, choice, self.table)

@@ -177,6 +177,42 @@ def bench_kernels_command(
     _print_failed([asdict(failed) for failed in found.failed])
 
 
+@bench.command("sparsity", cls=Command)
+def bench_sparsity_command(
+    device: Device = "auto",
+    shape: Annotated[str, typer.Option(help="The layer as OUTxIN.")] = "4096x4096",
+    patterns: Patterns = "2:4,0.5,0.6,0.7,0.8,0.9,0.95,0.99",
+    tokens: Tokens = "1,16,256",
+    rounds: Rounds = 11,
+    out: Annotated[Path, typer.Option(help="Figure to write, as .png and .svg.", callback=at_home)] = Path(
+        "sparsity.png"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """What sparsity buys in speed, packed and as torch's CSR, against the dense library and what an article claims."""
+    from sparsegpt.eval.bench.sparsity import bench_sparsity, draw_sparsity
+    from sparsegpt.eval.bench.tables import sparsity_table
+    from sparsegpt.settings.machine import pick_device
+
+    (layer, *more), asked, counts = _shapes(shape), _patterns(patterns), _counts(tokens, "--tokens")
+    if more:
+        raise SparseGPTError(f"shape {shape!r}: expected one layer, as 4096x4096", settings=("shape",))
+    _check_figure(out)
+    target = str(pick_device(device))
+    found = bench_sparsity(
+        device=target,
+        shape=layer,
+        patterns=asked,
+        tokens=counts,
+        rounds=rounds,
+        tell=lambda pattern: print(f"measuring {pattern}", file=sys.stderr),
+    )
+    rows = list(found)
+    _print_rows(rows, sparsity_table(rows), as_json=as_json)
+    drawn = draw_sparsity(rows, f"{shape} on {target}", out)
+    print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr)
+
+
 def tune(
     device: Device = "auto",
     shapes: Shapes = "1024x1024,2048x2048,4096x4096,14336x4096,4096x14336",

@@ -1,7 +1,7 @@
 """Commands on a model that is there: eval, inspect, pack, unpack."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +53,7 @@ def evaluate_model(
     kernels: Annotated[
         str | None,
         typer.Option(
-            help=f"Pack the 2:4 linears in memory; {KERNEL_NAMES}.",
+            help=f"Pack the pruned linears in memory; {KERNEL_NAMES}.",
             rich_help_panel=Group.MACHINE,
             show_default="as the folder is",
         ),
@@ -93,13 +93,15 @@ def evaluate_model(
 
 
 def _use_kernels(model: Any, kernels: str) -> str:
-    """Pack what is 2:4 and dense in memory, set the kernels of all packed layers, say what was chosen."""
+    """Pack what is pruned and dense in memory, set the kernels of all packed layers, say what was chosen."""
     from sparsegpt.kernels.hf.in_place import pack_linears
     from sparsegpt.kernels.layers.linear import explain, set_kernels
 
     pack_linears(model, kernels=kernels)
     if not set_kernels(model, kernels):
-        raise SparseGPTError("no linear of this model keeps 2:4: prune it to 2:4 first", settings=("kernels",))
+        raise SparseGPTError(
+            "no linear of this model keeps 2:4 or a zero in eight weights: prune it first", settings=("kernels",)
+        )
     return explain(model)
 
 
@@ -127,8 +129,16 @@ def inspect(
 
 
 def pack(
-    folder: Annotated[str, typer.Argument(help="A model folder pruned to 2:4, or a Hub id.")],
+    folder: Annotated[str, typer.Argument(help="A pruned model folder, or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="The packed folder to write.", callback=at_home)],
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="2:4 for weights that keep it, or bitmask for any pattern.",
+            show_default="2:4 where most weights keep it, else bitmask",
+        ),
+    ] = None,
     values: Annotated[
         str | None,
         typer.Option(help="Round kept values to int8 or int4, to nearest.", show_default="keep every bit"),
@@ -140,24 +150,28 @@ def pack(
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a 2:4 model in packed form: 9/16 of its linears' half-precision bytes, fewer with --values."""
-    from sparsegpt.kernels.checkpoint.archive import pack_folder
-    from sparsegpt.kernels.format.quantized import IntegerValues
+    """Write a pruned model without its zeros: 9/16 of its linears' half-precision bytes at half of the weights.
 
+    Fewer with more zeros, and with --values.
+    """
+    from sparsegpt.kernels.checkpoint.archive import pack_folder
+    from sparsegpt.kernels.layers.forms import FORMATS, usual_forms
+
+    if pattern is not None and pattern not in FORMATS:
+        raise unknown("format", pattern, FORMATS, settings=("format",))
     if values not in (None, *VALUES):
         raise unknown("values", values, VALUES, settings=("values",))
     if group_size is not None and values is None:
         raise SparseGPTError("--group-size is for rounded values: give --values int8 or int4 too")
     source = folder_of(folder, revision)
-    integers = IntegerValues(int(values.removeprefix("int"))) if values else None
-    if integers and group_size is not None:
-        integers = replace(integers, group_size=group_size)
-    report = pack_folder(source, out, form=integers, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    forms = usual_forms(pattern, int(values.removeprefix("int")) if values else None, group_size)
+    report = pack_folder(source, out, form=forms, overwrite=overwrite, trust_remote_code=trust_remote_code)
     before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
     print(
-        f"packed {len(report.packed)} linears: {before:.1f} -> {after:.1f} MiB ({after / before:.4f}), "
+        f"packed {len(report.packed)} linears to {report.form.pattern}, "
+        f"{before:.1f} -> {after:.1f} MiB ({after / before:.4f}), "
         f"{len(report.left_dense)} tensors left as they were; wrote {out}"
-        + (f"; values rounded to {integers}: score the packed model" if integers else "")
+        + (f"; {report.form.rounding}: score the packed model" if report.form.rounding else "")
     )
 
 

@@ -41,11 +41,18 @@ def test_kernel_rows(beside_own_dense: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert {("library", "bfloat16", 64, 1), ("dense", "float32", 32, 40)} <= found
     assert ((OWN_DENSE, "bfloat16", 64, 40) in found) == own_dense
     for row in measured.rows:
-        assert row.microseconds > 0 and row.gigabytes_per_second > 0
+        assert row.microseconds > 0 and row.gigabytes_per_second > 0 and row.read_microseconds > 0
         if row.kernel == "library":
             assert row.speedup == row.ceiling == 1 and row.speedup_over_best_dense <= 1
         elif row.kernel == OWN_DENSE:
             assert row.ceiling == 1 and row.dtype == "bfloat16" and not row.chosen
+        elif "bitmask" in row.kernel:
+            dense, integer = 2 if row.dtype == "bfloat16" else 4, row.kernel.partition(" int")[2]
+            kept = (row.rows * row.columns / 2 + 32) * (int(integer) / 8 if integer else dense)
+            mask, offsets = row.rows * row.columns / 8, 8 * (row.rows + 1)
+            scales = 2 * row.rows * -(-row.columns // 128) if integer else 0
+            expected = dense * row.rows * row.columns / (kept + mask + offsets + scales)
+            assert row.ceiling == pytest.approx(expected)
         elif "int" in row.kernel:
             kept = int(row.kernel.partition(" int")[2]) * row.columns / 2
             scales = 16 * -(-row.columns // 128)

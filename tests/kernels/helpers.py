@@ -17,3 +17,13 @@ def weight24(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected|| in float64."""
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+
+
+def sparse_weight(rows: int, columns: int, zeros: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """A random weight [rows, columns] with that share of zeros anywhere; with some, the first row is empty."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    weight.masked_fill_(torch.rand(rows, columns, generator=generator) < zeros, 0)
+    if zeros:
+        weight[:1] = 0
+    return weight

@@ -1,6 +1,10 @@
 """The C++ kernel against float64 on every path of this machine, its build, and life without a compiler."""
 
+import ctypes
+import functools
 import logging
+import math
+import operator
 import os
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from sparsegpt.kernels import Packed24, dequantize, quantize, unpack
 from sparsegpt.kernels.cpu import build, dense, integer24, library, norm
 from sparsegpt.kernels.cpu.library import LEVELS, machine_level
 from sparsegpt.kernels.cpu.packed24 import prepare, refusal, run, run_swiglu, unpack_fast
+from sparsegpt.kernels.cpu.read import read
 from sparsegpt.kernels.dispatch.measured import ANY, MEASURED
 from sparsegpt.kernels.dispatch.packed24 import PACKED24
 from sparsegpt.kernels.format.pack import pack
@@ -26,7 +31,7 @@ from tests.kernels.helpers import relative_error, weight24
 
 # float32 sums of products of up to 1074 terms; one rounding to 8 bits for bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
-HERE = LEVELS[: LEVELS.index(machine_level() or "plain") + 1]
+HERE = LEVELS[: library.level_number(library.best_level()) + 1]
 ROUTES, choose = PACKED24.routes, PACKED24.choose
 needs_compiler = pytest.mark.skipif(machine_level() is None, reason="no C++ compiler here")
 
@@ -69,6 +74,14 @@ def test_rms_norm_against_float64(lead: tuple[int, ...], dtype: torch.dtype, lev
         found = norm.run(inputs, weight, epsilon, level=level)
         assert found.shape == inputs.shape and found.dtype == dtype
         assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("count", [0, 1, 31, 4097, 70000])
+def test_a_read_sees_every_word(count: int, level: str) -> None:
+    data = torch.randint(-(2**62), 2**62, (count,))
+    assert read(data, level=level) == functools.reduce(operator.xor, data.tolist(), 0)
 
 
 @needs_compiler
@@ -237,8 +250,46 @@ def test_the_table_knows_the_size(rows: int, larger: bool, monkeypatch: pytest.M
     assert choose(pack(torch.zeros(rows, 96, dtype=torch.float32))).route(1) == "dense"
 
 
+@pytest.mark.parametrize(
+    ("there", "scale", "taken"), [(1, 1.0, True), (1, 1.1, False), (1, float("nan"), False), (0, 1.0, False)]
+)
+def test_tiles_serve_only_after_a_right_product(
+    there: int, scale: float, taken: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A library that says that it has tiles, and computes `scale` times the product."""
+
+    class Tiled:
+        def sparse24_has_tiles(self) -> int:
+            return there
+
+    def product(values: int, meta: int, inputs: int, bias: int, out: int, *sizes: int) -> None:
+        rows, columns, tokens, _, level = sizes
+        assert level == LEVELS.index("amx")
+
+        def at(address: int, *shape: int) -> Tensor:
+            numbers = (ctypes.c_uint16 * math.prod(shape)).from_address(address)
+            return torch.frombuffer(numbers, dtype=torch.bfloat16).view(shape)
+
+        kept = at(inputs, tokens, columns // 4, 4)[..., :2].flatten(1).double()
+        at(out, tokens, rows).copy_(scale * kept @ at(values, rows, columns // 2).double().T)
+
+    library.tiles_work.cache_clear()
+    monkeypatch.setattr(library, "load_library", Tiled)
+    monkeypatch.setattr(library, "find_function", lambda name: product)
+    with caplog.at_level(logging.WARNING, logger="sparsegpt.kernels"):
+        assert library.tiles_work() == taken
+    assert ("wrong products" in caplog.text) == (there == 1 and not taken)
+    library.tiles_work.cache_clear()
+
+
 def clear_caches() -> None:
-    for cached in (build.load_library, library.machine_level, library.find_function, library.at_best_level):
+    for cached in (
+        build.load_library,
+        library.machine_level,
+        library.tiles_work,
+        library.find_function,
+        library.at_best_level,
+    ):
         cached.cache_clear()
 
 

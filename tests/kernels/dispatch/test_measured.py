@@ -40,7 +40,7 @@ def taken(tokens: int, shape: tuple[int, int] = (64, 64), dtype: str = "bfloat16
     names = {name.replace("_int", " int"): time for name, time in times.items()}
     library = times.get("library", 120)
     return [
-        KernelRow(name, dtype, *shape, tokens, time, 0, library / time, 0, 0, False) for name, time in names.items()
+        KernelRow(name, dtype, *shape, tokens, time, 0, library / time, 0, 0, False, 0) for name, time in names.items()
     ]
 
 

@@ -15,7 +15,7 @@ from sparsegpt.kernels import Packed24, dequantize, first_violation, quantize, u
 from sparsegpt.kernels.format.form import Form
 from sparsegpt.kernels.format.interop import to_cutlass, to_semi_structured
 from sparsegpt.kernels.format.pack import pack, words_to_nibbles
-from sparsegpt.kernels.format.quantized import unpack_integers
+from sparsegpt.kernels.format.quantized import pack_integers24, unpack_integers
 from sparsegpt.kernels.layers.forms import read_form, samples
 from sparsegpt.sparsity import NM
 from tests.kernels.helpers import relative_error, weight24
@@ -125,11 +125,13 @@ def test_a_form_gives_back_what_it_was_given(form: Form) -> None:
     again = form.of_model(weight.dtype).packed(form.tensors(packed), (40, 100))
     dense = form.unpack(packed)
     assert torch.equal(form.unpack(again), dense) and dense.dtype == packed.dtype == weight.dtype
+    again = again.settled()
     assert torch.equal(form.unpack(again.rows(slice(7, 20))), dense[7:20]) and again.rows(slice(0, 40)) is again
     assert packed.nbytes == sum(tensor.nbytes for tensor in form.tensors(packed))
     assert read_form(json.loads(json.dumps(form.settings()))) == form and form.promised("2:4")
     assert form.keeps(weight) and not form.keeps(weight + 1) and not form.keeps(weight.char())
-    assert not form.promised("0.5") and not form.keeps(weight[:, :98])
+    any_pattern = form.pattern == "bitmask"
+    assert form.promised("0.5") == form.keeps(weight[:, :98]) == any_pattern
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,26 @@ def test_quantised_values(shape: tuple[int, int], bits: int, tolerance: float) -
         assert float(back.values[n, v]) == signed * float(small.scales[n, v // 32])
     again = quantize(back, bits, 64)
     assert torch.equal(dequantize(again, torch.float32).values, back.values)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_that_a_solver_chose_are_packed_as_they_are(bits: int) -> None:
+    most = 2 ** (bits - 1) - 1
+    integers = (weight24(9, 200) * most / 4).round().clamp(-most, most)
+    scales = torch.rand(9, 4).half()
+    small = pack_integers24(integers, scales.float(), bits, 64)
+    expected = integers * scales.float().repeat_interleave(64, 1)[:, :200]
+    assert torch.equal(unpack(dequantize(small, torch.float32)), expected) and small.dtype == torch.bfloat16
+    for wrong, chosen, message in (
+        (integers + 0.5, scales, "whole numbers"),
+        (integers * 2 + most, scales, f"from {-most} to {most}"),
+        (torch.ones(9, 200), scales, "w: not 2:4"),
+        (integers, scales.float() + 1e-6, "float16"),
+        (integers, scales / 0, "infinite"),
+        (integers, scales[:, :3], "needs words, scales"),
+    ):
+        with pytest.raises(SparseGPTError, match=message):
+            pack_integers24(wrong, chosen, bits, 64, name="w")
 
 
 def test_int4_size_and_refusals() -> None:

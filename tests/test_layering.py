@@ -17,6 +17,7 @@ FOLDERS["calib_data"] = "sparsegpt.calib_data"
 ROOMS = (
     "errors",
     "sparsity",
+    "quantization",
     "strips",
     "files",
     "incoming",
@@ -42,7 +43,7 @@ ROOMS = (
     "__main__",
 )
 # Research code that imports these gets torch and einops, nothing else.
-LIGHT_ROOMS = ("errors", "sparsity", "strips", "solvers", "kernels.format", "kernels.layers", "")
+LIGHT_ROOMS = ("errors", "sparsity", "quantization", "strips", "solvers", "kernels.format", "kernels.layers", "")
 LIGHT = {"torch", "einops", "sparsegpt"} | set(sys.stdlib_module_names)
 # The fused kernel is loaded only for tensors on a GPU, as the test of loaded modules below shows.
 LIGHT_EXCEPTIONS = {"sparsegpt.solvers.fused": {"triton"}}

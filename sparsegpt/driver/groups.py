@@ -93,7 +93,9 @@ class GroupSolver:
             hessian.keep_factor = len(reports) + 1 < len(linears)
             method = METHODS["magnitude"] if starved else parse_method(choice.method)
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
-            solve = functools.partial(prune_layer, weight, hessian, choice.sparsity, method, choice.block_size)
+            solve = functools.partial(
+                prune_layer, weight, hessian, choice.sparsity, method, choice.block_size, rounding=choice.rounding
+            )
             pruned = solve() if target is None else self._solve_corrected(weight, hessian, target, solve)
             linear.weight.copy_(self.as_stored(pruned.weight, linear.weight))
             report = LayerReport(
@@ -106,6 +108,7 @@ class GroupSolver:
                 damping=pruned.damping,
                 tokens=gram.tokens,
                 seconds=time.perf_counter() - started,
+                grid=None if choice.quantize is None else str(choice.quantize),
             )
             reports.append(report)
             self.listener.layer(report)

@@ -20,7 +20,7 @@ class LayerReport:
 
     sparsity: the pattern asked for; method: how it was solved; zeros: the share of zeros of the weight as it is stored;
     relative_error: ||(W - W')X||^2 / ||WX||^2 on the inputs of the pruned model; damping: what the Hessian needed;
-    tokens: calibration tokens that reached it.
+    tokens: calibration tokens that reached it. grid: the integers that its weights lie on; None: none.
     Of an expert that too few reached, relative_error is ||W - W'||^2 / ||W||^2.
     """
 
@@ -33,6 +33,7 @@ class LayerReport:
     damping: float
     tokens: int
     seconds: float
+    grid: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,63 +1,63 @@
 """Folders for other programs: bits by their definition, and models that plain transformers loads to the same scores."""
 
+import itertools
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sparsegpt.files.reported import reported_layers
 from sparsegpt.kernels.export.bits import pack_bits, unpack_bits
-from sparsegpt.quantization import recover
-from tests.support import CHILD_ENVIRONMENT, VOCABULARY, save_model, write_text
+from tests.support import CHILD_ENVIRONMENT, VOCABULARY, save_model
 
-# Loads a folder as somebody without this package does, and prints the perplexity of fixed windows.
+# Loads folders as somebody without this package does, and prints the perplexity of fixed windows for each.
 LOADER = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM
 torch.manual_seed(0)
-tokens = torch.randint({vocabulary}, (8, 32))
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **eval(sys.argv[2]))
-with torch.no_grad():
-    logits = model.eval()(input_ids=tokens).logits.float()
-loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+tokens, found = torch.randint({vocabulary}, (8, 32)), []
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    found.append(float(loss.exp()))
 assert not any(name.startswith("sparsegpt") for name in sys.modules)
-print(float(loss.exp()))
+print(json.dumps(found))
 """
 
 
-def perplexity_of(folder, **options):
-    code = LOADER.format(vocabulary=VOCABULARY)
-    command = [sys.executable, "-c", code, str(folder), repr(options)]
+def perplexities_of(folders):
+    command = [sys.executable, "-c", LOADER.format(vocabulary=VOCABULARY), *map(str, folders)]
     result = subprocess.run(command, capture_output=True, text=True, env=CHILD_ENVIRONMENT, check=False, cwd="/")
     assert result.returncode == 0, result.stderr
-    return float(result.stdout)
+    return json.loads(result.stdout)
 
 
 @pytest.fixture
-def quantised(tmp_path, run_cli):
-    """A function that prunes a tiny model of some type to integers, and returns its folder."""
+def quantised(tmp_path, run_cli, text_file):
+    """A function that prunes a tiny model of some type to integers, and returns the new folder."""
+    count = itertools.count()
 
-    def make(model_type, sparsity="2:4", grid="int4:16", dtype=None, **overrides):
-        source = save_model(tmp_path / "model", model_type, **overrides)
+    def make(model_type, sparsity="2:4", grid="int4:16", dtype=None, recipe=None, **overrides):
+        place = tmp_path / f"run-{next(count)}"
+        source = save_model(place / "model", model_type, **overrides)
         if dtype is not None:
-            cast(source, dtype)
-        text = write_text(tmp_path / "text.txt")
-        calls = ["--model", source, "--sparsity", sparsity, "--quantize", grid, "--calib", text, "--eval", "none"]
-        options = ["--samples", "4", "--seqlen", "32", "--preset", "fast", "--out", tmp_path / "pruned"]
-        result = run_cli("run", *map(str, [*calls, *options]))
+            AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(source)
+        calls = ["--model", source, "--sparsity", sparsity, "--quantize", grid, "--calib", text_file, "--eval", "none"]
+        calls += ["--samples", "4", "--seqlen", "32", "--preset", "fast", "--out", place / "pruned", "--quiet"]
+        if recipe is not None:
+            (place / "recipe.toml").write_text(recipe)
+            calls += ["--recipe", place / "recipe.toml"]
+        result = run_cli("run", *calls)
         assert result.code == 0, result.err
-        return tmp_path / "pruned"
+        return place / "pruned"
 
     return make
-
-
-def cast(folder, dtype):
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -79,39 +79,31 @@ def test_the_bits_are_those_of_the_package(bits):
     assert torch.equal(pack_bits(steps.int() + 2 ** (bits - 1), bits), helpers.pack_to_int32(steps, bits))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("model_type", "grid"), [("llama", "int4:16"), ("llama", "int3:row"), ("opt", "int8:32")])
-def test_plain_transformers_scores_the_export_as_the_run_does(quantised, run_cli, tmp_path, model_type, grid, dtype):
-    pytest.importorskip("compressed_tensors")
-    folder = quantised(model_type, grid=grid, dtype=dtype)
-    result = run_cli("export", str(folder), str(tmp_path / "out"))
-    assert "exported" in result.out, result.err
-    assert perplexity_of(tmp_path / "out") == perplexity_of(folder)
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
+MIXED = "[[rule]]\nmodules = 'down_proj$'\nquantize = \"int8:16\"\n[[rule]]\nmodules = 'q_proj$'\nskip = true\n"
+CASES = {
+    "llama": ("llama", "2:4", "int4:16", {}),
+    "halves": ("llama", "0.5", "int3:row", {"dtype": torch.bfloat16}),
+    "opt": ("opt", "0", "int8:32", {"dtype": torch.bfloat16}),
+    "experts": ("qwen3_moe", "2:4", "int4:16", EXPERTS),
+    "mixed": ("llama", "0", "int4:16", {"recipe": MIXED}),
+}
 
 
-def test_mixed_grids_and_layers_without_one(quantised, run_cli, tmp_path):
+def test_plain_transformers_scores_exports_as_the_run_does(quantised, run_cli, tmp_path):
     pytest.importorskip("compressed_tensors")
-    source, text = save_model(tmp_path / "mixed"), write_text(tmp_path / "text.txt")
-    recipe = tmp_path / "mix.toml"
-    recipe.write_text(
-        "[[rule]]\nmodules = 'down_proj$'\nquantize = \"int8:16\"\n[[rule]]\nmodules = 'q_proj$'\nskip = true\n"
-    )
-    calls = ["--model", source, "--sparsity", "0", "--quantize", "int4:16", "--calib", text, "--eval", "none"]
-    more = ["--samples", "4", "--seqlen", "32", "--recipe", recipe, "--preset", "fast", "--out", tmp_path / "pruned"]
-    assert run_cli("run", *map(str, [*calls, *more])).code == 0
-    assert run_cli("export", str(tmp_path / "pruned"), str(tmp_path / "out")).code == 0
-    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    runs, exports = [], []
+    for name, (model_type, sparsity, grid, options) in CASES.items():
+        runs.append(quantised(model_type, sparsity, grid, **options))
+        exports.append(tmp_path / f"{name}-export")
+        result = run_cli("export", runs[-1], exports[-1])
+        assert result.code == 0, result.err
+    found = perplexities_of([*runs, *exports])
+    assert found[len(runs) :] == found[: len(runs)]
+    settings = json.loads((exports[-1] / "config.json").read_text())["quantization_config"]
     assert {group["weights"]["num_bits"] for group in settings["config_groups"].values()} == {4, 8}
     assert "model.layers.0.self_attn.q_proj" in settings["ignore"]
-    assert perplexity_of(tmp_path / "out") == perplexity_of(tmp_path / "pruned")
-    run_cli("export", str(tmp_path / "pruned"), str(tmp_path / "gptq"), "--format", "gptq").refused("one grid for all")
-
-
-def test_experts_are_dequantised_by_plain_transformers(quantised, run_cli, tmp_path):
-    pytest.importorskip("compressed_tensors")
-    folder = quantised("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=8)
-    assert run_cli("export", str(folder), str(tmp_path / "out")).code == 0
-    assert perplexity_of(tmp_path / "out") == pytest.approx(perplexity_of(folder), rel=1e-4)
+    run_cli("export", runs[-1], tmp_path / "gptq", "--format", "gptq").refused("one grid for all")
 
 
 def test_gptq_tensors_decode_to_the_runs_weights(quantised, run_cli, tmp_path):
@@ -136,11 +128,14 @@ def test_what_does_not_fit_is_refused_in_one_line(quantised, run_cli, tmp_path):
     folder = quantised("llama", grid="int4:24", sparsity="0")
     run_cli("export", str(folder), out).refused("do not divide into groups of 24", "quantise with int4:16")
     run_cli("export", str(folder), out, "--format", "ggu").refused("format 'ggu' is not known")
+
+
+def test_weights_that_were_changed_since_are_refused(quantised, run_cli, tmp_path):
+    folder = quantised("llama")
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"] *= 1.01
-    layer = recover  # the very check that the export makes
-    with pytest.raises(Exception, match="not on a grid"):
-        layer(weights["model.layers.0.mlp.up_proj.weight"], reported_layers(folder)["model.layers.0.mlp.up_proj"].grid)
+    weights["model.layers.0.mlp.up_proj.weight"] += 0.001
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    run_cli("export", folder, tmp_path / "out").refused("model.layers.0.mlp.up_proj", "not on a grid int4:16")
 
 
 def test_transposed_weights_are_refused(quantised, run_cli, tmp_path):

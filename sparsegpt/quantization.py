@@ -60,7 +60,7 @@ class Grid:
     @property
     def span(self) -> int:
         """The largest |d| that a group may hold."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << self.bits - self.symmetric) - 1
 
     def width(self, in_features: int) -> int:
         """Inputs of a group in a row of so many."""
@@ -70,10 +70,14 @@ class Grid:
         """Scales of a row of so many inputs."""
         return -(-in_features // self.width(in_features))
 
-    def bits_per_weight(self, in_features: int) -> float:
-        """Bits of a weight stored densely: its integer, and its share of a scale of 16 bits and of a zero point."""
+    def bits_per_weight(self, in_features: int, kept: float = 1.0) -> float:
+        """Bits of a weight: its integer, and its share of a scale of 16 bits and of a zero point.
+
+        kept: the share of integers that are stored, each with what says where it belongs: one bit a weight.
+        """
         each = 16 if self.symmetric else 16 + self.bits
-        return self.bits + each * self.groups(in_features) / in_features
+        where = 1 if kept < 1 else 0
+        return self.bits * kept + where + each * self.groups(in_features) / in_features
 
     def check(self, sparsity: Sparsity) -> None:
         """Raises SparseGPTError where a group of weights would cut a group of n:m."""

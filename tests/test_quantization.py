@@ -144,6 +144,7 @@ def test_scales_that_overflow_and_groups_that_cut_others_are_refused():
 @pytest.mark.parametrize(("grid", "bits"), [(Grid(4), 4.125), (Grid(8, None), 8 + 16 / 256), (Grid(3, 32), 3.5)])
 def test_bits_of_a_weight(grid, bits):
     assert grid.bits_per_weight(256) == bits
+    assert grid.bits_per_weight(256, 0.5) == bits - grid.bits / 2 + 1
     assert Grid(4, 128, symmetric=False).bits_per_weight(256) == 4 + 20 / 128
 
 

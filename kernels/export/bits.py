@@ -23,7 +23,9 @@ def unpack_bits(words: Tensor, bits: int, columns: int) -> Tensor:
     """Words int32 [N, W] -> the numbers [N, C], int32, C = `columns`."""
     each = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
     digits = rearrange(each, "n w d -> n (w d)")[:, : columns * bits].unflatten(1, (columns, bits))
-    return (digits << torch.arange(bits, dtype=torch.int32, device=words.device)).sum(-1, dtype=torch.int32)
+    shifts = torch.arange(bits, dtype=torch.int32, device=words.device)
+    numbers: Tensor = (digits << shifts).sum(-1, dtype=torch.int32)
+    return numbers
 
 
 def _pack_rows(numbers: Tensor, bits: int) -> Tensor:
@@ -31,4 +33,5 @@ def _pack_rows(numbers: Tensor, bits: int) -> Tensor:
     string = rearrange(digits, "n c b -> n (c b)")
     words = rearrange(pad(string, (0, -string.shape[1] % 32)), "n (w d) -> n w d", d=32)
     # Disjoint bits: the sum is their union, the topmost the sign.
-    return (words << torch.arange(32, dtype=torch.int32, device=numbers.device)).sum(-1, dtype=torch.int32)
+    packed: Tensor = (words << torch.arange(32, dtype=torch.int32, device=numbers.device)).sum(-1, dtype=torch.int32)
+    return packed

@@ -17,6 +17,7 @@ from sparsegpt.kernels.export.bits import pack_bits
 from sparsegpt.quantization import Grid, Integers
 
 NAME = "compressed-tensors"
+_LIKED = (128, 96, 64, 32)
 
 
 def refusal(grid: Grid, shape: tuple[int, int]) -> str | None:
@@ -63,6 +64,5 @@ def _weights(grid: Grid) -> dict[str, Any]:
 
 def _divisor(columns: int, most: int) -> int:
     """The largest divisor up to `most`, of those that kernels like if there is one."""
-    return next(
-        size for size in (*(m for m in (128, 96, 64, 32) if m <= most), *range(most, 0, -1)) if not columns % size
-    )
+    sizes = (*(size for size in _LIKED if size <= most), *range(most, 0, -1))
+    return next(size for size in sizes if columns % size == 0)

@@ -109,6 +109,7 @@ class GroupSolver:
                 tokens=gram.tokens,
                 seconds=time.perf_counter() - started,
                 grid=None if choice.quantize is None else str(choice.quantize),
+                bits=_bits(choice, linear.in_features),
             )
             reports.append(report)
             self.listener.layer(report)
@@ -185,6 +186,13 @@ class GroupSolver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.report.seconds[part] += time.perf_counter() - started
+
+
+def _bits(choice: LinearSettings, width: int) -> float | None:
+    """Bits of a weight as it can be stored, whichever way is the smaller; None where it is on no grid."""
+    if choice.quantize is None:
+        return None
+    return min(choice.quantize.bits_per_weight(width, kept) for kept in (1.0, 1 - choice.sparsity.zeros))
 
 
 def _targets(

@@ -120,7 +120,8 @@ def _order(hessian: DampedHessian, together: int) -> Tensor:
     """Columns [C] by falling diag H, `together` neighbours at a time."""
     energy_G = hessian.raw.diagonal().unflatten(0, (-1, together)).sum(1)
     first_G = energy_G.argsort(descending=True, stable=True) * together
-    return (first_G[:, None] + torch.arange(together, device=first_G.device)).flatten()
+    order_C: Tensor = (first_G[:, None] + torch.arange(together, device=first_G.device)).flatten()
+    return order_C
 
 
 class _Grid:

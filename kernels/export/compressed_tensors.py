@@ -65,4 +65,5 @@ def _weights(grid: Grid) -> dict[str, Any]:
 def _divisor(columns: int, most: int) -> int:
     """The largest divisor up to `most`, of those that kernels like if there is one."""
     sizes = (*(size for size in _LIKED if size <= most), *range(most, 0, -1))
-    return next(size for size in sizes if columns % size == 0)
+    found: int = next(size for size in sizes if columns % size == 0)
+    return found

@@ -17,6 +17,7 @@ FOLDERS["calib_data"] = "sparsegpt.calib_data"
 ROOMS = (
     "errors",
     "sparsity",
+    "quantization",
     "strips",
     "files",
     "incoming",
@@ -34,6 +35,7 @@ ROOMS = (
     "kernels.dispatch",
     "kernels.layers",
     "kernels.checkpoint",
+    "kernels.export",
     "kernels.hf",
     "eval",
     "",  # sparsegpt/__init__.py: tells transformers of packed folders; what is heavy waits for its first use
@@ -43,12 +45,12 @@ ROOMS = (
     "__main__",
 )
 # Research code that imports these gets torch and einops, nothing else.
-LIGHT_ROOMS = ("errors", "sparsity", "strips", "solvers", "kernels.format", "kernels.layers", "")
+LIGHT_ROOMS = ("errors", "sparsity", "quantization", "strips", "solvers", "kernels.format", "kernels.layers", "")
 LIGHT = {"torch", "einops", "sparsegpt"} | set(sys.stdlib_module_names)
 # The fused kernel is loaded only for tensors on a GPU, as the test of loaded modules below shows.
 LIGHT_EXCEPTIONS = {"sparsegpt.solvers.fused": {"triton"}}
 # Of the engine, what a packed model is made of: how transformers keeps experts, and files.
-KERNELS_MAY_USE = {"errors", "sparsity", "strips", "files", "model"}
+KERNELS_MAY_USE = {"errors", "sparsity", "quantization", "strips", "files", "model"}
 # A reader finds a file in a folder at a glance.
 FILES_IN_A_FOLDER = 14
 LINES_OF_A_FUNCTION = 60

@@ -11,7 +11,7 @@ import typer
 
 from sparsegpt.cli.bench_commands import bench, tune
 from sparsegpt.cli.console import say
-from sparsegpt.cli.model_commands import evaluate_model, inspect, pack, unpack
+from sparsegpt.cli.model_commands import evaluate_model, export, inspect, pack, unpack
 from sparsegpt.cli.options import Command
 from sparsegpt.cli.run_command import run
 from sparsegpt.errors import SparseGPTError
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "pack": pack,
     "unpack": unpack,
+    "export": export,
     "tune": tune,
 }
 for name, command in COMMANDS.items():

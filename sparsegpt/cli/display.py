@@ -3,6 +3,7 @@
 The console is that of `console.open_console`, which reads no markup in what it is given.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,9 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     if "peak_gpu_memory_bytes" in report:
         memory += f", GPU {report['peak_gpu_memory_bytes'] / 2**20:.0f} MiB"
     zeros = 1 - report["density_of_pruned_linears"]
+    if report["bits_per_weight"] is not None:
+        stored = sum(math.prod(layer["shape"]) * layer["bits"] / 8 for layer in report["layers"] if layer["bits"])
+        print_line(console, f"integers: {report['bits_per_weight']:.3f} bits a weight, {stored / 1e6:.1f} MB in files")
     print_line(console, f"zeros in pruned linears {zeros:.2%}; seconds: {seconds}; peak memory {memory}")
     print_line(console, f"saved {out}")
 

@@ -189,3 +189,24 @@ def unpack(
 
     linears = unpack_folder(folder_of(folder, revision), out, overwrite=overwrite)
     print(f"unpacked {len(linears)} linears; wrote {out}")
+
+
+def export(
+    folder: Annotated[str, typer.Argument(help="The folder of a run with --quantize, or a Hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", callback=at_home)],
+    format: Annotated[
+        str, typer.Option(help="compressed-tensors (vLLM, transformers) or gptq (vLLM, GPTQModel).")
+    ] = "compressed-tensors",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the integers of a run for other programs: dense, with zeros where weights were pruned."""
+    from sparsegpt.kernels.export.folder import export_folder
+
+    source = folder_of(folder, revision)
+    report = export_folder(source, out, format, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    before, after = report.dense_bytes / 2**20, report.packed_bytes / 2**20
+    print(
+        f"exported {len(report.linears)} linears: {before:.1f} -> {after:.1f} MiB ({after / before:.4f}); wrote {out}"
+    )

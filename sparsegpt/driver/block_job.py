@@ -15,7 +15,7 @@ from sparsegpt.model.families import Residual, prunable_linears
 from sparsegpt.model.routers import mixture_of
 from sparsegpt.model.streams import Streams
 from sparsegpt.recovery.reconstruct import reconstruct_block
-from sparsegpt.recovery.training import training_batches
+from sparsegpt.recovery.training import GridWeight, training_batches
 from sparsegpt.settings.prune_settings import LinearSettings
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.solvers.hessian import HessianAccumulator
@@ -87,6 +87,7 @@ class BlockJob:
                 ahead=ahead,
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
+                rounded=self._rounded(),
             )
             for parameter in self.block.parameters():
                 parameter.data.copy_(self.solver.as_stored(parameter.data, parameter))
@@ -97,6 +98,14 @@ class BlockJob:
                 "back to the best; lower the learning rate"
             )
         return result.after / result.before if result.before else 1.0
+
+    def _rounded(self) -> dict[str, GridWeight]:
+        """The pruned linears whose weights are on grids, which a training leaves them on."""
+        return {
+            name: GridWeight(self.solver.as_stored(linear.weight.data, linear.weight), grid, self.prefix + name)
+            for name, linear in self.linears.items()
+            if (grid := self.choices[name].quantize) is not None
+        }
 
     def _dense_after(self, ahead: Sequence[nn.Module]) -> list[Tensor]:
         """The dense stream, which has passed this block, moved on through the blocks that follow."""

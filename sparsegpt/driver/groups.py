@@ -93,7 +93,9 @@ class GroupSolver:
             hessian.keep_factor = len(reports) + 1 < len(linears)
             method = METHODS["magnitude"] if starved else parse_method(choice.method)
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
-            solve = functools.partial(prune_layer, weight, hessian, choice.sparsity, method, choice.block_size)
+            solve = functools.partial(
+                prune_layer, weight, hessian, choice.sparsity, method, choice.block_size, rounding=choice.rounding
+            )
             pruned = solve() if target is None else self._solve_corrected(weight, hessian, target, solve)
             linear.weight.copy_(self.as_stored(pruned.weight, linear.weight))
             report = LayerReport(
@@ -106,6 +108,8 @@ class GroupSolver:
                 damping=pruned.damping,
                 tokens=gram.tokens,
                 seconds=time.perf_counter() - started,
+                grid=None if choice.quantize is None else str(choice.quantize),
+                bits=_bits(choice, linear.in_features),
             )
             reports.append(report)
             self.listener.layer(report)
@@ -182,6 +186,13 @@ class GroupSolver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.report.seconds[part] += time.perf_counter() - started
+
+
+def _bits(choice: LinearSettings, width: int) -> float | None:
+    """Bits of a weight as it can be stored, whichever way is the smaller; None where it is on no grid."""
+    if choice.quantize is None:
+        return None
+    return min(choice.quantize.bits_per_weight(width, kept) for kept in (1.0, 1 - choice.sparsity.zeros))
 
 
 def _targets(

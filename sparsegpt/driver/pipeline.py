@@ -34,6 +34,7 @@ from sparsegpt.model.head import head_inputs, lm_head_of
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.streams import ActivationStore, Streams
 from sparsegpt.model.unfuse import unfused
+from sparsegpt.quantization import Grid
 from sparsegpt.recovery.distill import Distiller, distill
 from sparsegpt.recovery.training import Batch, counting_windows, training_batches
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings, resolve_settings
@@ -168,6 +169,14 @@ class Work:
         pruned = {index: list(shapes) for index, shapes in enumerate(self.shapes) if shapes}
         return pruned if self.settings.distill else {}
 
+    @property
+    def grids(self) -> dict[int, dict[str, Grid]]:
+        """The grids of each block's pruned linears, by their names inside it; those without one are left out."""
+        return {
+            index: {name: choice.quantize for name, choice in self.of_block(index).items() if choice.quantize}
+            for index in range(len(self.shapes))
+        }
+
     def without(self, names: tuple[str, ...]) -> "Work":
         """The same where linears of these full names stay dense."""
         prefixes = [prefix for prefix, _ in self.decoder.by_prefix()]
@@ -286,7 +295,7 @@ class _Driver:
         assert self.streams.dense is not None
         with self.solver.timed("distill"):
             trained, store = self.work.trained, self.streams.store
-            student = Distiller(self.work.decoder, self.streams.inputs, self.residence, store, trained)
+            student = Distiller(self.work.decoder, self.streams.inputs, self.residence, store, trained, self.work.grids)
             if not self._train(student, training_batches(batches, self.streams.dense)):
                 return
             for index in trained:

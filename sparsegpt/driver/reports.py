@@ -20,7 +20,8 @@ class LayerReport:
 
     sparsity: the pattern asked for; method: how it was solved; zeros: the share of zeros of the weight as it is stored;
     relative_error: ||(W - W')X||^2 / ||WX||^2 on the inputs of the pruned model; damping: what the Hessian needed;
-    tokens: calibration tokens that reached it.
+    tokens: calibration tokens that reached it. grid: the integers that its weights lie on, and
+    bits: of a weight in the smaller of two forms, dense or packed without its zeros; None where there is no grid.
     Of an expert that too few reached, relative_error is ||W - W'||^2 / ||W||^2.
     """
 
@@ -33,6 +34,8 @@ class LayerReport:
     damping: float
     tokens: int
     seconds: float
+    grid: str | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ class PruneReport:
         kept = sum((1 - layer.zeros) * size for layer, size in zip(self.layers, sizes, strict=True))
         return kept / sum(sizes)
 
+    @property
+    def bits(self) -> float | None:
+        """Bits of a weight of the pruned linears that are on grids, in the mean; None without any."""
+        sized = [(layer.bits, layer.shape[0] * layer.shape[1]) for layer in self.layers if layer.bits is not None]
+        return sum(bits * size for bits, size in sized) / sum(size for _, size in sized) if sized else None
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for report.json."""
         return {
@@ -127,6 +136,7 @@ class PruneReport:
             "settings": self.settings.as_dict(),
             "recipe": self._recipe() if self.settings.recipe else None,
             "density_of_pruned_linears": self.density,
+            "bits_per_weight": self.bits,
             "parameters": self.parameters.as_dict(),
             "rotation": None if self.rotation is None else asdict(self.rotation),
             "layers": [asdict(layer) for layer in self.layers],

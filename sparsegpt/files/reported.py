@@ -8,17 +8,19 @@ from typing import Any
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.checked_json import REPORT_NAME, read_object
 from sparsegpt.files.inside import check_inside
+from sparsegpt.quantization import Grid, parse_grid
 from sparsegpt.sparsity import parse_sparsity
 
 
 @dataclass(frozen=True)
 class ReportedLayer:
-    """A pruned layer: the sparsity that it was pruned to, its shape [out, in], and its share of zeros."""
+    """A pruned layer: the sparsity that it was pruned to, its shape [out, in], its share of zeros, and its grid."""
 
     name: str
     sparsity: str
     shape: tuple[int, int]
     zeros: float
+    grid: Grid | None = None
 
 
 def reported_layers(folder: Path) -> dict[str, ReportedLayer] | None:
@@ -49,6 +51,7 @@ def _layer(row: Any) -> ReportedLayer:
         raise SparseGPTError(f'{name}: expected a "sparsity" such as "2:4"')
     try:
         parse_sparsity(sparsity)
+        grid = parse_grid(row.get("grid"))
     except SparseGPTError as error:
         raise SparseGPTError(f"{name}: {error}") from error
     shape, zeros = row.get("shape", [0, 0]), row.get("zeros", 0.0)
@@ -56,4 +59,4 @@ def _layer(row: Any) -> ReportedLayer:
         raise SparseGPTError(f"{name}: expected a shape of two sizes")
     if isinstance(zeros, bool) or not isinstance(zeros, int | float) or not math.isfinite(zeros):
         raise SparseGPTError(f"{name}: expected a share of zeros")
-    return ReportedLayer(name, sparsity, (shape[0], shape[1]), float(zeros))
+    return ReportedLayer(name, sparsity, (shape[0], shape[1]), float(zeros), grid)

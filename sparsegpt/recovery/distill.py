@@ -24,9 +24,11 @@ from sparsegpt.model.head import logits_after
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.streams import ActivationStore
 from sparsegpt.model.unfuse import unfused
+from sparsegpt.quantization import Grid
 from sparsegpt.recovery.training import (
     BETAS,
     Batch,
+    GridWeight,
     autocast,
     held_out_count,
     in_float32,
@@ -52,8 +54,9 @@ class Distiller:
     """The pruned model as a student, of which one block computes at a time.
 
     Its batches pair tokens [batch, sequence] with the dense model's hidden states [batch, sequence, features] after the
-    last block. pruned: for each block that is trained, the names of its pruned linears, whose zeros stay zeros. The
-    states lie on the device of the blocks' parameters, in files if the store keeps activations there.
+    last block. pruned: for each block that is trained, the names of its pruned linears, whose zeros stay zeros. grids:
+    of those among them whose integers stay too, and whose scales are trained. The states lie on the device of the
+    blocks' parameters, in files if the store keeps activations there.
     """
 
     def __init__(
@@ -63,25 +66,40 @@ class Distiller:
         residence: Residence,
         store: ActivationStore,
         pruned: Mapping[int, Sequence[str]],
+        grids: Mapping[int, Mapping[str, Grid]] | None = None,
     ) -> None:
         self.decoder, self.blocks = decoder, decoder.blocks
         self.inputs, self.residence = inputs, residence
         self.masked = {index: {f"{name}.weight" for name in names} for index, names in pruned.items()}
+        self.rounded: dict[int, dict[str, GridWeight]] = {}
         self.states: dict[int, dict[str, Trained]] = {}
         for index in pruned:
             block = self.blocks[index]
             home = next(block.parameters()).device
             with residence.visit(block), unfused(block):
+                self.rounded[index] = {
+                    f"{name}.weight": _on_grid(block, f"{name}.weight", grid, decoder.prefix(index), residence)
+                    for name, grid in (grids or {}).get(index, {}).items()
+                }
                 self.states[index] = {
                     name: Trained(
                         *(
                             store.keep(f"{part} of {index}.{name}", 0, values.to(home))
-                            for part, values in _initial(parameter.data)
+                            for part, values in _initial(self._first_values(index, name, parameter))
                         )
                     )
                     for name, parameter in block.named_parameters()
                     if name in self.masked[index] or parameter.ndim == 1
                 }
+
+    def _first_values(self, index: int, name: str, parameter: nn.Parameter) -> Tensor:
+        rounded = self.rounded[index].get(name)
+        return parameter.data if rounded is None else rounded.values()
+
+    def _value(self, index: int, name: str, *, stored: bool = False) -> Tensor:
+        """A parameter [...] as it is in training, or as it will be stored."""
+        values, rounded = self.states[index][name].weight, self.rounded[index].get(name)
+        return values if rounded is None else rounded.weight(values, stored=stored)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes, [...] each, by name; writing into these tensors sets it."""
@@ -127,9 +145,9 @@ class Distiller:
         block = self.blocks[index]
         with self.residence.visit(block):
             with unfused(block):
-                for name, state in self.states[index].items():
+                for name in self.states[index]:
                     parameter = block.get_parameter(name)
-                    values = state.weight.to(parameter.dtype)
+                    values = self._value(index, name, stored=True).to(parameter.dtype)
                     parameter.data.copy_(self.residence.as_stored(values, parameter))
             return self.residence.to_store(block)
 
@@ -178,7 +196,9 @@ class Distiller:
                 continue  # an expert to which nothing was sent
             state = self.states[index][name]
             change = of_parameter.to(state.weight.device, torch.float32)
-            if name in self.masked[index]:
+            if name in self.rounded[index]:
+                change = self.rounded[index][name].gradient(change)
+            elif name in self.masked[index]:
                 change = change.masked_fill(state.weight == 0, 0)  # Adam then never moves a zero
             adam_step(state, change, number, rate)
         assert found[0] is not None
@@ -193,7 +213,7 @@ class Distiller:
             trained = {name: block.get_parameter(name) for name in self.states.get(index, ())}
             originals = [parameter.data for parameter in trained.values()]
             for name, parameter in trained.items():
-                parameter.data = self.states[index][name].weight.to(parameter.device)
+                parameter.data = self._value(index, name).to(parameter.device)
                 parameter.requires_grad_(True)
             try:
                 yield trained
@@ -253,6 +273,11 @@ def adam_step(state: Trained, gradient: Tensor, number: int, rate: float) -> Non
     # Both moments start at 0 and are divided by what that took from them.
     root = (state.square / (1 - second**number)).sqrt_().add_(EPSILON)
     state.weight.addcdiv_(state.mean, root, value=-rate / (1 - first**number))
+
+
+def _on_grid(block: nn.Module, name: str, grid: Grid, prefix: str, residence: Residence) -> GridWeight:
+    parameter = block.get_parameter(name)
+    return GridWeight(residence.as_stored(parameter.data, parameter), grid, prefix + name)
 
 
 def _initial(values: Tensor) -> Iterator[tuple[str, Tensor]]:

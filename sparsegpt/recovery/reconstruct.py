@@ -7,7 +7,7 @@ with the lowest held-out loss win, the untrained ones included, so no block gets
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsegpt.recovery.training import (
     BETAS,
     Batch,
+    GridWeight,
     autocast,
     counting_windows,
     held_out_count,
@@ -44,6 +45,7 @@ def reconstruct_block(
     ahead: Sequence[nn.Module] = (),
     epochs: int,
     learning_rate: float,
+    rounded: Mapping[str, GridWeight] | None = None,
 ) -> Reconstruction:
     """Batches [batch, sequence, ...] -> held-out losses; trains `block` in place.
 
@@ -51,7 +53,7 @@ def reconstruct_block(
     before the block [batch, sequence, features], and what should become of it. forward(tokens, hidden): what the block
     and the modules `ahead`, which are not trained, make of it. Adam with the learning rate falling to 0 along a cosine;
     weights in float32, products in bfloat16 where the hardware has them. If the loss stops being finite the block is
-    rolled back.
+    rolled back. rounded: weights whose integers stay, of which the scales are trained, by their linears' names.
     """
     device = next(block.parameters()).device
     with in_float32([block, *ahead]), remembering_gradient_switches([block, *ahead]):
@@ -70,12 +72,43 @@ def reconstruct_block(
             return relative_loss(output.float(), target)
 
         with counting_windows("reconstruction", batches):
-            return _train(trained, masks, batches, loss_of, epochs, learning_rate)
+            by_weight = {f"{name}.weight": weight for name, weight in (rounded or {}).items()}
+            return _train(_Leaves(trained, masks, by_weight), batches, loss_of, epochs, learning_rate)
+
+
+class _Leaves:
+    """What the optimizer moves: parameters themselves, zeros excepted, and of rounded ones the scales."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], masks: dict[str, Tensor], rounded: dict[str, GridWeight]
+    ) -> None:
+        self.parameters, self.masks, self.rounded = parameters, masks, rounded
+        self.leaves = {
+            name: nn.Parameter(rounded[name].values().to(parameter.device)) if name in rounded else parameter
+            for name, parameter in parameters.items()
+        }
+
+    def take_gradients(self) -> None:
+        """After a backward pass: gradients of zeros go, those of rounded weights become those of their scales."""
+        for name, mask in self.masks.items():
+            gradient = self.parameters[name].grad
+            if gradient is None:
+                continue  # an expert may get no token in a batch
+            if name in self.rounded:
+                self.leaves[name].grad = self.rounded[name].gradient(gradient)
+                self.parameters[name].grad = None
+            else:
+                gradient.masked_fill_(~mask, 0)  # Adam then never moves a zero
+
+    @torch.no_grad()
+    def show(self, *, stored: bool = False) -> None:
+        """Give the block the weights of the scales as they are now; stored: as files keep them."""
+        for name, weight in self.rounded.items():
+            self.parameters[name].copy_(weight.weight(self.leaves[name].detach(), stored=stored))
 
 
 def _train(
-    trained: dict[str, nn.Parameter],
-    masks: dict[str, Tensor],
+    trained: _Leaves,
     batches: list[Batch],
     loss_of: Callable[[Batch], Tensor],
     epochs: int,
@@ -85,31 +118,30 @@ def _train(
     held_out = batches[-held_out_count(len(batches)) :]
     training = batches[: -len(held_out)] or held_out
     steps = epochs * len(training)
-    optimizer = torch.optim.Adam(trained.values(), lr=learning_rate, betas=BETAS)
+    optimizer = torch.optim.Adam(trained.leaves.values(), lr=learning_rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
     before = best = _mean_loss(loss_of, held_out)
-    best_state, best_epoch, diverged = _copy(trained), 0, False
+    best_state, best_epoch, diverged = _copy(trained.leaves), 0, False
     for epoch in range(1, epochs + 1):
         for index in torch.randperm(len(training), generator=generator).tolist():
             loss = loss_of(training[index])
             optimizer.zero_grad()
             loss.backward()
-            for name, mask in masks.items():
-                gradient = trained[name].grad
-                if gradient is not None:  # an expert may get no token in a batch
-                    gradient.masked_fill_(~mask, 0)  # Adam then never moves a zero
+            trained.take_gradients()
             optimizer.step()
+            trained.show()
             schedule.step()
         after = _mean_loss(loss_of, held_out)
         if not math.isfinite(after):
             diverged = True
             break
         if after < best:
-            best, best_state, best_epoch = after, _copy(trained), epoch
+            best, best_state, best_epoch = after, _copy(trained.leaves), epoch
     with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(best_state[name])
+        for name, leaf in trained.leaves.items():
+            leaf.copy_(best_state[name])
+    trained.show(stored=True)
     return Reconstruction(before, best, best_epoch, diverged)
 
 

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.quantization import Grid, Integers, grouped, recover, representable
+
 # The share of the windows that judges instead of teaching.
 HELD_OUT = 0.1
 # Windows are gathered into batches of about this many tokens: small, so that few windows still make many steps.
@@ -16,6 +18,35 @@ BETAS = (0.9, 0.95)
 
 # Tensors [batch, sequence, ...] of the same windows: their tokens first, then what goes in or should come out.
 Batch = tuple[Tensor, ...]
+
+
+class GridWeight:
+    """A weight [R, C] on a grid in training: its integers stay, its scales [R, G] move.
+
+    weight: in the dtype to which it was rounded. What an optimizer sees are scales times the usual size of an integer:
+    a step of Adam then moves the weights about as far as one of their own would.
+    Raises SparseGPTError, with the layer's name, where the weight is not on the grid.
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid, name: str) -> None:
+        self._integers = recover(weight, grid, name)
+        steps = self._integers.steps
+        self._usual = float(steps.float().square().sum() / steps.count_nonzero().clamp_min(1)) ** 0.5 or 1.0
+
+    def values(self) -> Tensor:
+        """What is trained, float32 [R, G], new, as it is at first."""
+        return self._integers.scales.scale * self._usual
+
+    def gradient(self, of_weight: Tensor) -> Tensor:
+        """Gradient for the weight [R, C] -> that for the values [R, G]."""
+        products = grouped(of_weight * self._integers.steps.to(of_weight.device), self._integers.scales.grid)
+        return products.sum(-1) / self._usual
+
+    def weight(self, values: Tensor, *, stored: bool = False) -> Tensor:
+        """Values [R, G] -> the weight, float32 [R, C]; stored: by scales as files keep them."""
+        scale = values / self._usual
+        scales = self._integers.scales._replace(scale=representable(scale) if stored else scale)
+        return Integers(self._integers.steps.to(values.device), scales).decode()
 
 
 class TrainingOutOfMemory(torch.OutOfMemoryError):

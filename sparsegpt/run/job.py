@@ -211,6 +211,9 @@ class _Job:
         calibration = "{source}, {samples} windows of {sequence_length} tokens, seed {seed}"
         rows = {
             **({"preset": options.preset} if options.preset else {}),
+            **(
+                {"integers": f"{self.settings.quantize} by {self.settings.quantizer}"} if self.settings.quantize else {}
+            ),
             **({"rules of a recipe": str(recipe)} if recipe else {}),
             "calibration": calibration.format(**self.calibration.describe()),
             "pruned": f"{len(self.pruned.layers)} linears",
@@ -315,7 +318,7 @@ class _Job:
     def prune(self) -> None:
         """Prune block by block; finished blocks go to the work folder."""
         rules = " and a recipe" if self.settings.recipe else ""
-        self.listener.stage(f"pruning to {self.settings.sparsity} with {self.settings.method_name}{rules}")
+        self.listener.stage(f"{self._aim()}{rules}")
         while True:
             try:
                 self._prune_blocks()
@@ -325,6 +328,14 @@ class _Job:
         for warning in self.pruned.warnings:
             if warning not in self.warnings:
                 self.warn(warning)
+
+    def _aim(self) -> str:
+        """What the run does to weights, in words."""
+        settings = self.settings
+        rounding = f"{settings.quantize} by {settings.quantizer}" if settings.quantize else ""
+        if not settings.sparsity.zeros and rounding:
+            return f"rounding to {rounding}"
+        return f"pruning to {settings.sparsity} with {settings.method_name}{rounding and f', rounding to {rounding}'}"
 
     def _halve_micro_batch(self, error: torch.OutOfMemoryError) -> None:
         """Go on after the last finished block with smaller steps, and with a distillation that begins anew."""

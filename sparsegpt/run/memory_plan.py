@@ -40,6 +40,8 @@ MORE_ON_GPU = (1.0, 1.0)
 # While targets are corrected: Hessian and drift, then the factor in its place; each linear's target waits for its turn.
 # While a pass gathers: the Hessian, and with corrections the drift.
 CORRECTION_COPIES, GATHERED, GATHERED_FOR_CORRECTION = Copies(2.3, 1.0, 3), 1, 2
+# While weights are rounded: the Hessian, its damped and its scaled copy; what a descent keeps of every weight.
+ROUNDING_COPIES = Copies(4.0, 11.0)
 # Copies of a token's hidden state, and of its widest input, while a block computes and while it is trained.
 FORWARD_COPIES, TRAINING_COPIES = (8, 4), (24, 8)
 # Parameters in float32, gradients, two moments, the best state so far.
@@ -266,6 +268,8 @@ def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool
     square, layer = group.inputs**2, group.inputs * group.outputs
     piece = min(layer, PIECE_ON_GPU if on_gpu else PIECE)
     moments = [copies for method in settings.values_of("method") for copies in parse_method(method).copies]
+    if settings.values_of("quantize") != {None}:
+        moments.append(ROUNDING_COPIES)
     targets = 0
     if _corrects(settings):
         moments.append(CORRECTION_COPIES)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparsegpt.quantization import Grid
 from sparsegpt.settings.option import Group, option
 from sparsegpt.sparsity import NM, Sparsity
 
@@ -155,13 +156,15 @@ def default_data(model: str, role: str) -> str:
     return "c4" if role == "calibration" else "wikitext2"
 
 
-def default_folder(model: str, sparsity: Sparsity) -> Path:
-    """Where a run writes when nothing is named: pruned/demo-2of4, pruned/demo-50pct, pruned/demo-33.3pct-per-row.
+def default_folder(model: str, sparsity: Sparsity, grid: Grid | None = None) -> Path:
+    """Where a run writes when nothing is named: pruned/demo-2of4, pruned/demo-33.3pct-per-row, pruned/demo-int4-128.
 
     The name has no character that a shell, a URL or another file system reads in its own way.
     """
     name = re.sub(r"[^\w.\-]", "-", Path(model.rstrip("/")).name) or "model"
-    return Path("pruned") / f"{name}-{_pattern_name(sparsity)}"
+    parts = [_pattern_name(sparsity)] if sparsity.zeros or grid is None else []
+    parts += [] if grid is None else [str(grid).replace(":", "-")]
+    return Path("pruned") / "-".join([name, *parts])
 
 
 def _pattern_name(sparsity: Sparsity) -> str:

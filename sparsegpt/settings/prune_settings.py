@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sparsegpt.errors import SparseGPTError, unknown
+from sparsegpt.quantization import Grid, parse_grid
 from sparsegpt.settings.option import Group, option
 from sparsegpt.settings.selection import compile_regex
-from sparsegpt.solvers.layer import BLOCK_SIZE, check_block_size
+from sparsegpt.solvers.layer import BLOCK_SIZE, Rounding, check_block_size
 from sparsegpt.solvers.methods import Method, parse_method
 from sparsegpt.sparsity import NM, Sparsity, Unstructured, parse_sparsity
 
@@ -32,7 +33,7 @@ def _plain(value: Any) -> Any:
     """A setting as JSON holds it."""
     if isinstance(value, Method):
         return value.name
-    return str(value) if isinstance(value, NM | Unstructured) else value
+    return str(value) if isinstance(value, NM | Unstructured | Grid) else value
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class LinearSettings:
     """How one linear is pruned.
 
     damping: share of the mean diagonal added to the Hessian; None: by sample size, see `damping_for`. block_size:
-    columns that share a threshold. error_correction, residual_correction in [0, 1]: share of the upstream drift that
-    a layer is asked to undo.
+    columns that share a threshold. quantize: the integers that kept weights are rounded to; quantizer: how, a key of
+    QUANTIZERS. error_correction, residual_correction in [0, 1]: share of the upstream drift that a layer is asked to
+    undo.
     """
 
     sparsity: Sparsity = field(
@@ -65,6 +67,19 @@ class LinearSettings:
         default=BLOCK_SIZE,
         metadata=option("Columns that share a threshold (sparsegpt, fractions).", Group.PATTERN),
     )
+    quantize: Grid | None = field(
+        default=None,
+        metadata=option(
+            "Round kept weights to integers: int4, int8, int3, int4:32 (weights a scale), int8:row, or none.",
+            Group.PATTERN,
+            typed=str,
+            unset="none",
+        ),
+    )
+    quantizer: str = field(
+        default="gptq",
+        metadata=option("How: gptq (in the solver) or rtn (to nearest).", Group.PATTERN),
+    )
     error_correction: float = field(
         default=0.0,
         metadata=option("Share of upstream errors that each layer undoes, 0 to 1.", Group.RECOVERY),
@@ -81,6 +96,8 @@ class LinearSettings:
                 f"damping {self.damping:g} is out of range: expected a share of the mean diagonal, like 0.01"
             )
         check_block_size(self.block_size, self.sparsity)
+        if self.rounding is not None:
+            self.rounding.grid.check(self.sparsity)
         for name in CORRECTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise SparseGPTError(f"{name.replace('_', ' ')} {getattr(self, name):g} must lie between 0 and 1")
@@ -99,6 +116,11 @@ class LinearSettings:
             return self.damping
         low, high = DAMPING_RANGE
         return min(high, max(low, DAMPING_PER_SHARE * width / tokens))
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """How kept weights become integers; None where they do not. Raises SparseGPTError for an unknown quantizer."""
+        return Rounding.of(self.quantize, self.quantizer)
 
     @property
     def corrects(self) -> bool:
@@ -212,6 +234,10 @@ class PruneSettings(LinearSettings):
                 f"allocation {self.allocation!r} needs a fraction of the layer, such as 0.5: "
                 f"{self.sparsity} fixes the share of every group or row"
             )
+        if "quantizer" in self.asked and self.values_of("quantize") == {None}:
+            raise SparseGPTError(
+                "a quantizer rounds to integers: say which, or leave it out", settings=("quantize", "quantizer")
+            )
         if self.reconstruct < 0 or not 0 < self.learning_rate < math.inf:
             raise SparseGPTError("reconstruction needs a number of epochs >= 0 and a learning rate above 0")
         if self.distill < 0 or not 0 < self.distill_rate < math.inf:
@@ -273,6 +299,8 @@ def resolve_settings(sparsity: "str | float | Sparsity", preset: str = "default"
         # A method that moves no weight has nothing to correct with: the preset's corrections do not apply to it.
         for share in CORRECTIONS:
             defaults.pop(share, None)
+    if "quantize" in given:
+        given["quantize"] = parse_grid(given["quantize"])
     return PruneSettings(parse_sparsity(sparsity), **{**defaults, **given, "asked": tuple(sorted(given))})
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegpt.errors import SparseGPTError, nearest
+from sparsegpt.quantization import parse_grid
 from sparsegpt.settings.prune_settings import CORRECTIONS, LinearSettings, PruneSettings, Rule
 from sparsegpt.solvers import parse_method
 from sparsegpt.sparsity import parse_sparsity
@@ -35,6 +36,8 @@ KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "method": _TEXT,
     "damping": _NUMBER,
     "block_size": ((int,), "a whole number"),
+    "quantize": _TEXT,
+    "quantizer": _TEXT,
     "error_correction": _NUMBER,
     "residual_correction": _NUMBER,
 }
@@ -103,6 +106,8 @@ def _rule(table: dict[str, Any], origin: str) -> Rule:
     try:
         if "sparsity" in changes:
             changes["sparsity"] = parse_sparsity(changes["sparsity"])
+        if "quantize" in changes:
+            changes["quantize"] = parse_grid(changes["quantize"])
         changes |= {key: float(value) for key, value in changes.items() if KEYS[key] is _NUMBER}
         return Rule(table["modules"], changes, skip, origin)
     except (SparseGPTError, OverflowError) as error:
@@ -126,12 +131,16 @@ def choose(settings: PruneSettings, names: Iterable[str]) -> dict[str, LinearSet
     Raises SparseGPTError, naming rule and linear, where rules contradict each other, and when nothing is left to prune.
     """
     choices = {name: _choice(settings, name) for name in names}
-    if settings.recipe and not any(choice and choice.sparsity.zeros for choice in choices.values()):
+    if settings.recipe and not any(map(_does_something, choices.values())):
         skipped = sum(choice is None for choice in choices.values())
         raise SparseGPTError(
             f"the recipe prunes nothing: it skips {skipped} of {len(choices)} linears, the others are asked for 0 zeros"
         )
     return choices
+
+
+def _does_something(choice: LinearSettings | None) -> bool:
+    return choice is not None and (choice.sparsity.zeros > 0 or choice.quantize is not None)
 
 
 def _choice(settings: PruneSettings, name: str) -> LinearSettings | None:

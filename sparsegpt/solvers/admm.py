@@ -25,8 +25,8 @@ from sparsegpt.solvers.masks import layer_mask, rough_projection
 from sparsegpt.solvers.products import Multiplier, multiplier, pieces, quick_dtype
 from sparsegpt.solvers.refit import descend, row_losses
 from sparsegpt.solvers.sparsegpt import sweep
-from sparsegpt.solvers.strips import transposed
 from sparsegpt.sparsity import NM, Sparsity
+from sparsegpt.strips import transposed
 
 # The schedule was found by coordinate descent over layers of a 15M- and a 135M-parameter Llama. Scale of a column:
 # Wanda's sqrt(H_jj) to this power times SparseGPT's 1 / sqrt((H^-1)_jj) to the rest of 1.

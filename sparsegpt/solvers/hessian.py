@@ -111,6 +111,7 @@ class DampedHessian:
         self.mean_diagonal = float(diagonal[~self.dead].mean()) if not self.dead.all() else 1.0
         self.requested_damping = damping
         self.keep_factor = False
+        self._ordered: tuple[Tensor, DampedHessian] | None = None
 
     def matrix(self, damping: float) -> Tensor:
         """[C, C], new: H with dead diagonals filled and `damping` times the mean diagonal added."""
@@ -139,6 +140,17 @@ class DampedHessian:
         for rows in self.inverse_factor.split(GRAM_BLOCK):
             squares_C += rows.square().sum(0)
         return squares_C
+
+    def ordered(self, order: Tensor) -> "DampedHessian":
+        """[C] -> the same of inputs in this order. Made once for all layers that ask for the same order in turn."""
+        known = self._ordered
+        if known is None or not torch.equal(known[0], order):
+            other = DampedHessian(
+                self.raw[order][:, order], self.requested_damping, dtype=self.raw.dtype, name=self.name
+            )
+            self._ordered = known = order, other
+        known[1].keep_factor = self.keep_factor
+        return known[1]
 
     def release_factor(self) -> None:
         """Free the inverse factor, unless it is to be kept; what was derived from it stays known.

@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from sparsegpt.solvers.strips import transposed
 from sparsegpt.sparsity import NM, Sparsity
+from sparsegpt.strips import transposed
 
 # Up to this n the n-th largest of a group is found by maxima and minima, which take n steps a member.
 EXTREMES_LIMIT = 8

@@ -64,6 +64,7 @@ class Method:
     updates_weights: the kept weights move, so the method can take corrections.
     per_row: saliencies of a fraction are compared within a row.
     refit: the kept weights are fitted anew on the mask.
+    joint: on a grid of integers its sweep can choose mask and integers together (solvers/rounding.py).
     copies: memory at its worst moments.
     Raises SparseGPTError unless exactly one of the two functions is given.
     """
@@ -74,6 +75,7 @@ class Method:
     updates_weights: bool = False
     per_row: bool = False
     refit: bool = False
+    joint: bool = False
     copies: tuple[Copies, ...] = (Copies(2.3, 5.0),)
 
     def __post_init__(self) -> None:
@@ -126,6 +128,7 @@ class Method:
             name=f"{self.name}{REFITTED}",
             updates_weights=True,
             refit=True,
+            joint=False,
             copies=(*self.copies, REFIT_COPIES),
         )
 
@@ -172,7 +175,7 @@ class Method:
 _ROWS = (
     Method("magnitude", saliency=magnitude, copies=(Copies(1.0, 3.0),)),
     Method("wanda", saliency=wanda, per_row=True, copies=(Copies(1.0, 3.0),)),
-    Method("sparsegpt", solve=sparsegpt, updates_weights=True, copies=(Copies(2.3, 4.0),)),
+    Method("sparsegpt", solve=sparsegpt, updates_weights=True, joint=True, copies=(Copies(2.3, 4.0),)),
     # The two moments are the resolvent and the refit.
     Method("admm", solve=admm, updates_weights=True, copies=(Copies(2.5, 2.0, 2), Copies(2.0, 5.0, 5))),
 )

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.masks import group_mask, row_mask, unstructured_mask
-from sparsegpt.solvers.strips import transposed
 from sparsegpt.sparsity import NM, Sparsity
+from sparsegpt.strips import transposed
 
 # Columns handled one by one; wider ranges are split in halves.
 LEAF = 8
@@ -46,51 +46,79 @@ def sweep(
 
     The loss is that under the damped Hessian: the sum of all squared errors e_j^2.
     """
-    return _Sweep(weight, hessian, pattern, block_size).run()
+    return _Sweep(transposed(weight), hessian, pattern, block_size).run()
 
 
-class _Sweep:
-    """The state of one left-to-right pass: current weights, errors and mask, all [C, R]."""
+class Columns:
+    """Weights and errors, [C, R] each, and the matrix U [C, C] by which the error of a column moves to the right.
+
+    A subclass says, as `_settle`, what becomes of a column that has received every update from its left.
+    strip: columns that the fused kernel settles at once; 0: none.
+    """
+
+    def __init__(self, weight: Tensor, matrix: Tensor) -> None:
+        self.weight_CR, self.U_CC = weight, matrix
+        self.error_CR = torch.empty_like(weight)
+        self.strip = 0
+
+    def _eliminate(self, start: int, end: int) -> None:
+        """Settle columns, moving their errors to the right within [start, end)."""
+        if end - start > (self.strip or LEAF):
+            middle = (start + end) // 2
+            self._eliminate(start, middle)
+            self._propagate(start, middle, end)
+            self._eliminate(middle, end)
+            return
+        if self.strip:
+            self._settle_strip(start, end)
+            return
+        for j in range(start, end):
+            self._settle(j)
+            if j + 1 < end:
+                self.weight_CR[j + 1 : end].addr_(self.U_CC[j, j + 1 : end], self.error_CR[j], alpha=-1)
+
+    def _settle(self, j: int) -> None:
+        """Leave in error_CR what column j loses, and in weight_CR what stays."""
+        raise NotImplementedError
+
+    def _settle_strip(self, start: int, end: int) -> None:
+        """The same for a strip of columns."""
+        raise NotImplementedError
+
+    def _propagate(self, start: int, middle: int, end: int) -> None:
+        """Move the errors of columns [start, middle) to columns [middle, end)."""
+        self.weight_CR[middle:end].addmm_(self.U_CC[start:middle, middle:end].T, self.error_CR[start:middle], alpha=-1)
+
+
+class MaskSweep(Columns):
+    """A left-to-right pass that chooses a mask unit by unit, bool [C, R], and settles the columns of each.
+
+    weight: [C, R], used up.
+    """
 
     def __init__(self, weight: Tensor, hessian: DampedHessian, pattern: Sparsity, block_size: int) -> None:
-        self.weight_CR = transposed(weight)
-        self.error_CR = torch.empty_like(self.weight_CR)
+        super().__init__(weight, hessian.inverse_factor)
         self.kept_CR = torch.ones_like(self.weight_CR, dtype=torch.bool)
-        self.U_CC = hessian.inverse_factor
         self.inverse_diagonal_C1 = self.U_CC.diagonal().reciprocal()[:, None]
         # An input that never fired costs nothing: its weights go first.
         self.saliency_scale_C1 = self.inverse_diagonal_C1.masked_fill(hessian.dead[:, None], 0)
         self.pattern = pattern
-        self.strip = _strip_width(self.weight_CR, pattern)
-        if isinstance(pattern, NM):
-            self.unit = pattern.m * max(1, self.strip // pattern.m)
-        else:
-            self.unit = block_size
-
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight [R, C], mask bool [R, C] and loss []; the state is used up."""
-        self._sweep(0, self.weight_CR.shape[0])
-        loss = self.error_CR.square_().sum()
-        del self.error_CR
-        # Six times faster on a CPU than masked_fill for a whole layer; adding 0.0 turns the product's -0.0 into 0.0.
-        weight_CR = self.weight_CR.mul_(self.kept_CR).add_(0.0)
-        return transposed(weight_CR), transposed(self.kept_CR), loss
+        self.unit = pattern.m if isinstance(pattern, NM) else block_size
 
     def _sweep(self, start: int, end: int) -> None:
         """Choose masks and eliminate, for columns that have received every update from the left of `start`."""
         units = -(-(end - start) // self.unit)
         if units == 1:
-            if self.strip and isinstance(self.pattern, NM):
-                self._sweep_strip(start, end, self.pattern.n, self.pattern.m)
-                return
-            self.kept_CR[start:end] = kept_KR = self._choose_mask(start, end)
-            torch.mul(~kept_KR, self.inverse_diagonal_C1[start:end], out=self.error_CR[start:end])
-            self._eliminate(start, end)
+            self._sweep_unit(start, end)
             return
         middle = start + self.unit * (units // 2)
         self._sweep(start, middle)
         self._propagate(start, middle, end)
         self._sweep(middle, end)
+
+    def _sweep_unit(self, start: int, end: int) -> None:
+        self.kept_CR[start:end] = self._choose_mask(start, end)
+        self._eliminate(start, end)
 
     def _choose_mask(self, start: int, end: int) -> Tensor:
         saliency_KR = (self.weight_CR[start:end] * self.saliency_scale_C1[start:end]).square()
@@ -103,24 +131,39 @@ class _Sweep:
             return row_mask(saliency_KR.T, zeros).T
         return unstructured_mask(saliency_KR, zeros)
 
-    def _eliminate(self, start: int, end: int) -> None:
-        """Prune columns whose mask is chosen, moving their errors to the right within [start, end).
 
-        On entry error_CR holds 1 / U_jj where a weight goes and 0 where it stays; on return, the errors.
-        """
-        if end - start > (self.strip or LEAF):
-            middle = (start + end) // 2
-            self._eliminate(start, middle)
-            self._propagate(start, middle, end)
-            self._eliminate(middle, end)
+class _Sweep(MaskSweep):
+    """Algorithm 1: a pruned weight's error is all of it, a kept one leaves none."""
+
+    def __init__(self, weight: Tensor, hessian: DampedHessian, pattern: Sparsity, block_size: int) -> None:
+        super().__init__(weight, hessian, pattern, block_size)
+        self.strip = _strip_width(self.weight_CR, pattern)
+        if isinstance(pattern, NM):
+            self.unit = pattern.m * max(1, self.strip // pattern.m)
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight [R, C], mask bool [R, C] and loss []; the state is used up."""
+        self._sweep(0, self.weight_CR.shape[0])
+        loss = self.error_CR.square_().sum()
+        del self.error_CR
+        # Six times faster on a CPU than masked_fill for a whole layer; adding 0.0 turns the product's -0.0 into 0.0.
+        weight_CR = self.weight_CR.mul_(self.kept_CR).add_(0.0)
+        return transposed(weight_CR), transposed(self.kept_CR), loss
+
+    def _sweep_unit(self, start: int, end: int) -> None:
+        if self.strip and isinstance(self.pattern, NM):
+            self._sweep_strip(start, end, self.pattern.n, self.pattern.m)
             return
-        if self.strip:
-            self._sweep_strip(start, end, 0, 0)
-            return
-        for j in range(start, end):
-            self.error_CR[j].mul_(self.weight_CR[j])
-            if j + 1 < end:
-                self.weight_CR[j + 1 : end].addr_(self.U_CC[j, j + 1 : end], self.error_CR[j], alpha=-1)
+        self.kept_CR[start:end] = kept_KR = self._choose_mask(start, end)
+        # 1 / U_jj where a weight goes and 0 where it stays; `_settle` makes errors of it.
+        torch.mul(~kept_KR, self.inverse_diagonal_C1[start:end], out=self.error_CR[start:end])
+        self._eliminate(start, end)
+
+    def _settle(self, j: int) -> None:
+        self.error_CR[j].mul_(self.weight_CR[j])
+
+    def _settle_strip(self, start: int, end: int) -> None:
+        self._sweep_strip(start, end, 0, 0)
 
     def _sweep_strip(self, start: int, end: int, keep: int, group: int) -> None:
         """The fused kernel on columns [start, end), choosing `keep` of every `group` or following the mask (0)."""
@@ -137,10 +180,6 @@ class _Sweep:
             keep,
             group,
         )
-
-    def _propagate(self, start: int, middle: int, end: int) -> None:
-        """Move the errors of columns [start, middle) to columns [middle, end)."""
-        self.weight_CR[middle:end].addmm_(self.U_CC[start:middle, middle:end].T, self.error_CR[start:middle], alpha=-1)
 
 
 def _strip_width(weight_CR: Tensor, pattern: Sparsity) -> int:

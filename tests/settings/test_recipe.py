@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegpt import NM, Unstructured
+from sparsegpt.quantization import Grid
 from sparsegpt.settings.prune_settings import resolve_settings
 from sparsegpt.settings.recipe import KEYS, choose, parse_recipe, parse_rules, read_recipe
 from sparsegpt.solvers import METHODS
@@ -25,6 +26,28 @@ def chosen(*rules: dict[str, object], sparsity="2:4", **options):
 
 
 # What is read
+
+
+def test_grids_are_read_and_may_be_taken_away():
+    rules = parse_rules([rule("q_proj", quantize="int8:row", quantizer="rtn"), rule("mlp", quantize="none")])
+    assert rules[0].changes == {"quantize": Grid(8, None), "quantizer": "rtn"}
+    choices = chosen(rule("mlp", quantize="none"), quantize="int4:32")
+    assert choices["model.layers.0.mlp.up_proj"].quantize is None
+    assert choices["model.layers.0.self_attn.q_proj"].quantize == Grid(4, 32)
+    with refused("rule 1", "groups of 6 weights under one scale cut groups of 2:4"):
+        parse_rules([rule("q_proj", sparsity="2:4", quantize="int4:6")])
+
+
+def test_a_recipe_may_round_alone_and_a_quantizer_needs_a_grid():
+    assert all(
+        choice.quantize for choice in chosen(rule("q_proj", quantize="int8"), sparsity=0, quantize="int4").values()
+    )
+    with refused("a quantizer rounds to integers", settings=["quantize"]):
+        resolve_settings("2:4", quantizer="rtn")
+    with refused("quantizer 'gtpq' is not known", "did you mean gptq?"):
+        resolve_settings("2:4", quantize="int4", quantizer="gtpq")
+    with refused("quantize 'fp8' is not understood", settings=["quantize"]):
+        resolve_settings("2:4", quantize="fp8")
 
 
 def test_a_file_is_read_rule_by_rule(tmp_path):

@@ -1,0 +1,255 @@
+"""Kept weights rounded to a grid of integers inside the sweep, and what is fitted anew on the integers.
+
+Algorithm 1 with a grid (SparseGPT, arXiv:2301.00774, equation 7; without zeros it is GPTQ, arXiv:2210.17323): column j
+becomes q_j, the nearest step of the grid where the weight is kept and 0 where it goes, and every column k to its right
+moves by -U_jk (w_j - q_j) / U_jj. Columns go by falling H_jj, the dearest first, while the groups that share a scale
+are those of the original order, as files keep them.
+
+What the sweep could not know is then put right, group by group, on H itself: with the pull P = (T - W) H of the target,
+
+    s <- s + (d . P) / (d H d)                   the least-squares scale of a group's steps d
+    w_j <- the step nearest to w_j + P_j / H_jj     one column after the other
+
+Neither step raises the loss (coordinate descent; for quantisation, Nair & Suggala 2024, arXiv:2406.17542).
+
+Dimension key: R out_features, C in_features, G groups of a row, K columns of a group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsegpt.errors import unknown
+from sparsegpt.quantization import Grid, Integers, Scales, encode, representable, search_scales
+from sparsegpt.solvers.hessian import DampedHessian
+from sparsegpt.solvers.sparsegpt import Columns, MaskSweep
+from sparsegpt.sparsity import NM, Sparsity
+from sparsegpt.strips import strips, transposed
+
+# Passes of `polish`.
+PASSES = 1
+
+
+def gptq(
+    start: Tensor,
+    mask: Tensor | None,
+    target: Tensor,
+    hessian: DampedHessian,
+    pattern: Sparsity,
+    grid: Grid,
+    *,
+    block_size: int,
+) -> tuple[Integers, Tensor]:
+    """Start, target [R, C], mask bool [R, C], Hessian [C, C] -> (integers of [R, C], mask): the sweep, and `polish`.
+
+    Scales are searched where errors cost most, by diag H. Raises SparseGPTError as `round_weight` and `search_scales`.
+    """
+    scales = search_scales(start, grid, importance=hessian.raw.diagonal(), name=hessian.name)
+    integers, mask = round_weight(start, hessian, pattern, scales, block_size=block_size, mask=mask)
+    hessian.release_factor()
+    return polish(integers, mask, target, hessian), mask
+
+
+def nearest(
+    start: Tensor,
+    mask: Tensor | None,
+    target: Tensor,
+    hessian: DampedHessian,
+    pattern: Sparsity,
+    grid: Grid,
+    *,
+    block_size: int,
+) -> tuple[Integers, Tensor]:
+    """Start [R, C], mask bool [R, C] -> (integers of [R, C], mask): every weight for itself, no data. Zeros stay."""
+    assert mask is not None
+    return encode(start, search_scales(start, grid, clip=False, name=hessian.name)), mask
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A way to round a weight: start, mask, target [R, C], Hessian [C, C], pattern, grid -> (integers of [R, C], mask).
+
+    chooses_masks: it can choose the mask meanwhile, as `sparsegpt` does, where it is given none.
+    """
+
+    run: Callable[..., tuple[Integers, Tensor]]
+    chooses_masks: bool = False
+
+
+QUANTIZERS = {"gptq": Quantizer(gptq, chooses_masks=True), "rtn": Quantizer(nearest)}
+
+
+def parse_quantizer(name: str) -> Quantizer:
+    """The quantizer of this name. Raises SparseGPTError with the known names."""
+    if name not in QUANTIZERS:
+        raise unknown("quantizer", name, QUANTIZERS, settings=("quantizer",))
+    return QUANTIZERS[name]
+
+
+def round_weight(
+    weight: Tensor,
+    hessian: DampedHessian,
+    pattern: Sparsity,
+    scales: Scales,
+    *,
+    block_size: int,
+    mask: Tensor | None = None,
+) -> tuple[Integers, Tensor]:
+    """Weight [R, C], Hessian [C, C], mask bool [R, C] -> (integers of [R, C], mask bool [R, C], True = kept).
+
+    mask None: the sweep chooses it too, as `sparsegpt` does, with which block_size is shared. Integers are 0 where the
+    mask is False. Raises SparseGPTError where no damping makes the Hessian positive definite.
+    """
+    together = pattern.m if isinstance(pattern, NM) and mask is None else 1
+    return _RoundingSweep(weight, hessian, pattern, scales, _order(hessian, together), block_size).run(mask)
+
+
+def polish(
+    integers: Integers, mask: Tensor, target: Tensor, hessian: DampedHessian, *, passes: int = PASSES
+) -> Integers:
+    """Integers of [R, C], mask bool [R, C], target [R, C], Hessian [C, C] -> integers nearer to the target.
+
+    Scales and integers of one group after the other are fitted anew; no step raises the loss under the damped Hessian.
+    """
+    return _Descent(integers, mask, target, hessian).run(passes)
+
+
+def _order(hessian: DampedHessian, together: int) -> Tensor:
+    """Columns [C] by falling diag H, `together` neighbours at a time."""
+    energy_G = hessian.raw.diagonal().unflatten(0, (-1, together)).sum(1)
+    first_G = energy_G.argsort(descending=True, stable=True) * together
+    order_C: Tensor = (first_G[:, None] + torch.arange(together, device=first_G.device)).flatten()
+    return order_C
+
+
+class _Grid:
+    """What rounds columns: scales [G, R] by group and, by column, 0 where nothing is kept; and where columns went.
+
+    order: column j is column order[j] of the layer. kept: bool [C, R], as far as it is known.
+    """
+
+    def __init__(self, scales: Scales, order: Tensor, kept: Tensor, dtype: torch.dtype) -> None:
+        self.of_column = (order // scales.grid.width(len(order))).tolist()
+        self.scale_GR = transposed(scales.scale.to(dtype))
+        self.inverse_GR = self.scale_GR.reciprocal()
+        self.bounds = [transposed(bound.to(dtype)) for bound in scales.bounds]
+        self.scale_CR = torch.empty_like(kept, dtype=dtype)
+        self.rounded_CR = torch.empty_like(self.scale_CR)
+        self.keep(slice(0, len(kept)), kept)
+        # Rows of these as tensors of their own: to index takes as long as to multiply.
+        self._scales, self._rounded = self.scale_CR.unbind(), self.rounded_CR.unbind()
+        self._inverses, *self._bounds = (matrix.unbind() for matrix in (self.inverse_GR, *self.bounds))
+
+    def keep(self, columns: slice, kept_KR: Tensor) -> None:
+        """Take the mask of these columns, bool [K, R]."""
+        torch.mul(self.scale_GR[self.of_column[columns]], kept_KR, out=self.scale_CR[columns])
+
+    def move_scale(self, group: int, columns: slice, change_R: Tensor) -> None:
+        """Add a change [R] to the scale of a group, which is these columns."""
+        kept_KR = self.scale_CR[columns] != 0
+        self.scale_GR[group] += change_R
+        self.inverse_GR[group] = self.scale_GR[group].reciprocal()
+        self.keep(columns, kept_KR)
+
+    def settle(self, j: int, wanted_R: Tensor, start_R: Tensor, error_R: Tensor) -> None:
+        """Round column j [R] to where it wants to be; error [R]: what takes it back to its start."""
+        group = self.of_column[j]
+        steps_R = torch.mul(wanted_R, self._inverses[group]).round_()
+        steps_R.clamp_(self._bounds[0][group], self._bounds[1][group])
+        torch.sub(start_R, torch.mul(steps_R, self._scales[j], out=self._rounded[j]), out=error_R)
+
+
+class _RoundingSweep(MaskSweep):
+    """Algorithm 1 on a grid: of every weight the error is what rounding or pruning takes from it."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        hessian: DampedHessian,
+        pattern: Sparsity,
+        scales: Scales,
+        order: Tensor,
+        block_size: int,
+    ) -> None:
+        super().__init__(transposed(weight)[order], hessian.ordered(order), pattern, block_size)
+        self.U_CC = self.U_CC * self.inverse_diagonal_C1
+        self.scales, self.order_C = scales, order
+
+    def run(self, mask: Tensor | None) -> tuple[Integers, Tensor]:
+        """Integers of [R, C] and mask bool [R, C]; the state is used up."""
+        if mask is not None:
+            self.kept_CR = transposed(mask)[self.order_C]
+        self.grid = _Grid(self.scales, self.order_C, self.kept_CR, self.weight_CR.dtype)
+        whole = 0, len(self.weight_CR)
+        if mask is None:
+            self._sweep(*whole)
+        else:
+            self._eliminate(*whole)
+        place_C = self.order_C.argsort()
+        rounded, kept = transposed(self.grid.rounded_CR[place_C]), transposed(self.kept_CR[place_C])
+        return encode(rounded, self.scales), kept
+
+    def _choose_mask(self, start: int, end: int) -> Tensor:
+        kept_KR = super()._choose_mask(start, end)
+        self.grid.keep(slice(start, end), kept_KR)
+        return kept_KR
+
+    def _settle(self, j: int) -> None:
+        self.grid.settle(j, self.weight_CR[j], self.weight_CR[j], self.error_CR[j])
+
+
+class _Descent(Columns):
+    """Coordinate descent. U is -H over its diagonal: by how much a change of one weight moves what the others want.
+
+    weight_CR is what columns want to be, start_CR what they were, residual_CR what the target has beyond that.
+    """
+
+    def __init__(self, integers: Integers, mask: Tensor, target: Tensor, hessian: DampedHessian) -> None:
+        self.scales, self.matrix_CC = integers.scales, hessian.damped
+        self.diagonal_C1 = self.matrix_CC.diagonal()[:, None]
+        super().__init__(
+            torch.empty_like(target.T, memory_format=torch.contiguous_format), self.matrix_CC / -self.diagonal_C1.T
+        )
+        columns = torch.arange(target.shape[1], device=target.device)
+        self.grid = _Grid(self.scales, columns, transposed(mask), target.dtype)
+        self.steps_CR = transposed(integers.steps.to(target.dtype))
+        self.start_CR = self.steps_CR * self.grid.scale_CR
+        self.residual_CR = transposed(target) - self.start_CR
+
+    def run(self, passes: int) -> Integers:
+        """Integers of [R, C]; the state is used up."""
+        width = self.scales.grid.width(len(self.weight_CR))
+        for _ in range(passes):
+            for group, columns in enumerate(strips(len(self.weight_CR), width)):
+                self._visit(group, columns)
+        scales = self.scales._replace(scale=transposed(self.grid.scale_GR).float())
+        return Integers(transposed(self.steps_CR).to(torch.int16), scales)
+
+    def _visit(self, group: int, columns: slice) -> None:
+        """Fit a group's scales, then its steps."""
+        pull_KR = self.matrix_CC[columns] @ self.residual_CR
+        self._fit_scale(group, columns, pull_KR)
+        torch.addcdiv(self.start_CR[columns], pull_KR, self.diagonal_C1[columns], out=self.weight_CR[columns])
+        self._eliminate(columns.start, columns.stop)
+        self.residual_CR[columns] += self.error_CR[columns]
+        self.start_CR[columns] = self.grid.rounded_CR[columns]
+        self.steps_CR[columns] = (self.start_CR[columns] * self.grid.inverse_GR[group]).round_()
+
+    def _fit_scale(self, group: int, columns: slice, pull_KR: Tensor) -> None:
+        """The best scale of a group's steps, as far as it can be stored, where it lowers the loss; updates the pull."""
+        steps_KR, scale_R = self.steps_CR[columns], self.grid.scale_GR[group]
+        image_KR = self.matrix_CC[columns, columns] @ steps_KR
+        slope_R, curve_R = (steps_KR * pull_KR).sum(0), (steps_KR * image_KR).sum(0)
+        wanted_R = scale_R + slope_R / curve_R.clamp_min(torch.finfo(curve_R.dtype).tiny)
+        change_R = representable(wanted_R).to(scale_R.dtype) - scale_R
+        # The loss changes by -2 c slope + c^2 curve: rounding of the scale may cost more than the fit gains.
+        change_R.masked_fill_(~(change_R * (2 * slope_R - change_R * curve_R) > 0), 0)
+        self.start_CR[columns].addcmul_(steps_KR, change_R)
+        self.residual_CR[columns].addcmul_(steps_KR, change_R, value=-1)
+        pull_KR.addcmul_(image_KR, change_R, value=-1)
+        self.grid.move_scale(group, columns, change_R)
+
+    def _settle(self, j: int) -> None:
+        self.grid.settle(j, self.weight_CR[j], self.start_CR[j], self.error_CR[j])

@@ -49,8 +49,8 @@ def draw_mixture(
 ) -> Calibration:
     """Windows [samples, sequence_length], the first from the first source, the next from the next, and so on around.
 
-    Each source's windows are those that `draw_windows` gives for it alone, which says what bos means and what is
-    raised; SparseGPTError also for fewer windows than sources.
+    Each source's windows are those that `draw_windows` gives for it alone, which says what bos means.
+    Raises SparseGPTError as it does, and for fewer windows than sources.
     """
     if samples < len(sources):
         raise SparseGPTError(

@@ -7,7 +7,7 @@ stream once, before anything in it is pruned; its inputs inside the block are ke
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -109,19 +109,7 @@ def prune_blocks(
     report.begin(choices.settings, choices.linears, choices.notes)
     solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored)
     with evaluating(decoder.model):
-        with solver.timed("rotate"):
-            patterns = {name: choice.sparsity for name, choice in work.linears.items()}
-            rotate_first(
-                decoder,
-                choices.settings.rotate,
-                patterns,
-                batches,
-                residence,
-                progress,
-                report,
-                solver.listener,
-                in_place=in_place,
-            )
+        _rotate(work, solver, batches, residence, progress, in_place=in_place)
         if verify:
             unreached = _verify("before", work, solver, batches[0][:WINDOWS], residence)
             choices, work = choices.without(unreached, UNREACHED), work.without(unreached)
@@ -210,6 +198,23 @@ def prepare(decoder: DecoderModel, choices: Choices, *, finite: bool) -> Work:
         pruned[HEAD].sparsity.check(head.in_features, HEAD)
         check_linear(HEAD, head, finite=finite)
     return Work(decoder, choices.settings, pruned, shapes, head)
+
+
+def _rotate(
+    work: Work,
+    solver: GroupSolver,
+    batches: Sequence[Tensor],
+    residence: Residence,
+    progress: Progress,
+    *,
+    in_place: bool,
+) -> None:
+    """Write the model in bases in which the pattern drops less, as the settings say."""
+    patterns = {name: choice.sparsity for name, choice in work.linears.items()}
+    told = solver.report, solver.listener
+    with solver.timed("rotate"):
+        rotate = work.settings.rotate
+        rotate_first(work.decoder, rotate, patterns, batches, residence, progress, *told, in_place=in_place)
 
 
 def _verify(when: str, work: Work, solver: GroupSolver, tokens: Tensor, residence: Residence) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ From here on everything sees a rotated dense model: calibration, corrections, tr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,7 +143,7 @@ def _apply(
                 rotate_block(model, index, bases)
                 residence.settle_all(block, residence.to_store(block))
         else:
-            residence.on_arrival(block, lambda index=index: rotate_block(model, index, bases))
+            residence.on_arrival(block, partial(rotate_block, model, index, bases))
     _compare(decoder, before, _logits(decoder, tokens))
 
 

@@ -88,14 +88,13 @@ def fold_gains(model: Rotatable, block: nn.Module) -> None:
 
 
 def _fold(norm: nn.Module, readers: Sequence[nn.Module], unit: float) -> None:
-    if norm.weight is None:
+    if not isinstance(norm.weight, Tensor):  # a norm without a gain
         return
-    assert isinstance(norm.weight, Tensor)
     gain_D = norm.weight.data - unit + 1
     bias_D = getattr(norm, "bias", None)
     if isinstance(bias_D, Tensor) and bias_D.any():
-        biases = [getattr(reader, "bias", None) for reader in readers]
-        if all(isinstance(bias, Tensor) for bias in biases):
+        biases = [bias for reader in readers if isinstance(bias := getattr(reader, "bias", None), Tensor)]
+        if len(biases) == len(readers):
             for reader, bias in zip(readers, biases, strict=True):
                 bias.data += _weight(reader).data @ bias_D.to(_weight(reader))
             bias_D.data.zero_()

@@ -50,7 +50,7 @@ def _tangent(objective: Callable[[Tensor], Tensor], basis: Tensor) -> Tensor:
     with torch.enable_grad():
         leaf = basis.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(objective(leaf), leaf)
-    product = basis.mT @ gradient
+    product: Tensor = basis.mT @ gradient
     return product - product.mT
 
 
@@ -63,4 +63,5 @@ def _without_ones(skew: Tensor) -> Tensor:
 def _orthonormal(basis: Tensor) -> Tensor:
     """The nearest orthonormal matrix, in float64: what rounding has added up over the steps is gone."""
     left, _, right = torch.linalg.svd(basis.double())
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest

@@ -39,13 +39,14 @@ class ValueHeads(NamedTuple):
 
     def rows(self, parameter: Tensor) -> Tensor:
         """Of the source's weight [R, C] or bias [R], the rows of values: a view [G, F, C] or [G, F]."""
-        if self.in_slabs:
-            return parameter.data.unflatten(0, (self.groups, -1))[:, -self.width :]
-        return parameter.data[-self.groups * self.width :].unflatten(0, (self.groups, self.width))
+        shape = (self.groups, -1)
+        found: Tensor = parameter.data if self.in_slabs else parameter.data[-self.groups * self.width :]
+        return found.unflatten(0, shape)[:, -self.width :]  # type: ignore[no-any-return]
 
     def columns(self) -> Tensor:
         """Of the output's weight, the columns that read each key-value head: a view [R, G, H / G, F]."""
-        return self.output.weight.data.unflatten(1, (self.groups, -1, self.width))
+        columns: Tensor = self.output.weight.data.unflatten(1, (self.groups, -1, self.width))
+        return columns
 
 
 class Rotatable:
@@ -85,7 +86,8 @@ class Rotatable:
         """By which share the stream's basis makes the model larger."""
         if not self.unties:
             return 0.0
-        return self.head_parameters / sum(parameter.numel() for parameter in self.decoder.model.parameters())
+        whole: int = sum(parameter.numel() for parameter in self.decoder.model.parameters())
+        return self.head_parameters / whole
 
     def outside(self) -> Outside:
         """What stands around the blocks. A tied head that reads the stream parts from the embedding."""

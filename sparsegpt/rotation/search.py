@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sparsegpt.model.capture import ModelInputs, run_watched
@@ -271,9 +272,9 @@ class _Statistics:
 def _within_heads(inverse_CC: Tensor, heads: ValueHeads) -> Tensor:
     """[C, C] -> [G, H, F, F]: the parts of a matrix that lie within the heads."""
     count = heads.output.in_features // heads.width
-    by_head = inverse_CC.unflatten(0, (count, heads.width)).unflatten(2, (count, heads.width))
+    by_head = rearrange(inverse_CC, "(h f) (k e) -> h f k e", h=count, k=count)
     diagonal = torch.stack([by_head[head, :, head] for head in range(count)])
-    return diagonal.unflatten(0, (heads.groups, -1))
+    return rearrange(diagonal, "(g h) f e -> g h f e", g=heads.groups)
 
 
 def _mean_loss(terms: Sequence[Term], basis: Tensor, lines: int | None, generator: torch.Generator) -> Tensor:

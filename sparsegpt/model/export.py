@@ -34,6 +34,11 @@ def write_model(loaded: LoadedModel, folder: Path) -> None:
 def write_beside(loaded: LoadedModel, folder: Path) -> None:
     """Write everything but the weights; OSError as the system raises it."""
     loaded.source.beside.copy_to(folder, but=frozenset({CONFIG}))
+    write_config(loaded, folder)
+
+
+def write_config(loaded: LoadedModel, folder: Path) -> None:
+    """Write config.json as it is true of the model now."""
     (folder / CONFIG).write_bytes(_config(loaded))
 
 

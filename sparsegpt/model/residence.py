@@ -171,14 +171,15 @@ class Residence:
 
     def _bring(self, module: nn.Module, brought: list[Tensor]) -> None:
         """Copy to work what is at home, and note it in `brought`, one parameter at a time."""
-        arriving = [parameter for parameter in module.parameters() if parameter not in self._home]
+        parameters = list(module.parameters())
+        arriving = [parameter for parameter in parameters if parameter not in self._home]
         with self.files.meanwhile():
             for parameter in arriving:
                 self._home[parameter] = parameter.data
                 brought.append(parameter)
                 dtype = self._working_dtype(parameter)
                 parameter.data = parameter.data.to(self.device or parameter.device, dtype, copy=True)
-        if arriving and module in self._arrivals:
+        if module in self._arrivals and len(arriving) == len(parameters):  # not views of what is at work already
             self._arrivals[module]()
 
     def _home_of(self, place: Tensor) -> Tensor | None:

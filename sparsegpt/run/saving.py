@@ -11,7 +11,7 @@ from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.beside import some
 from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.files.folders import is_full_disk
-from sparsegpt.model.export import check_names, write_beside, write_weights
+from sparsegpt.model.export import check_names, write_beside, write_config, write_weights
 from sparsegpt.model.loading import LoadedModel
 from sparsegpt.run.model_card import Card
 
@@ -44,6 +44,7 @@ def save(loaded: LoadedModel, waiting: Path, target: Path) -> None:
     for path in sorted(waiting.iterdir()):
         path.rename(target / path.name)
     waiting.rmdir()
+    write_config(loaded, target)  # a head may have parted from the embedding meanwhile
     write_weights(loaded, target)
 
 

@@ -36,6 +36,11 @@ def test_so_it_does_with_a_head_of_its_own(tmp_path, monkeypatch):
     compare(tmp_path, monkeypatch, tiny_variant("llama"), "2:4", include_head=True, distill=1, distill_rate=1e-3)
 
 
+@pytest.mark.parametrize("variant", ["llama-tied", "gpt2", "opt-projected", "qwen3_moe", "phi"])
+def test_so_it_does_in_other_bases(tmp_path, monkeypatch, variant):
+    compare(tmp_path, monkeypatch, tiny_variant(variant), "2:4", rotate="all", distill=1)
+
+
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "opt-projected"])
 def test_gradients_go_back_through_weights_that_are_stored_in_half_precision(tmp_path, monkeypatch, variant):
     """Norm, projection and head are at home in bfloat16, and at work in float32 until the gradient has passed them."""

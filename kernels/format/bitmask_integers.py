@@ -48,6 +48,7 @@ from sparsegpt.kernels.format.quantized import (
     group_scales,
     integer_settings,
     largest_integer,
+    on_grid,
     read_integers,
     whole_integers,
 )
@@ -252,8 +253,13 @@ class BitmaskIntegers(Form):
         return BitmaskValues().keeps(weight)
 
     def pack(self, weight: Tensor, name: str) -> QuantizedBitmask:
-        """[N, K] -> packed, values rounded to nearest; SparseGPTError for too few zeros, and as `quantize_bitmask`."""
+        """[N, K] -> packed: to the bit where a solver has put the weight on such a grid, else rounded to nearest.
+
+        Raises SparseGPTError for too few zeros, and as `quantize_bitmask`.
+        """
         check_zeros(weight, name)
+        if (found := on_grid(weight, self.bits, self.group_size)) is not None:
+            return pack_integers(*found, self.bits, self.group_size, kept=weight != 0, dtype=weight.dtype)
         return quantize_bitmask(weight, self.bits, self.group_size)
 
     def unpack(self, packed: QuantizedBitmask) -> Tensor:

@@ -32,9 +32,13 @@ from sparsegpt.kernels.format.pack import (
     check_positions,
     pack,
     packed_shapes,
+    padded_columns,
     unpack,
 )
+from sparsegpt.quantization import Grid, recover
 
+# Of a weight, before all of it is tried.
+ROWS_TRIED = 4
 _INFINITY = 0x7C00  # the bits of float16's infinity; from there on to 0x7FFF it is NaN
 
 
@@ -188,7 +192,12 @@ class IntegerValues(Form):
         return FloatValues().keeps(weight)
 
     def pack(self, weight: Tensor, name: str) -> Quantized24:
-        """[N, K] -> packed, values rounded to nearest; raises as `pack` and `quantize`."""
+        """[N, K] -> packed: to the bit where a solver has put the weight on such a grid, else rounded to nearest.
+
+        Raises as `pack` and `quantize`.
+        """
+        if (found := on_grid(weight, self.bits, self.group_size)) is not None:
+            return pack_integers24(*found, self.bits, self.group_size, dtype=weight.dtype, name=name)
         return quantize(pack(weight, name), self.bits, self.group_size)
 
     def unpack(self, packed: Quantized24) -> Tensor:
@@ -255,6 +264,22 @@ def _scale_groups(values: Tensor, group_size: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- what integers of every mask share
+
+
+def on_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor] | None:
+    """[N, K] -> integers [N, K] and scales [N, ceil(Kp / group_size)] that give the weight's very bits; None for none.
+
+    So a weight that a solver has rounded is packed as it was scored. A few rows tell first whether there is a grid.
+    """
+    grid = Grid(bits, group_size)
+    try:
+        recover(weight[:ROWS_TRIED], grid)
+        found = recover(weight, grid)
+    except SparseGPTError:
+        return None
+    groups = -(-padded_columns(weight.shape[1]) // group_size)
+    scales = found.scales.scale
+    return found.steps, functional.pad(scales, (0, groups - scales.shape[1])).to(torch.float16)
 
 
 def largest_integer(bits: int) -> int:

@@ -18,19 +18,16 @@ from .windows import Calibration, draw_windows, hash_tokens
 def text_names(names: str) -> tuple[str, ...]:
     """The sources of a comma-separated list; a path that exists is one source, whatever stands in it.
 
-    Raises SparseGPTError where the list names none, or one twice.
+    Raises SparseGPTError where the list names one twice.
     """
     try:
         is_path = bool(names.strip()) and Path(names).exists()
     except (OSError, ValueError):  # a name that is no path here
         is_path = False
     found = (names,) if is_path else tuple(name for part in names.split(",") if (name := part.strip()))
-    if not found or len(set(found)) < len(found):
-        raise SparseGPTError(
-            f"calibration text {names!r}: expected a name or file, or several different ones with commas between them",
-            settings=("calibration",),
-        )
-    return found
+    if len(set(found)) < len(found):
+        raise SparseGPTError(f"calibration text {names!r} names one twice: leave it out", settings=("calibration",))
+    return found or (names,)  # which is then refused by its name
 
 
 def load_texts(names: str, split: Split) -> tuple[TextSource, ...]:

@@ -21,7 +21,7 @@ from sparsegpt.rotation.bases import Bases, fold_gains, rotate_block
 from sparsegpt.rotation.learning import Schedule, learn_basis
 from sparsegpt.rotation.objective import HeadsTerm, InputTerm, OutputTerm, Term, ValuesTerm, group_of, some
 from sparsegpt.rotation.rotatable import Rotatable, ValueHeads
-from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
+from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator, check_finite
 from sparsegpt.sparsity import Sparsity
 
 # Calibration tokens that are looked at, and at least so many for each input of the stream.
@@ -99,7 +99,8 @@ class _Search:
         hidden = self.inputs.hidden
         for index in self._visited():
             fold_gains(self.model, self._block(index))
-            statistics = _Statistics.of(self._stream_linears(index) if index in sampled else {})
+            watched = self._stream_linears(index) if index in sampled else {}
+            statistics = _Statistics.of(self.model.decoder.prefix(index), watched)
             hidden = self._run(index, hidden, statistics.watched, statistics.see)
             if terms := list(self._stream_terms(index, statistics)):
                 held.append(terms)
@@ -124,7 +125,7 @@ class _Search:
         for index in self._visited():
             if stream is not None:
                 rotate_block(self.model, index, Bases(stream))
-            statistics = _Statistics.of(self._value_linears(index))
+            statistics = _Statistics.of(self.model.decoder.prefix(index), self._value_linears(index))
             hidden = self._run(index, hidden, statistics.watched, statistics.see)
             terms = list(self._value_terms(index, statistics))
             if not terms:
@@ -236,14 +237,15 @@ class _Search:
 class _Statistics:
     """What is gathered of the tensors [..., C] watched in a block. squares: [C], sums; hessians: [C, C]."""
 
+    prefix: str
     whole: Mapping[str, bool]
     squares: dict[str, Tensor]
     hessians: dict[str, HessianAccumulator]
 
     @classmethod
-    def of(cls, whole: Mapping[str, bool]) -> "_Statistics":
-        """Watch these, and sum up a Hessian of those for which it says True."""
-        return cls(whole, {}, {})
+    def of(cls, prefix: str, whole: Mapping[str, bool]) -> "_Statistics":
+        """Watch these in the block of this prefix, and sum up a Hessian of those for which it says True."""
+        return cls(prefix, whole, {}, {})
 
     @property
     def watched(self) -> list[str]:
@@ -261,12 +263,14 @@ class _Statistics:
 
     def inverse(self, name: str) -> Tensor:
         """[C, C]: (H + damping)^-1."""
-        hessian = DampedHessian(self.hessians[name].take(), DAMPING, name=name)
+        hessian = DampedHessian(self.hessians[name].take(), DAMPING, name=self.prefix + name.removesuffix("()"))
         return hessian.inverse_factor.T @ hessian.inverse_factor
 
     def scale(self, name: str) -> Tensor:
-        """[C]: diag H + damping."""
-        return self.squares[name] + DAMPING * self.squares[name].mean()
+        """[C]: diag H + damping. Raises SparseGPTError for activations that are not finite."""
+        squares = self.squares[name]
+        check_finite(squares, self.prefix + name)
+        return squares + DAMPING * squares.mean()
 
 
 def _within_heads(inverse_CC: Tensor, heads: ValueHeads) -> Tensor:

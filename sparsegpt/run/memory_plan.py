@@ -306,7 +306,7 @@ def _rotation_bytes(shape: ModelShape, settings: PruneSettings, width: int) -> t
     outside = shape.outside_parameters + (model.head_parameters if wanted.stream and model.unties else 0)
     turned = width * outside if wanted.stream else 0
     added = model.head_parameters * shape.stored.itemsize if wanted.stream and model.unties else 0
-    looking = held + 4 * 4 * max(group.inputs for group in shape.groups) ** 2
+    looking = held + 4 * 4 * shape.hidden**2
     return max(looking, turned), outside * shape.stored.itemsize if wanted.stream else 0, added
 
 

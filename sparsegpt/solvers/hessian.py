@@ -73,6 +73,15 @@ def exact_product(left: Tensor, right: Tensor) -> Tensor:
         return product
 
 
+def check_finite(diagonal: Tensor, name: str) -> None:
+    """[C], sums of squares of a layer's inputs: raises SparseGPTError, with its name, unless all are finite."""
+    if not torch.isfinite(diagonal).all():
+        raise SparseGPTError(
+            f"{name}: its inputs contain NaN or infinite activations; run the model in float32 or bfloat16",
+            settings=("dtype",),
+        )
+
+
 @contextmanager
 def full_precision_matmul() -> Iterator[None]:
     """float32 matrix products without TF32 on CUDA, whatever the process has set."""
@@ -102,11 +111,7 @@ class DampedHessian:
         self.name = name
         self.raw = hessian.to(dtype)
         diagonal = self.raw.diagonal()
-        if not torch.isfinite(diagonal).all():
-            raise SparseGPTError(
-                f"{name}: its inputs contain NaN or infinite activations; run the model in float32 or bfloat16",
-                settings=("dtype",),
-            )
+        check_finite(diagonal, name)
         self.dead = diagonal == 0
         self.mean_diagonal = float(diagonal[~self.dead].mean()) if not self.dead.all() else 1.0
         self.requested_damping = damping

@@ -44,10 +44,15 @@ def test_a_file_with_a_comma_in_its_name_is_one_text(tmp_path):
     assert text_names("c4, wikitext2") == ("c4", "wikitext2")
 
 
-@pytest.mark.parametrize("names", ["", ",", "c4,c4"])
-def test_lists_that_name_nothing_or_the_same_twice_are_refused(names):
-    with refused("calibration text", settings=["calibration"]):
-        text_names(names)
+def test_a_text_named_twice_is_refused():
+    with refused("names one twice", settings=["calibration"]):
+        text_names("c4, c4")
+
+
+@pytest.mark.parametrize("names", ["", ","])
+def test_a_list_that_names_nothing_is_refused(names):
+    with refused("unknown text"):
+        load_texts(names, "calibration")
 
 
 def test_fewer_windows_than_texts_are_refused(texts):

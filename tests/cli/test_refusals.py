@@ -374,6 +374,7 @@ def report_on(*texts: str) -> dict:
         "seconds": {"total": 1.0},
         "peak_memory_bytes": 1 << 30,
         "density_of_pruned_linears": 0.5,
+        "bits_per_weight": None,
     }
 
 

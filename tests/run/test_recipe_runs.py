@@ -81,6 +81,7 @@ def test_the_report_holds_the_rules_and_what_they_came_to(prune, tmp_path):
     skipped = "model.layers.0.mlp.down_proj"
     mlp = {f"model.layers.{place}.mlp.{part}_proj" for place in (0, 1) for part in ("gate", "up", "down")} - {skipped}
     shared = {"damping": None, "block_size": 128, "error_correction": 0.5, "residual_correction": 0.0}
+    shared |= {"quantize": None, "quantizer": "gptq"}
     by_settings = {entry.get("method"): entry for entry in report["recipe"]["resolved"]}
     assert by_settings[None] == {"skip": True, "linears": [skipped]}
     assert set(by_settings["admm"].pop("linears")) == set(attention)
@@ -151,7 +152,7 @@ def test_a_missing_recipe_is_refused(prune, tmp_path):
 @pytest.mark.parametrize("writes", [1, 2])
 def test_a_run_goes_on_only_with_the_same_recipe_and_blocks(prune, tmp_path, monkeypatch, writes):
     """The disk is full behind the first block, or when both are finished and the result is written."""
-    flags = "--error-correction", 0.5
+    flags = "--error-correction", 0.5, "--rotate", "off"
     assert prune(*flags)[0] == 0
     whole = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     (tmp_path / "out").rename(tmp_path / "whole")

@@ -80,7 +80,13 @@ class RotationReport:
     untied_parameters: int
 
     def __bool__(self) -> bool:
-        return self.stream is not None or self.blocks > 0
+        return bool(self.turned)
+
+    @property
+    def turned(self) -> str:
+        """What has a basis of its own, in words; "" for nothing."""
+        parts = {"the residual stream": self.stream is not None, f"the values of {self.blocks} blocks": self.blocks > 0}
+        return ", ".join(part for part, is_so in parts.items() if is_so)
 
 
 @dataclass

@@ -207,13 +207,14 @@ class _Job:
 
     def card(self) -> Card:
         """What the model card says about this run, as far as it has got."""
-        options, recipe = self.options, len(self.settings.recipe)
+        options, recipe, rotation = self.options, len(self.settings.recipe), self.pruned.rotation
         calibration = "{source}, {samples} windows of {sequence_length} tokens, seed {seed}"
         rows = {
             **({"preset": options.preset} if options.preset else {}),
             **(
                 {"integers": f"{self.settings.quantize} by {self.settings.quantizer}"} if self.settings.quantize else {}
             ),
+            **({"written in other bases": rotation.turned} if rotation else {}),
             **({"rules of a recipe": str(recipe)} if recipe else {}),
             "calibration": calibration.format(**self.calibration.describe()),
             "pruned": f"{len(self.pruned.layers)} linears",

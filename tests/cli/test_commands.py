@@ -410,7 +410,7 @@ def test_activations_that_overflow_name_the_layer(prune, tmp_path):
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.layers.1.post_attention_layernorm.weight"][4] = 1e38
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    prune(model=folder).refused("model.layers.1.mlp.", "NaN or infinite activations")
+    prune(model=folder, rotate="off").refused("model.layers.1.mlp.", "NaN or infinite activations")
     assert listing(tmp_path) == {"hot", ".out.unfinished"}  # block 0 was finished, and is kept
 
 

@@ -23,7 +23,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "sparsegpt+refit": {"preset": "paper", "method": "sparsegpt+refit"},
     "fast": {"preset": "fast"},
     "default": {"preset": "default"},
-    "default, all rotated": {"preset": "default", "rotate": "all"},
+    "default+rotate": {"preset": "default", "rotate": "all"},
     "best": {"preset": "best"},
 }
 

@@ -61,7 +61,8 @@ def prune_model(
     """Prune a transformers causal language model in place.
 
     windows: calibration tokens, LongTensor [samples, sequence_length]. Lists, dicts with an attention_mask and a
-    DataLoader are taken too. sparsity: "2:4", 0.5, "50%" or a pattern.
+    DataLoader are taken too. sparsity: "2:4", 0.5, "50%" or a pattern. Presets but `paper` write the model in other
+    bases first (rotate="off" keeps its own), where a head that was the embedding's weight may get one of its own.
     select(name): whether to prune the linear of this full name. only_blocks: prune in these decoder blocks alone, as
     "0:12". include_head: prune lm_head too. options: fields of `PruneSettings`, which win over the preset, such as
     method=..., recipe=read_recipe("mix.toml"), and keyword arguments of `prune_blocks`.

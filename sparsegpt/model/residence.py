@@ -181,6 +181,8 @@ class Residence:
                 parameter.data = parameter.data.to(self.device or parameter.device, dtype, copy=True)
         if module in self._arrivals and len(arriving) == len(parameters):  # not views of what is at work already
             self._arrivals[module]()
+            for parameter in arriving:  # as they would come from a file
+                parameter.data.copy_(parameter.data.to(self._home[parameter].dtype))
 
     def _home_of(self, place: Tensor) -> Tensor | None:
         """The tensor at home of a parameter, or of the parameter at work that it shows a part of; None if unknown."""

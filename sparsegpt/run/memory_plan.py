@@ -302,7 +302,8 @@ def _rotation_bytes(shape: ModelShape, settings: PruneSettings, width: int) -> t
     wanted = wanted_bases(model, settings.rotate)
     if not wanted:
         return 0, 0, 0
-    held = 4 * BLOCKS * (2 * shape.hidden**2 + len(shape.groups) * 2 * LINES * shape.hidden) if wanted.stream else 0
+    lines = sum(group.linears * min(LINES, group.outputs) for group in shape.groups)
+    held = 4 * min(BLOCKS, shape.blocks) * shape.hidden * (2 * shape.hidden + lines) if wanted.stream else 0
     outside = shape.outside_parameters + (model.head_parameters if wanted.stream and model.unties else 0)
     turned = width * outside if wanted.stream else 0
     added = model.head_parameters * shape.stored.itemsize if wanted.stream and model.unties else 0

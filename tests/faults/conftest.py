@@ -26,7 +26,7 @@ def tiny_job(forker, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     model = save_model(folder / "model", "llama", num_hidden_layers=3)
     flags = {"model": model, "calib": write_text(folder / "calib.txt"), "samples": 8, "seqlen": 16, "micro-batch": 4}
-    flags |= {"distill": 2, "distill-rate": 1e-3}
+    flags |= {"distill": 2, "distill-rate": 3e-4}
     job = Job(forker, {"sparsity": "2:4", "method": "sparsegpt", "eval": "none", **flags}, folder / "reference")
     assert job.report["warnings"] == []  # the distillation was not rolled back: its blocks are in the result
     return job

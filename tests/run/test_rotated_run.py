@@ -1,6 +1,7 @@
 """`run --rotate`: an ordinary folder in the end, and the same one after any interruption."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -53,6 +54,20 @@ def test_with_next_to_nothing_pruned_the_saved_model_says_what_the_model_said(op
     assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
     assert report["rotation"]["untied_parameters"] == model.lm_head.weight.numel()
     assert json.loads((options.out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "gpt2"])
+def test_weights_in_halves_are_turned_as_they_are_stored(options, tmp_path, variant):
+    """Biases and norms that turn are rounded when a run goes on from files, so they are when it does not."""
+    model = tiny_variant(variant).bfloat16()
+    shutil.rmtree(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    run(replace(options, out=tmp_path / "whole"), SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        run(options, SETTINGS, Stop())
+    run(replace(options, resume=True), SETTINGS)
+    assert weights(options.out) == weights(tmp_path / "whole")
 
 
 def test_an_interrupted_run_goes_on_in_the_same_bases(options, tmp_path, monkeypatch):

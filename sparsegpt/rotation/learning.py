@@ -29,12 +29,15 @@ def learn_basis(
 ) -> Tensor:
     """Minimise objective(basis) over orthonormal bases [..., D, D], beginning at `start`; returns the last one.
 
-    objective: to a scalar, anew at every call; may be noisy. fixes_ones: keep the vector of ones where it is.
+    objective: to a scalar, anew at every call; may be noisy; where it has no finite gradient `start` is returned.
+    fixes_ones: keep the vector of ones where it is.
     """
     basis, identity = start.clone(), torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
     mean, square = torch.zeros_like(basis), torch.zeros_like(basis)
     for step in range(schedule.steps):
         tangent = _tangent(objective, basis)
+        if not torch.isfinite(tangent).all():  # weights or inputs whose squares leave the range of the arithmetic
+            return start.double()
         mean = MOMENTS[0] * mean + (1 - MOMENTS[0]) * tangent
         square = MOMENTS[1] * square + (1 - MOMENTS[1]) * tangent.square()
         direction = mean / (1 - MOMENTS[0] ** (step + 1))

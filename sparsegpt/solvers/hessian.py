@@ -74,7 +74,7 @@ def exact_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def check_finite(diagonal: Tensor, name: str) -> None:
-    """[C], sums of squares of a layer's inputs: raises SparseGPTError, with its name, unless all are finite."""
+    """[C], sums of squares of a layer's inputs. Raises SparseGPTError, with its name, unless all are finite."""
     if not torch.isfinite(diagonal).all():
         raise SparseGPTError(
             f"{name}: its inputs contain NaN or infinite activations; run the model in float32 or bfloat16",

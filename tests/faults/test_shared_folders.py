@@ -92,7 +92,7 @@ def test_the_unfinished_run_of_another_model_is_refused_and_kept(tiny_job, tmp_p
     tiny_job.run(out, fault=fault | {"kind": "count", "at": -1})
     shutil.rmtree(out)
     made = calls.read_text().splitlines()
-    second = [place for place, call in enumerate(made) if call.startswith("os.mkdir") and "tensors.writing" in call][1]
+    second = [place for place, call in enumerate(made) if call.startswith("os.mkdir") and "tensors.writing" in call][4]
     assert tiny_job.run(out, fault=fault | {"kind": "kill", "at": second}).code == -9
     other = save_model(tmp_path / "other", num_hidden_layers=3, seed=7)
     tiny_job.run(out, "--resume", model=other).refused("another one", "model: ", "--overwrite")

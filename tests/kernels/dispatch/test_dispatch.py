@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,13 +31,14 @@ ROUTES, choose = PACKED24.routes, PACKED24.choose
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A table of two rows on a machine of the best level, whatever this one is."""
     rows = (
         Measured("avx512_bf16", F32, 64 * 96, ((7, "cpu"),), ((3, "cpu"),), "2.0"),
         Measured("avx512_bf16", F32, ANY, ((20, "cpu"),), ((9, "cpu"),), "3.0"),
     )
     monkeypatch.setattr(measured, "MEASURED", rows)
+    monkeypatch.setattr(measured, "measured_file", lambda: tmp_path / "measured.json")
     monkeypatch.setattr(library, "machine_level", lambda: "avx512_bf16")
     monkeypatch.setitem(ROUTES, "cpu", replace(ROUTES["cpu"], refusal=lambda weight: None))
     yield

@@ -96,11 +96,15 @@ def is_full_disk(error: Exception) -> bool:
 
 
 def _swap(draft: Path, target: Path) -> None:
-    """Put draft where target is; the old folder goes last."""
+    """Put draft where target is; the old folder goes last, and stands there again where anything fails."""
     retired = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(retired, ignore_errors=True)  # of a killed process that had the same id
     if target.exists() and _exchange(draft, target):
-        flush(target.parent)
+        try:
+            flush(target.parent)
+        except BaseException:
+            _exchange(draft, target)
+            raise
         return  # the draft is the old folder now, and goes
     try:
         if target.exists():

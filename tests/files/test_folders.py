@@ -142,6 +142,24 @@ def test_either_way_the_new_folder_is_there_and_the_old_one_is_gone(old, way):
     assert only_entry(old)
 
 
+@pytest.mark.parametrize("at", range(5))
+def test_whichever_flush_fails_the_old_folder_is_there(old, way, monkeypatch, at):
+    """Those of the new files, of the new folder, and last, once the names have changed, of what holds both."""
+    real, flushed = os.fsync, []
+
+    def fsync(descriptor):
+        flushed.append(descriptor)
+        if len(flushed) == at + 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with refused("no space left", "untouched"):
+        write_new(old)
+    assert contents(old) == OLD
+    assert only_entry(old)
+
+
 def test_linux_exchanges_the_two_names_at_one_instant(old, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -13,9 +13,9 @@ Dimension key: N out_features, K in_features, Kp padded, S scale groups, V kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,19 +39,18 @@ from sparsegpt.kernels.format.bitmask import (
     settled_offsets,
     words_to_mask,
 )
-from sparsegpt.kernels.format.form import Form
-from sparsegpt.kernels.format.pack import chunks, pad_columns, padded_columns, select
-from sparsegpt.kernels.format.quantized import (
+from sparsegpt.kernels.format.integers import (
+    IntegerForm,
     check_scales,
     check_settings,
     exact_scales,
     group_scales,
-    integer_settings,
     largest_integer,
     on_grid,
-    read_integers,
+    scales_of_bits,
     whole_integers,
 )
+from sparsegpt.kernels.format.pack import chunks, pad_columns, padded_columns, select
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,49 +199,15 @@ def _dense_integers(packed: QuantizedBitmask) -> Iterator[tuple[slice, Tensor]]:
 
 
 @dataclass(frozen=True)
-class BitmaskIntegers(Form):
+class BitmaskIntegers(IntegerForm):
     """A bitmask with integers of `bits`, one scale for `group_size` columns; `dtype` is what the weights were.
 
     Raises SparseGPTError for other bits than 8 and 4, and a group_size that is no multiple of 32.
     """
 
-    bits: int
-    group_size: int = 128
-    dtype: torch.dtype = torch.bfloat16
-
     pattern: ClassVar[str] = PATTERN
     demand: ClassVar[str] = DEMAND
     parts: ClassVar[tuple[str, ...]] = ("integers", "scales", "mask", "offsets")
-
-    def __post_init__(self) -> None:
-        check_settings(self.bits, self.group_size)
-
-    def __str__(self) -> str:
-        return f"int{self.bits}, groups of {self.group_size}"
-
-    @property
-    def rounding(self) -> str:
-        """To which integers."""
-        return f"values rounded to {self}"
-
-    @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> Self | None:
-        """A bitmask with `values`, a mapping to bits, group_size and dtype. Raises SparseGPTError for other content."""
-        found = read_integers(settings, PATTERN)
-        return None if found is None else cls(*found)
-
-    def settings(self) -> dict[str, Any]:
-        """The pattern, and `values` as `read` takes them."""
-        return integer_settings(PATTERN, self.bits, self.group_size, self.dtype)
-
-    @classmethod
-    def samples(cls) -> Sequence[Form]:
-        """int8 and int4."""
-        return cls(8), cls(4)
-
-    def of_model(self, dtype: torch.dtype) -> Form:
-        """The integers stand for numbers of this dtype."""
-        return replace(self, dtype=dtype)
 
     def promised(self, sparsity: str) -> bool:
         """Any pattern with zeros enough."""
@@ -273,10 +238,8 @@ class BitmaskIntegers(Form):
     def packed(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> QuantizedBitmask:
         """Integers, scales in int16, mask and offsets -> packed [N, K]. Raises SparseGPTError where they do not fit."""
         integers, scales, mask, offsets = tensors
-        if scales.dtype != torch.int16:
-            raise SparseGPTError(f"scales are stored as torch.int16, the bits of float16; found {scales.dtype}")
-        scales, settings = scales.view(torch.float16), (self.bits, self.group_size, self.dtype)
-        return QuantizedBitmask(integers, scales, mask, offsets, shape, *settings)
+        settings = (self.bits, self.group_size, self.dtype)
+        return QuantizedBitmask(integers, scales_of_bits(scales), mask, offsets, shape, *settings)
 
     def check(self, packed: QuantizedBitmask) -> None:
         """Packed [N, K]. Raises SparseGPTError for a mask, offsets, scales or integers that no packer writes.

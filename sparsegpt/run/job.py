@@ -5,14 +5,11 @@ Prints nothing. What happens meanwhile is told to a `Listener`; everything measu
 
 import functools
 import hashlib
-import json
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from sparsegpt.kernels.layers.linear import explain, set_kernels
 from sparsegpt.model.loading import LoadedModel, auto_class, load_model, source_folders
 from sparsegpt.model.source import Source
 from sparsegpt.recovery.training import TrainingOutOfMemory
+from sparsegpt.run.identity import fingerprint, surroundings, versions
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
 from sparsegpt.run.memory_plan import check_fits
 from sparsegpt.run.model_card import Card
@@ -42,11 +40,6 @@ from sparsegpt.run.work_folder import ResumeError, WorkFolder
 from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
 from sparsegpt.settings.selection import name_filter
 from sparsegpt.solvers.methods import parse_method
-from sparsegpt.solvers.products import QUICK_WIDTH, quick_dtype
-
-PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
-# Those of them that compute: another version may end with other bits.
-COMPUTING = ("sparsegpt", "torch", "transformers")
 
 
 class Listener(driver.Listener):
@@ -101,23 +94,6 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
             report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
             write_checked(draft / REPORT_NAME, report)
     return report
-
-
-def surroundings() -> dict[str, str]:
-    """What decides the last bits besides a run's inputs: versions that compute, threads, instructions, products."""
-    found = {name: version(name) for name in COMPUTING}
-    found |= {"threads": str(torch.get_num_threads()), "instructions": torch.backends.cpu.get_cpu_capability()}
-    return found | {"products": str(quick_dtype(torch.eye(QUICK_WIDTH))).removeprefix("torch.")}
-
-
-def fingerprint(loaded: LoadedModel) -> str:
-    """sha256 over every bit of the weights, the configuration, and code that came with the model."""
-    model = loaded.model
-    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps([loaded.content, config], sort_keys=True, default=str).encode())
-    for path in sorted(loaded.source.folder.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 class _Job:
@@ -407,7 +383,7 @@ class _Job:
             "stored_dtype": str(self.loaded.stored_dtype).removeprefix("torch."),
             "warnings": self.warnings,
             "surroundings": surroundings(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": versions(),
         }
 
     def _by_text(self, attribute: str) -> dict[str, dict[str, float]]:

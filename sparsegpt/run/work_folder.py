@@ -37,7 +37,6 @@ from sparsegpt.files.tensor_files import WEIGHTS, OpenTensors, ShardedWriter, he
 from sparsegpt.files.typed_json import misfit
 
 VERSION = 1
-NO_ROTATION = asdict(RotationReport(None, None, 0, 0))
 STATE = "state.json"
 # Names of what runs write into this folder.
 _OWN = re.compile(
@@ -139,17 +138,16 @@ class WorkFolder(Progress):
         report.layers += [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in self.state.get("layers", [])]
         report.blocks += [BlockReport(**row) for row in self.state.get("blocks", [])]
         report.epochs += [EpochReport(**row) for row in self.state.get("epochs", [])]
-        if rotation := self.state.get("rotation"):
-            report.rotation = RotationReport(**rotation)
+        report.rotation = self._rotation
         report.seconds.update(self.state.get("seconds", {}))
         report.warnings += self.state.get("warnings", [])
         return False
 
     def load_bases(self) -> dict[str, Tensor] | None:
         """The bases of the unfinished run, mapped from their file."""
-        if "rotation" not in self.state:
+        if self._rotation is None:
             return None
-        return _mapped(self._bases) if RotationReport(**self.state["rotation"]) else {}
+        return _mapped(self._bases) if self._rotation else {}
 
     def keep_bases(self, tensors: dict[str, Tensor], report: PruneReport) -> None:
         """Write bases, if there are any, then say that they are known."""
@@ -260,7 +258,7 @@ class WorkFolder(Progress):
         Without their bases all blocks are lost.
         """
         try:
-            if RotationReport(**self.state.get("rotation", NO_ROTATION)):
+            if self._rotation:
                 verify_checksums(self._bases)
         except (SparseGPTError, OSError):
             self.state = {}
@@ -290,6 +288,12 @@ class WorkFolder(Progress):
         except (SparseGPTError, OSError):
             return False
         return True
+
+    @property
+    def _rotation(self) -> RotationReport | None:
+        """What the unfinished run has found of bases; None where it has not looked for any."""
+        known = self.state.get("rotation")
+        return None if known is None else RotationReport(**known)
 
     @property
     def _bases(self) -> Path:

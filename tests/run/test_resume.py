@@ -10,6 +10,7 @@ import torch
 
 from sparsegpt.recovery import training
 from sparsegpt.recovery.distill import Distiller
+from sparsegpt.run import identity
 from sparsegpt.run import job as run_module
 from sparsegpt.run.job import Listener, run
 from sparsegpt.run.options import RunOptions
@@ -143,8 +144,8 @@ def test_a_damaged_training_is_begun_again(distilled):
 
 def test_other_versions_than_those_of_the_beginning_are_a_lasting_warning(options, monkeypatch):
     interrupted(options)
-    real = run_module.version
-    monkeypatch.setattr(run_module, "version", lambda name: "0.0" if name == "torch" else real(name))
+    real = identity.version
+    monkeypatch.setattr(identity, "version", lambda name: "0.0" if name == "torch" else real(name))
     with pytest.raises(KeyboardInterrupt):
         run(changed(options, resume=True), SETTINGS, Stop(2))
     monkeypatch.undo()
@@ -160,7 +161,7 @@ def test_the_same_versions_are_no_reason_to_warn(options):
 
 def test_a_run_that_finished_no_block_begins_with_the_versions_of_now(options, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "version", lambda name: "0.0")
+        patch.setattr(identity, "version", lambda name: "0.0")
         patch.setattr(run_module._Job, "prune", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(options, SETTINGS)

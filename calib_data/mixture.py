@@ -1,7 +1,4 @@
-"""Calibration text from several sources: the same number of windows from each, in turns.
-
-What a model loses on text that it was not calibrated on shrinks with every kind of text in the mixture.
-"""
+"""Calibration text from several sources: the same number of windows from each, in turns."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -63,7 +63,7 @@ def find_bases(
     at. Raises SparseGPTError where the model has no such basis.
     """
     model.check(stream=stream, values=values)
-    width = ModelInputs(model.decoder, batches[:1]).hidden[0].shape[-1]
+    width = model.decoder.model.config.get_text_config().hidden_size
     inputs = ModelInputs(model.decoder, _first(batches, max(TOKENS, TOKENS_PER_INPUT * width)))
     search = _Search(model, inputs, residence, patterns, torch.Generator().manual_seed(seed))
     basis, stream_shares = search.stream() if stream else (None, None)

@@ -5,8 +5,8 @@
 recipe and content are hashes: of all that the library is made of, and of the library itself. Code is only ever loaded
 from a folder that nobody else can write, and only as it was built: a damaged library is built again.
 
-No torch headers and no build system: a second of `c++`. The library is linked against the OpenMP runtime that torch has
-loaded, so both share one pool of threads; two pools would spin against each other."""
+No torch headers and no build system: one `c++` a file, side by side. The library is linked against the OpenMP runtime
+that torch has loaded, so both share one pool of threads; two pools would spin against each other."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -39,7 +40,7 @@ HEADERS = tuple(
     Path(__file__).with_name(name)
     for name in ("common24.h", "blocks.h", "products24.h", "masked_products.h", "tiles.h")
 )
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno")
 _TIMEOUT = 120  # seconds
 _BUILDING = "building-"
 
@@ -119,9 +120,8 @@ def _build(compiler: str, openmp: list[str], target: Path, name: str) -> Path:
         output = Path(folder) / f"{name}.so"
         last: subprocess.SubprocessError | None = None
         for options in (openmp, ["-fopenmp"], []):  # a compiler without OpenMP still gives one fast thread
-            command = [compiler, *_FLAGS, *options[:1], *map(str, SOURCES), "-o", str(output), *options[1:]]
             try:
-                subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT)
+                _compile(compiler, options, output)
             except subprocess.SubprocessError as error:
                 last = error
                 continue
@@ -132,6 +132,25 @@ def _build(compiler: str, openmp: list[str], target: Path, name: str) -> Path:
             return library
         assert last is not None
         raise last
+
+
+def _compile(compiler: str, options: list[str], output: Path) -> None:
+    """Compile every source for itself, all at a time, and link them; subprocess.SubprocessError where one fails.
+
+    options: for the compiler the first, for the linker all.
+    """
+    objects = [output.with_name(f"{source.stem}.o") for source in SOURCES]
+    commands = [
+        [compiler, *_FLAGS, *options[:1], "-c", str(source), "-o", str(made)]
+        for source, made in zip(SOURCES, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        list(pool.map(_run, commands))
+    _run([compiler, *_FLAGS, "-shared", *options[:1], *map(str, objects), "-o", str(output), *options[1:]])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT)
 
 
 def _openmp_options() -> list[str]:

@@ -1,5 +1,5 @@
 # make run          set up .venv, prune the embedded demo model to 2:4, print its perplexities
-# make test         set up .venv, run the tests
+# make test         set up .venv, run the tests, as many at a time as there are cores
 # make test-faults  the long form of the fault tests: kills, full disks, damaged files (`make test` has a short form)
 # make test-oldest  set up .venv-oldest with the oldest supported libraries, run the tests that depend on them
 # make bench-gpu    set up .venv, test and measure everything on a GPU: bench-gpu/bench-gpu.json, .md and logs
@@ -12,6 +12,7 @@ READY := $(VENV)/.ready
 TYPED := build/typecheck
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: setup run test test-fast test-faults test-oldest check lint types bench bench-gpu bench-gpu-here clean
 
@@ -26,10 +27,10 @@ run: $(READY)
 	$(BIN)/python -m sparsegpt run --model demo --sparsity 2:4 --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not faults"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not faults"
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults" -s

@@ -21,12 +21,14 @@ import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from sparsegpt.files.folders import flush
 
@@ -43,6 +45,7 @@ HEADERS = tuple(
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno")
 _TIMEOUT = 120  # seconds
 _BUILDING = "building-"
+_LOCK = ".lock"
 
 
 @cache
@@ -77,11 +80,28 @@ def _cached_build() -> Path:
     recipe = f"{version!r} {_FLAGS} {openmp} {platform.machine()}".encode()
     name = hashlib.sha256(b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS)) + recipe).hexdigest()[:20]
     folder = _private_folder()
-    for library in sorted(folder.glob(f"matmul24-{name}.*.so")):
+    with _one_at_a_time(folder):
+        return _built(folder, f"matmul24-{name}") or _build(compiler, openmp, folder, f"matmul24-{name}")
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of processes that start together one builds, and the others find what it has built."""
+    lock = FileLock(folder / _LOCK, mode=0o600)
+    with suppress(Timeout, OSError, NotImplementedError):  # a build too many does no harm
+        lock.acquire(timeout=2 * _TIMEOUT)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _built(folder: Path, name: str) -> Path | None:
+    for library in sorted(folder.glob(f"{name}.*.so")):
         if library.suffixes[-2:] == [f".{_content(library)}", ".so"]:
             return library
         library.unlink(missing_ok=True)  # cut short, or damaged since
-    return _build(compiler, openmp, folder, f"matmul24-{name}")
+    return None
 
 
 def _private_folder() -> Path:

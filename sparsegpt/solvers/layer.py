@@ -146,7 +146,8 @@ def _prune_and_round(
     if pattern.zeros == 0:
         mask = torch.ones_like(target, dtype=torch.bool)
     elif not (method.joint and rounding.quantizer.chooses_masks):
-        start, mask = _prune(target, hessian, pattern, method, block_size)
+        with hessian.keeping_factor():
+            start, mask = _prune(target, hessian, pattern, method, block_size)
     return rounding.quantizer.run(start, mask, target, hessian, pattern, rounding.grid, block_size=block_size)
 
 

@@ -80,7 +80,7 @@ def test_on_a_large_layer_it_is_the_textbook_loop_to_a_thousandth():
     width, textbook = parse_grid("int4").width(512), weight.double()[:, order]
     for place, j in enumerate(order.tolist()):
         scale = scales.scale[:, j // width].double()
-        rounded = (textbook[:, place] / scale).round().clamp(-7, 7) * scale
+        rounded = (textbook[:, place] / scale).round().clamp(-8, 7) * scale
         error = (textbook[:, place] - rounded) / factor[place, place]
         textbook[:, place + 1 :] -= torch.outer(error, factor[place, place + 1 :])
         textbook[:, place] = rounded
@@ -117,7 +117,7 @@ def test_every_method_gives_a_pruned_weight_of_integers(method, sparsity):
     assert found.integers is not None
     assert torch.equal(found.integers.decode(), found.weight)
     assert not found.weight[~found.mask].any()
-    assert found.integers.steps.abs().max() <= 7
+    assert -8 <= found.integers.steps.min() and found.integers.steps.max() <= 7
     plain = prune_weight(weight, raw, sparsity, method=method)
     nearest = prune_weight(weight, raw, sparsity, method=method, grid="int4:32", quantizer="rtn")
     assert torch.equal(nearest.mask, plain.mask)

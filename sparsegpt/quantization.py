@@ -4,9 +4,9 @@
 
 On a symmetric grid of b bits d lies in [-2^(b-1), 2^(b-1) - 1], and s has either sign: the end that reaches further is
 where the larger weights are (Cheng et al. 2023, arXiv:2309.05516). At 8 bits, where it hardly counts, -128 is left out.
-Otherwise a group has a zero point z from 0 to 2^b - 1 and d lies in [-z, 2^b - 1 - z]. In files q = d + z (2^(b-1) where
-symmetric). Scales are numbers that float16 and bfloat16 both hold, so every file format keeps them to the bit, and s d
-is exact in float32.
+Otherwise a group has a zero point z from 0 to 2^b - 1 and d lies in [-z, 2^b - 1 - z]. In files q = d + z, with 2^(b-1)
+for z where symmetric. Scales are numbers that float16 and bfloat16 both hold, so every file format keeps them to the
+bit, and s d is exact in float32.
 
 Dimension key: R out_features, C in_features, G groups of a row, K inputs of a group.
 """

@@ -127,7 +127,7 @@ def _order(hessian: DampedHessian, together: int) -> Tensor:
 
 
 class _Grid:
-    """What rounds columns: scales [G, R] by group, with their least and largest steps, and steps [C, R], 0 where pruned.
+    """What rounds columns: scales [G, R] by group, with their least and largest steps; steps [C, R], 0 where pruned.
 
     of_column: the group of each column. kept: bool [C, R], as far as it is known.
     """

@@ -117,7 +117,7 @@ def test_every_method_gives_a_pruned_weight_of_integers(method, sparsity):
     assert found.integers is not None
     assert torch.equal(found.integers.decode(), found.weight)
     assert not found.weight[~found.mask].any()
-    assert -8 <= found.integers.steps.min() and found.integers.steps.max() <= 7
+    assert found.integers.steps.min() >= -8 and found.integers.steps.max() <= 7
     plain = prune_weight(weight, raw, sparsity, method=method)
     nearest = prune_weight(weight, raw, sparsity, method=method, grid="int4:32", quantizer="rtn")
     assert torch.equal(nearest.mask, plain.mask)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from sparsegpt.files.bits import pack_bits, unpack_bits
 from sparsegpt.files.reported import reported_layers
-from sparsegpt.kernels.export.bits import pack_bits, unpack_bits
 from tests.support import CHILD_ENVIRONMENT, VOCABULARY, save_model
 
 # Loads folders as somebody without this package does, and prints the perplexity of fixed windows for each.

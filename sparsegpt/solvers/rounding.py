@@ -68,18 +68,42 @@ def nearest(
     return encode(start, search_scales(start, grid, clip=False, name=hessian.name)), mask
 
 
+def nearest_searched(
+    start: Tensor,
+    mask: Tensor | None,
+    target: Tensor,
+    hessian: DampedHessian,
+    pattern: Sparsity,
+    grid: Grid,
+    *,
+    block_size: int,
+) -> tuple[Integers, Tensor]:
+    """Start [R, C], mask bool [R, C] -> (integers of [R, C], mask): `nearest` with scales searched by diag H.
+
+    This is what is left of AWQ once inputs are scaled.
+    """
+    assert mask is not None
+    return encode(start, search_scales(start, grid, importance=hessian.raw.diagonal(), name=hessian.name)), mask
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """A way to round a weight: start, mask, target [R, C], Hessian [C, C], pattern, grid -> (integers of [R, C], mask).
 
-    chooses_masks: it can choose the mask meanwhile, as `sparsegpt` does, where it is given none.
+    chooses_masks: it can choose the mask meanwhile, as `sparsegpt` does, where it is given none. scales_inputs: before
+    a block is rounded its linears' inputs are scaled (rotation/scaling.py).
     """
 
     run: Callable[..., tuple[Integers, Tensor]]
     chooses_masks: bool = False
+    scales_inputs: bool = False
 
 
-QUANTIZERS = {"gptq": Quantizer(gptq, chooses_masks=True), "rtn": Quantizer(nearest)}
+QUANTIZERS = {
+    "gptq": Quantizer(gptq, chooses_masks=True),
+    "rtn": Quantizer(nearest),
+    "awq": Quantizer(nearest_searched, scales_inputs=True),
+}
 
 
 def parse_quantizer(name: str) -> Quantizer:

@@ -147,7 +147,7 @@ class QualityBench:
         windows = draw_mixture(
             texts, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")
         ).windows
-        rounding = {} if grid == NO_GRID else {"quantize": grid, "quantizer": quantizer}
+        rounding: dict[str, Any] = {} if grid == NO_GRID else {"quantize": grid, "quantizer": quantizer}
         report = prune_model(loaded.model, windows, pattern, **LADDER[method], **rounding)
         bits = _bits(report.layers, 1 - parse_sparsity(pattern).zeros)
         seconds = sum(report.seconds.values())

@@ -135,9 +135,7 @@ def bench_quality_command(
     for name in chosen:
         if name not in LADDER:
             raise unknown("row of the ladder", name, LADDER, settings=("methods",))
-    asked, grids, quantizers = _patterns(patterns), tuple(quantize.split(",")), tuple(quantizer.split(","))
-    for pattern, grid, name in product(asked, grids, quantizers):
-        LinearSettings(parse_sparsity(pattern), quantize=parse_grid(grid), quantizer=name)
+    asked, (grids, quantizers) = _patterns(patterns), _rounding(patterns, quantize, quantizer)
     _check_figure(out)
     job = QualityBench(
         model,
@@ -355,6 +353,14 @@ def _patterns(text: str) -> tuple[str, ...]:
     for pattern in patterns:
         parse_sparsity(pattern)
     return patterns
+
+
+def _rounding(patterns: str, grids: str, quantizers: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Grids and quantizers, each of which goes with each pattern. Raises SparseGPTError where one does not."""
+    asked, names = tuple(grids.split(",")), tuple(quantizers.split(","))
+    for pattern, grid, name in product(_patterns(patterns), asked, names):
+        LinearSettings(parse_sparsity(pattern), quantize=parse_grid(grid), quantizer=name)
+    return asked, names
 
 
 def _check_figure(out: Path) -> None:

@@ -112,7 +112,8 @@ def load_model(
         folder = located if isinstance(located, Path) else _fetched(located, revision)
         check_folder(folder)
         config = _config(folder, trust_remote_code=trust_remote_code)
-        made, notes = None, ()
+        made: Made | None = None
+        notes: tuple[str, ...] = ()
         if to_prune:
             _check_plain(name, config, folder)
             if can_read(config.to_dict()):

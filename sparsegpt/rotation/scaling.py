@@ -136,7 +136,7 @@ def _norm_divider(norm: nn.Module, unit: float) -> Callable[[Tensor], None]:
         weight, scale = norm.weight.data, scale_C.to(norm.weight)
         weight.copy_((weight - unit + 1) / scale + unit - 1)
         if isinstance(getattr(norm, "bias", None), Tensor):
-            norm.bias.data.div_(scale)  # type: ignore[union-attr, operator]
+            norm.bias.data.div_(scale)  # type: ignore[operator]
 
     return divide
 
@@ -172,4 +172,5 @@ def _values_tie(heads: ValueHeads) -> Callable[[Tensor], Tensor]:
 
 
 def _name_of(block: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in block.named_modules() if module is wanted)
+    found: str = next(name for name, module in block.named_modules() if module is wanted)
+    return found

@@ -20,7 +20,7 @@ from sparsegpt.driver.accounting import UNREACHED
 from sparsegpt.driver.allocation import Shapes, Visit
 from sparsegpt.driver.block_job import BlockJob
 from sparsegpt.driver.choices import HEAD, Choices, check_block, check_linear, choose_linears, spread
-from sparsegpt.driver.groups import GroupSolver
+from sparsegpt.driver.groups import GroupSolver, scaled_grid
 from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.progress import Progress
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
@@ -266,6 +266,7 @@ class _Driver:
         """What was done to its linears, and the share of the loss that training left."""
         choices, last = self.work.of_block(index), self.work.is_last(index)
         job = self._job(index, choices)
+        job.scale_inputs()
         layers = job.prune_linears() if choices or not last else []
         share = self._reconstruct(job) if self.solver.settings.reconstruct and layers else None
         if share is not None:
@@ -337,6 +338,8 @@ class _Driver:
     def prune_head(self, head: nn.Linear, batches: tuple[Tensor, ...]) -> None:
         """Prune the output layer on what the final norm gives it."""
         choice, decoder = self.work.linears[HEAD], self.work.decoder
+        if scaled_grid(choice) is not None:
+            self.solver.tell_of_unscaled([HEAD])
         statistics = HessianAccumulator(head.in_features, head.weight.device), DriftAccumulator()
         with self.solver.timed("capture"):
             for step, batch in enumerate(batches):

@@ -268,7 +268,8 @@ def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool
     square, layer = group.inputs**2, group.inputs * group.outputs
     piece = min(layer, PIECE_ON_GPU if on_gpu else PIECE)
     moments = [copies for method in settings.values_of("method") for copies in parse_method(method).copies]
-    if settings.values_of("quantize") != {None}:
+    rounds = settings.values_of("quantize") != {None}
+    if rounds:
         moments.append(ROUNDING_COPIES)
     targets = 0
     if _corrects(settings):
@@ -276,7 +277,7 @@ def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool
         targets = group.linears
     worst = max(squares * square + layers * layer + pieces * piece for squares, layers, pieces in moments)
     more_squares, more_layers = MORE_ON_GPU if on_gpu else (0.0, 0.0)
-    kept_factor = 1 if group.linears > 1 else 0
+    kept_factor = 1 if rounds or group.linears > 1 else 0
     return worst + (more_squares + kept_factor) * square + (more_layers + targets) * layer
 
 

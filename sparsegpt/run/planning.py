@@ -7,6 +7,7 @@ import torch
 
 from sparsegpt.calib_data import check_bos, check_text, check_texts
 from sparsegpt.errors import SparseGPTError, unknown
+from sparsegpt.incoming.dequantise import can_read
 from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.model.loading import check_model, dtypes_for, load_config, sequence_length, stored_in_files
 from sparsegpt.run.memory import available_memory
@@ -118,7 +119,10 @@ def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
     )
     shape = shape_of(config, stored, trust_remote_code=options.trust_remote_code)
     parse_blocks(options.blocks).indices(shape.blocks)  # refused if there are none of these numbers
-    return plan(shape, settings, work)
+    planned = plan(shape, settings, work)
+    if can_read(config.to_dict()):
+        planned.disk["weights made plain"] = shape.parameters * shape.stored.itemsize
+    return planned
 
 
 def free_gpu_memory(options: RunOptions) -> int | None:

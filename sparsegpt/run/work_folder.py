@@ -6,7 +6,8 @@
         beside/                       the result but for its weights, which comes first
         bases.safetensors             bases in which the model is written
         outside-exit.safetensors ...  what of the model is in no block, in these bases, written anew by every run
-        block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
+        plain-abcdefgh/               weights that were integers, as plain numbers, while a run reads them
+    block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
         training-00001.safetensors    what distillation knows after its last finished epoch
         distilled-00000.safetensors ...  blocks that it has changed, written anew by every run that gets so far
 
@@ -35,6 +36,7 @@ from sparsegpt.files.model_files import weight_files
 from sparsegpt.files.results import check_target, claimed, filled, is_whole, unfinished_folder, writing
 from sparsegpt.files.tensor_files import WEIGHTS, OpenTensors, ShardedWriter, header_room, verify_checksums
 from sparsegpt.files.typed_json import misfit
+from sparsegpt.incoming.dequantise import MADE
 
 VERSION = 1
 STATE = "state.json"
@@ -44,6 +46,8 @@ _OWN = re.compile(
     r"|bases\.safetensors|outside-[a-z0-9-]+\.safetensors"
     r"|beside|\.sparsegpt-\w+"
 )
+# A model's weights made plain while it is loaded: there before a run begins.
+_MADE = re.compile(rf"{MADE}\w+")
 
 
 class State(TypedDict, total=False):
@@ -133,7 +137,7 @@ class WorkFolder(Progress):
         self._drop_damaged()
         with writing(self.folder):
             if not self.state:
-                self._clear()
+                self._clear(loaded=True)
         self.save_state(identity=identity, replaces=self.replaces)
         report.layers += [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in self.state.get("layers", [])]
         report.blocks += [BlockReport(**row) for row in self.state.get("blocks", [])]
@@ -245,11 +249,14 @@ class WorkFolder(Progress):
                 "on, or --overwrite to start again"
             )
 
-    def _clear(self) -> None:
-        """Remove what runs have written here; the state first, without which nothing else counts."""
+    def _clear(self, *, loaded: bool = False) -> None:
+        """Remove what runs have written here; the state first, without which nothing else counts.
+
+        loaded: the model of this run is there already, and its files stay.
+        """
         (self.folder / STATE).unlink(missing_ok=True)
         for path in self.folder.iterdir():
-            if _OWN.fullmatch(path.name):
+            if _OWN.fullmatch(path.name) or (_MADE.fullmatch(path.name) and not loaded):
                 _remove_path(path)
 
     def _drop_damaged(self) -> None:

@@ -118,7 +118,13 @@ class QualityBench:
         loaded = self._load()
         texts = load_texts(self.calibration, "calibration")
         windows = draw_mixture(
-            texts, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")
+            texts,
+            loaded.tokenizer,
+            self.samples,
+            self.sequence_length,
+            self.seed,
+            loaded.bos_token("auto"),
+            model=loaded.model,
         ).windows
         report = prune_model(loaded.model, windows, pattern, **LADDER[method])
         return QualityRow(method, pattern, self._score(loaded), sum(report.seconds.values()))

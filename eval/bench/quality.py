@@ -145,7 +145,13 @@ class QualityBench:
         loaded = self._load()
         texts = load_texts(self.calibration, "calibration")
         windows = draw_mixture(
-            texts, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")
+            texts,
+            loaded.tokenizer,
+            self.samples,
+            self.sequence_length,
+            self.seed,
+            loaded.bos_token("auto"),
+            model=loaded.model,
         ).windows
         rounding: dict[str, Any] = {} if grid == NO_GRID else {"quantize": grid, "quantizer": quantizer}
         report = prune_model(loaded.model, windows, pattern, **LADDER[method], **rounding)

@@ -25,7 +25,7 @@ from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.progress import Progress
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
 from sparsegpt.driver.rotating import rotate_first
-from sparsegpt.driver.verification import WINDOWS, verify_blocks
+from sparsegpt.driver.verification import WINDOWS, check_boundaries, verify_blocks
 from sparsegpt.driver.windows import Windows, micro_batches
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.capture import ModelInputs
@@ -56,6 +56,7 @@ def prune_model(
     select: Callable[[str], bool] = lambda name: True,
     only_blocks: str | BlockRanges | None = None,
     include_head: bool = False,
+    boundary: int | None = None,
     **options: Any,
 ) -> PruneReport:
     """Prune a transformers causal language model in place.
@@ -64,14 +65,15 @@ def prune_model(
     DataLoader are taken too. sparsity: "2:4", 0.5, "50%" or a pattern. Presets but `paper` write the model in other
     bases first (rotate="off" keeps its own), where a head that was the embedding's weight may get one of its own.
     select(name): whether to prune the linear of this full name. only_blocks: prune in these decoder blocks alone, as
-    "0:12". include_head: prune lm_head too. options: fields of `PruneSettings`, which win over the preset, such as
+    "0:12". include_head: prune lm_head too. boundary: the token with which each of several documents in a window
+    begins: attention does not cross it. options: fields of `PruneSettings`, which win over the preset, such as
     method=..., recipe=read_recipe("mix.toml"), and keyword arguments of `prune_blocks`.
     Raises SparseGPTError, naming the layer, for input that cannot be pruned; the blocks before it are pruned by then.
     """
     names = {setting.name for setting in fields(PruneSettings)}
     given = {key: options.pop(key) for key in list(options) if key in names}
     settings = resolve_settings(sparsity, preset, **given)
-    decoder = DecoderModel.of(model)
+    decoder = DecoderModel.of(model, boundary)
     choices = choose_linears(decoder, settings, select, only_blocks, include_head=include_head)
     return prune_blocks(decoder, windows, choices, **options)
 
@@ -110,6 +112,7 @@ def prune_blocks(
     report.begin(choices.settings, choices.linears, choices.notes)
     solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored)
     with evaluating(decoder.model):
+        check_boundaries(decoder, batches)
         _rotate(work, solver, batches, residence, progress, in_place=in_place)
         if verify:
             unreached = _verify("before", work, solver, batches[0][:WINDOWS], residence)

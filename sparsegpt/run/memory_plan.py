@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from sparsegpt.calib_data.own_text import documents_at_once
 from sparsegpt.driver.rotating import wanted_bases
 from sparsegpt.driver.windows import TOKENS_PER_STEP
 from sparsegpt.errors import SparseGPTError
@@ -112,7 +113,10 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is calibrated and where; gpu_memory: bytes of the GPU that computes, None for the CPU."""
+    """How much is calibrated and where; gpu_memory: bytes of the GPU that computes, None for the CPU.
+
+    packed: windows hold several documents, and each has a mask of its own. writes: the model writes the text itself.
+    """
 
     samples: int
     sequence_length: int
@@ -121,6 +125,8 @@ class Workload:
     activations: str = "memory"
     micro_batch: int | None = None
     scored: bool = True
+    packed: bool = False
+    writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,11 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
             head = shape.vocabulary * shape.hidden * width
             logits = max(TOKENS_PER_STEP, work.sequence_length) * shape.vocabulary * width
             memory["work on it"] = max(memory["work on it"], scoring + head + logits)
+    if work.writes:
+        computer = gpu if on_gpu else memory
+        computer["work on it"] = max(computer["work on it"], _writing_bytes(shape, work))
+    if work.packed:
+        memory["masks of packed windows"] = work.samples * work.sequence_length**2
     (disk if work.activations == "disk" else memory)["activations"] = streams
     if settings.distill:
         trained = shape.blocks * shape.block_parameters
@@ -337,6 +348,13 @@ def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload
     if settings.order != "block" and work.activations == "memory":
         features += shape.hidden
     return work.samples * work.sequence_length * features * work.computing.itemsize
+
+
+def _writing_bytes(shape: ModelShape, work: Workload) -> int:
+    """Keys and values of what the model writes, as wide as its hidden states at most, and logits of one step."""
+    documents = documents_at_once(work.samples, work.sequence_length)
+    kept = 2 * shape.blocks * shape.hidden * work.sequence_length
+    return documents * work.computing.itemsize * (kept + LOGIT_COPIES * shape.vocabulary)
 
 
 def _micro_batch(shape: ModelShape, work: Workload, taken: int) -> int:

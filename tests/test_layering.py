@@ -38,6 +38,7 @@ ROOMS = (
     "kernels.export",
     "kernels.hf",
     "eval",
+    "eval.report",
     "",  # sparsegpt/__init__.py: tells transformers of packed folders; what is heavy waits for its first use
     "run",
     "eval.bench",

@@ -11,8 +11,11 @@ import typer
 
 from sparsegpt.cli.bench_commands import bench, tune
 from sparsegpt.cli.console import say
+from sparsegpt.cli.generate_command import generate
 from sparsegpt.cli.model_commands import evaluate_model, export, inspect, pack, unpack
 from sparsegpt.cli.options import Command
+from sparsegpt.cli.push_command import push
+from sparsegpt.cli.report_commands import compare, report
 from sparsegpt.cli.run_command import run
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.unchanged import bus_errors_told
@@ -34,6 +37,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pack": pack,
     "unpack": unpack,
     "export": export,
+    "generate": generate,
+    "push": push,
+    "report": report,
+    "compare": compare,
     "tune": tune,
 }
 for name, command in COMMANDS.items():

@@ -15,14 +15,13 @@ from rich.table import Table
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.eval.tasks import TaskScore
+from sparsegpt.eval.report.texts import short_names
 from sparsegpt.run.inspection import TensorFinding
 from sparsegpt.run.job import Listener
 from sparsegpt.run.memory import readable
 from sparsegpt.run.memory_plan import Plan
 
 WORST_LAYERS = 5
-# Letters of a text's name that a table shows whole.
-NAME_WIDTH = 30
 # Columns of scores: {heading: (letters of a line from which on there is room for it, (entry of the report, form))}.
 SCORES = {
     "perplexity": (0, ("perplexity", "{:.4f}")),
@@ -138,18 +137,6 @@ def task_line(score: TaskScore) -> str:
     """A metric with its standard error."""
     error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
     return f"{score.task}: {score.metric} {score.value:.4f}{error}"
-
-
-def short_names(names: Sequence[str]) -> dict[str, str]:
-    """What a table calls texts: of long paths the last parts, as many as tell all of them apart."""
-    if max(map(len, names), default=0) <= NAME_WIDTH:
-        return {name: name for name in names}
-    parts = [name.split("/") for name in names]
-    for count in range(1, max(map(len, parts))):
-        short = ["/".join(part[-count:]) for part in parts]
-        if len(set(short)) == len(set(names)) and all(short):
-            return dict(zip(names, short, strict=True))
-    return {name: name for name in names}
 
 
 def new_table(*columns: str, broken: Sequence[str], title: str | None = None) -> Table:

@@ -32,6 +32,14 @@ from sparsegpt.run.options import KERNEL_NAMES, default_data
 from sparsegpt.settings.option import Group
 
 VALUES = ("int8", "int4")
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Pack the pruned linears in memory; {KERNEL_NAMES}.",
+        rich_help_panel=Group.MACHINE,
+        show_default="as the folder is",
+    ),
+]
 
 
 def evaluate_model(
@@ -56,14 +64,7 @@ def evaluate_model(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
-    kernels: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Pack the pruned linears in memory; {KERNEL_NAMES}.",
-            rich_help_panel=Group.MACHINE,
-            show_default="as the folder is",
-        ),
-    ] = None,
+    kernels: Kernels = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and bits per byte of a model, dense, pruned or packed, by the published protocol; tasks by lm-eval."""
@@ -89,7 +90,7 @@ def evaluate_model(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
     if kernels is not None:
-        say(_use_kernels(loaded.model, kernels))
+        say(use_kernels(loaded.model, kernels))
     with loaded.source.files.meanwhile():
         scores = [
             score_text(
@@ -105,7 +106,7 @@ def evaluate_model(
         print_task_scores(open_console(), task_scores)
 
 
-def _use_kernels(model: Any, kernels: str) -> str:
+def use_kernels(model: Any, kernels: str) -> str:
     """Pack what is pruned and dense in memory, set the kernels of all packed layers, say what was chosen."""
     from sparsegpt.kernels.hf.in_place import pack_linears
     from sparsegpt.kernels.layers.linear import explain, set_kernels

@@ -14,7 +14,7 @@ from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import Residual, prunable_linears
 from sparsegpt.model.routers import mixture_of
 from sparsegpt.model.streams import Streams
-from sparsegpt.recovery.reconstruct import reconstruct_block
+from sparsegpt.recovery.reconstruct import Reconstruction, reconstruct_block
 from sparsegpt.recovery.training import GridWeight, training_batches
 from sparsegpt.rotation.rotatable import Rotatable
 from sparsegpt.rotation.scaling import InputStatistics, Place, places
@@ -109,10 +109,10 @@ class BlockJob:
         self.solver.tell_of_experts()
         return layers
 
-    def reconstruct(self, ahead: Sequence[nn.Module] = ()) -> float:
+    def reconstruct(self, ahead: Sequence[nn.Module] = ()) -> Reconstruction:
         """Train the kept weights so that the block on pruned inputs gives the dense outputs after the blocks `ahead`.
 
-        Those are dense still and follow this one. Returns the held-out loss as a share of what it was.
+        Those are dense still and follow this one.
         """
         with self.solver.timed("reconstruct"):
             result = reconstruct_block(
@@ -133,7 +133,7 @@ class BlockJob:
                 f"{self.prefix[:-1]}: reconstruction diverged after {result.best_epoch} good epochs and was rolled "
                 "back to the best; lower the learning rate"
             )
-        return result.after / result.before if result.before else 1.0
+        return result
 
     def _rounded(self) -> dict[str, GridWeight]:
         """The pruned linears whose weights are on grids, which a training leaves them on."""

@@ -36,6 +36,7 @@ from sparsegpt.model.streams import ActivationStore, Streams
 from sparsegpt.model.unfuse import unfused
 from sparsegpt.quantization import Grid
 from sparsegpt.recovery.distill import Distiller, distill
+from sparsegpt.recovery.reconstruct import Reconstruction
 from sparsegpt.recovery.training import Batch, counting_windows, training_batches
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings, resolve_settings
 from sparsegpt.settings.selection import BlockRanges
@@ -258,27 +259,30 @@ class _Driver:
         started, report, block = time.perf_counter(), self.solver.report, self._blocks[index]
         with self.residence.visit(block):
             with unfused(block):
-                layers, share = self._solve_block(index)
+                layers, training = self._solve_block(index)
             error = sum(layer.relative_error for layer in layers) / max(1, len(layers))
             seconds = time.perf_counter() - started
-            report.blocks.append(BlockReport(index, len(self._blocks), len(layers), error, seconds, share))
+            block_report = BlockReport(index, len(self._blocks), len(layers), error, seconds)
+            if training is not None:
+                block_report = replace(block_report, reconstruction=training.share, losses=list(training.losses))
+            report.blocks.append(block_report)
             self.residence.settle_all(block, self.progress.keep(index, self.residence.to_store(block), report))
         return report.blocks[-1]
 
-    def _solve_block(self, index: int) -> tuple[list[LayerReport], float | None]:
-        """What was done to its linears, and the share of the loss that training left."""
+    def _solve_block(self, index: int) -> tuple[list[LayerReport], Reconstruction | None]:
+        """What was done to its linears, and what training brought."""
         choices, last = self.work.of_block(index), self.work.is_last(index)
         job = self._job(index, choices)
         job.scale_inputs()
         layers = job.prune_linears() if choices or not last else []
-        share = self._reconstruct(job) if self.solver.settings.reconstruct and layers else None
-        if share is not None:
+        training = self._reconstruct(job) if self.solver.settings.reconstruct and layers else None
+        if training is not None:
             self._recount(index)
         if not last:
             self._move_pruned(job)
-        return layers, share
+        return layers, training
 
-    def _reconstruct(self, job: BlockJob) -> float:
+    def _reconstruct(self, job: BlockJob) -> Reconstruction:
         following = job.index + 1
         with ExitStack() as visits:
             ahead = list(self._blocks[following : following + self.solver.settings.look_ahead])

@@ -43,6 +43,7 @@ class BlockReport:
     """One finished block: its index, how many linears were pruned, their mean relative error, wall seconds.
 
     reconstruction: held-out loss after block-wise training as a share of the loss before; None without training.
+    losses: this loss before the first epoch and after each.
     """
 
     index: int
@@ -51,6 +52,7 @@ class BlockReport:
     relative_error: float
     seconds: float
     reconstruction: float | None = None
+    losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

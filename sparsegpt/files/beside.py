@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.files.checked_json import REPORT_NAME
+from sparsegpt.files.checked_json import PAGE_NAME, REPORT_NAME
 from sparsegpt.files.inside import homes, is_inside
 from sparsegpt.files.results import MARKER
 
@@ -48,9 +48,10 @@ class Beside:
     def of(cls, folder: Path, *, report: bool = False) -> "Beside":
         """Look at a folder; SparseGPTError where it cannot be read.
 
-        What this program says of a folder that it has written does not hold for another; its report does, if asked for.
+        What this program says of a folder that it has written does not hold for another; its report does, if asked for,
+        from which a page can be made anew.
         """
-        left = {PurePath(MARKER)} if report else {PurePath(MARKER), PurePath(REPORT_NAME)}
+        left = {PurePath(MARKER), PurePath(PAGE_NAME)} | (set() if report else {PurePath(REPORT_NAME)})
         files, weights, outside = [], [], []
         try:
             places = homes(folder)

@@ -11,6 +11,7 @@ from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.folders import write_atomically
 
 REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"  # the same for people
 CHECKSUM = "sha256"
 _UNKNOWN_TO_JSON = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 # No honest file comes near: the index of a model of a million tensors has 100 MB, and is three levels deep.

@@ -27,12 +27,21 @@ from sparsegpt.recovery.training import (
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Held-out loss before and after, and after how many epochs the best weights were met (0: never)."""
+    """Held-out loss before and after, and after how many epochs the best weights were met (0: never).
+
+    losses: held out, before the first epoch and after each.
+    """
 
     before: float
     after: float
     best_epoch: int
     diverged: bool
+    losses: tuple[float, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """The loss after as a share of the loss before."""
+        return self.after / self.before if self.before else 1.0
 
 
 @torch.enable_grad()
@@ -122,7 +131,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
     before = best = _mean_loss(loss_of, held_out)
-    best_state, best_epoch, diverged = _copy(trained.leaves), 0, False
+    best_state, best_epoch, diverged, losses = _copy(trained.leaves), 0, False, [before]
     for epoch in range(1, epochs + 1):
         for index in torch.randperm(len(training), generator=generator).tolist():
             loss = loss_of(training[index])
@@ -133,6 +142,7 @@ def _train(
             trained.show()
             schedule.step()
         after = _mean_loss(loss_of, held_out)
+        losses.append(after)
         if not math.isfinite(after):
             diverged = True
             break
@@ -142,7 +152,7 @@ def _train(
         for name, leaf in trained.leaves.items():
             leaf.copy_(best_state[name])
     trained.show(stored=True)
-    return Reconstruction(before, best, best_epoch, diverged)
+    return Reconstruction(before, best, best_epoch, diverged, tuple(losses))
 
 
 def relative_loss(output: Tensor, target: Tensor) -> Tensor:

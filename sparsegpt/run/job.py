@@ -21,11 +21,15 @@ from sparsegpt.driver import listener as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
 from sparsegpt.driver.reports import PruneReport
-from sparsegpt.errors import SparseGPTError
+from sparsegpt.errors import SparseGPTError, first_line
+from sparsegpt.eval.generation import Openings, openings_of
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.eval.tasks import Tasks, TaskScore, load_tasks, score_tasks
-from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
+from sparsegpt.eval.report.page import page
+from sparsegpt.eval.report.reading import VERSION, run_of
+from sparsegpt.files.checked_json import PAGE_NAME, REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.figures import CARD_NAME
+from sparsegpt.files.folders import write_atomically
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
 from sparsegpt.model.loading import LoadedModel, auto_class, load_model, source_folders
@@ -33,10 +37,11 @@ from sparsegpt.model.source import Source
 from sparsegpt.recovery.training import TrainingOutOfMemory
 from sparsegpt.run.identity import fingerprint, surroundings, versions
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
-from sparsegpt.run.memory_plan import check_fits
+from sparsegpt.run.memory_plan import Plan, check_fits
 from sparsegpt.run.model_card import Card
 from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import check_inputs, check_options, free_gpu_memory, memory_is_scarce, plan_run
+from sparsegpt.run.push import push_folder
 from sparsegpt.run.saving import rehearse, save
 from sparsegpt.run.work_folder import ResumeError, WorkFolder
 from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
@@ -64,8 +69,22 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
     """Prune a model as told, write the folder `options.out`, return the report that was written with it.
 
     Raises SparseGPTError for anything refused. An old result stays as it was until the new one is whole; finished
-    blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
+    blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on. What the Hub refuses is whole here.
     """
+    listener = listener or Listener()
+    report = _result(options, settings, listener)
+    if options.push_to_hub is not None:
+        listener.stage(f"pushing {options.out} to {options.push_to_hub}")
+        try:
+            push_folder(options.out, options.push_to_hub)
+        except SparseGPTError as error:
+            command = f"`sparsegpt push {options.out} {options.push_to_hub}`"
+            raise SparseGPTError(f"{error}; the result is whole in {options.out}, {command} tries again") from error
+    return report
+
+
+def _result(options: RunOptions, settings: PruneSettings, listener: Listener) -> dict[str, Any]:
+    """The report of the folder that is written."""
     check_options(options, settings)
     with (
         WorkFolder(
@@ -78,27 +97,46 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
         if memory_is_scarce(options, planned):
             give_back_freed_memory()
         check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
-        job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
+        job = _Job(options, settings, work, planned.micro_batch, listener)
         needs = ", ".join(f"{readable(count)} of {kind}" for kind, count in planned.totals().items() if count)
         job.listener.stage(f"needs at most about {needs}")
-        job.load()
+        with memory.during("load"):
+            job.load()
         if not job.begin():
             report = read_checked(options.out / REPORT_NAME)
             job.warn_of_unscored(report["perplexity"])
             return report
         rehearse(job.loaded, job.waiting, job.card())
-        job.score("dense")
-        job.prune()
-        job.score("pruned")
+        with memory.during("eval"):
+            job.score("dense")
+            job.write_samples("dense")
+        with memory.during("prune"):
+            job.prune()
+        with memory.during("eval"):
+            job.score("pruned")
+            job.write_samples("pruned")
         job.listener.stage(f"saving {options.out}")
         with work.new_result() as draft:
-            save(job.loaded, job.waiting, draft)
+            with memory.during("save"):
+                save(job.loaded, job.waiting, draft)
             if options.kernels is not None:
                 job.score_through_kernels(options.kernels, draft)
             (draft / CARD_NAME).write_bytes(job.card().added_to(job.source.card))
-            report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
+            page = job.page({**job.report(), **_of_memory(planned, memory)})
+            report = {**job.report(), **_of_memory(planned, memory)}  # by now with what a page may have had against it
             write_checked(draft / REPORT_NAME, report)
+            if page is not None:
+                write_atomically(draft / PAGE_NAME, page)
     return report
+
+
+def _of_memory(planned: Plan, memory: PeakWatch) -> dict[str, Any]:
+    """What the report says of it besides `peak_memory`."""
+    return {
+        "planned_bytes": planned.totals(),
+        "peak_private_memory_bytes": memory.peak,
+        "peak_bytes_by_phase": dict(memory.by_phase),
+    }
 
 
 class _Job:
@@ -125,6 +163,7 @@ class _Job:
         self.scores: dict[str, dict[str, TextScore]] = {data: {} for data in options.evaluate}
         self.task_scores: dict[str, tuple[TaskScore, ...]] = {}
         self.warnings: list[str] = []
+        self.openings: list[Openings] = []
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -339,6 +378,38 @@ class _Job:
                 max_windows=self.options.eval_windows,
             )
 
+    def write_samples(self, which: str) -> None:
+        """Let the model as it now is go on after openings of the texts; one that cannot is no reason to stop."""
+        options = self.options
+        if which == "dense" and options.sample_tokens:
+            self.openings = openings_of(
+                self.texts,
+                self.loaded.tokenizer,
+                self.loaded.model.config.model_type,
+                self.length,
+                options.sample_tokens,
+                options.bos,
+            )
+        if not self.openings:
+            return
+        self.listener.stage(f"writing samples with the {which} model")
+        try:
+            with self.measure("sample"):
+                self.openings = [
+                    one.continued(self.loaded.model, self.loaded.tokenizer, which) for one in self.openings
+                ]
+        except SparseGPTError as error:
+            self.openings = []
+            self.warn(f"no samples of text: {error}")
+
+    def page(self, report: dict[str, Any]) -> str | None:
+        """The report for people. What is wrong with it must not cost the result: then there is none, and a warning."""
+        try:
+            return page([run_of(report, self.options.out.name)])
+        except Exception as error:
+            self.warn(f"no {PAGE_NAME}: {first_line(error)}; `sparsegpt report` may make one")
+            return None
+
     def prune(self) -> None:
         """Prune block by block; finished blocks go to the work folder."""
         rules = " and a recipe" if self.settings.recipe else ""
@@ -413,6 +484,7 @@ class _Job:
     def report(self) -> dict[str, Any]:
         """The contents of report.json."""
         return {
+            "report_version": VERSION,
             "model": self.options.model,
             "preset": self.options.preset,
             "command": self.options.command,
@@ -425,6 +497,7 @@ class _Job:
             "bits_per_byte": self._by_text("bits_per_byte"),
             "tokens_per_second": self._by_text("tokens_per_second"),
             "tasks": self._by_task(),
+            "samples": [sample.as_dict() for one in self.openings for sample in one.samples],
             "seconds": {**self.seconds, **self.pruned.seconds, "total": time.perf_counter() - self.started},
             "identity": self.work.state["identity"],
             **peak_memory(),

@@ -8,6 +8,8 @@ import ctypes
 import resource
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -41,10 +43,15 @@ def give_back_freed_memory() -> None:
 
 
 class PeakWatch:
-    """Looks at the private memory from time to time; `peak` is the most it saw, None where it cannot be seen."""
+    """Looks at the private memory from time to time; `peak` is the most it saw, None where it cannot be seen.
+
+    by_phase: the most while each phase of `during` lasted; empty where it cannot be seen.
+    """
 
     def __init__(self) -> None:
         self.peak = private_bytes()
+        self.by_phase: dict[str, int] = {}
+        self._phase: str | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="memory watch", daemon=True)
 
@@ -58,9 +65,26 @@ class PeakWatch:
     ) -> None:
         self._done.set()
 
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Count what is seen for this long to a phase, too; phases may come again, and end with one look at least."""
+        self._phase = phase
+        try:
+            yield
+        finally:
+            if self.peak is not None:
+                self._see()
+            self._phase = None
+
     def _look(self) -> None:
         while not self._done.wait(SECONDS_BETWEEN_LOOKS):
-            self.peak = max(self.peak or 0, private_bytes() or 0)
+            self._see()
+
+    def _see(self) -> None:
+        found, phase = private_bytes() or 0, self._phase
+        self.peak = max(self.peak or 0, found)
+        if phase is not None:
+            self.by_phase[phase] = max(self.by_phase.get(phase, 0), found)
 
 
 def peak_memory() -> dict[str, int]:

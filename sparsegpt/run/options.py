@@ -21,8 +21,10 @@ class RunOptions:
     sequence_length None: min(2048, the model's limit). evaluate: data names or files, may be empty. resume: go on with
     the unfinished run of this folder. scratch: the folder for activations in files and for weights that must be
     converted, by default beside `out`. gpu_memory: plan for a GPU with so many GB instead of `device`. kernels: with a
-    name, the pruned 2:4 linears are packed in memory and scored once more through these kernels. preset, command: for
-    the report and the model card, the name of the preset and the command line as typed.
+    name, the pruned 2:4 linears are packed in memory and scored once more through these kernels. sample_tokens: tokens
+    that the dense and the pruned model write after openings of the evaluation texts. push_to_hub: the repository of the
+    Hub that gets the result. preset, command: for the report and the model card, the name of the preset and the command
+    line as typed.
     """
 
     model: str = field(
@@ -162,6 +164,22 @@ class RunOptions:
         default=None,
         metadata=option(
             f"2:4 only: score once more through packed kernels; {KERNEL_NAMES}.", OUTPUT, unset="no such score"
+        ),
+    )
+    sample_tokens: int = field(
+        default=40,
+        metadata=option(
+            "Tokens that the model writes before and after, from openings of the texts to score on; 0 for none.",
+            OUTPUT,
+            minimum=0,
+        ),
+    )
+    push_to_hub: str | None = field(
+        default=None,
+        metadata=option(
+            "ORG/NAME: upload the result to the Hub; a repository that is not there is made, private.",
+            OUTPUT,
+            unset="nothing is uploaded",
         ),
     )
     preset: str | None = None

@@ -16,6 +16,7 @@ from sparsegpt.model.loading import check_model, dtypes_for, load_config, sequen
 from sparsegpt.run.memory import available_memory
 from sparsegpt.run.memory_plan import PUBLISHED, Plan, Workload, plan, published_config, shape_of
 from sparsegpt.run.options import RunOptions
+from sparsegpt.run.push import check_push
 from sparsegpt.settings.machine import parse_dtype, pick_device
 from sparsegpt.settings.prune_settings import PruneSettings
 from sparsegpt.settings.selection import name_filter, parse_blocks
@@ -62,6 +63,8 @@ def check_inputs(options: RunOptions) -> None:
     check_texts(options.calibration, "calibration")
     for name in options.evaluate:
         check_text(name, "evaluation")
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)
 
 
 def check_scoring(

@@ -61,7 +61,7 @@ class Axis:
         """An axis with room for these numbers. from_zero: it begins there, and is never logarithmic."""
         known = sorted(values)
         low, high = known[0], known[-1]
-        if not from_zero and low > 0 and high / low >= _LOGARITHMIC:
+        if not from_zero and low > 1 / _LARGEST and high / low >= _LOGARITHMIC:
             return cls(title, low / 1.1, high * 1.1, True, texts)
         low = min(0.0, low) if from_zero else low
         spread = high - low if high - low > _ALIKE * abs(high) else 0.0

@@ -222,7 +222,7 @@ def read_run(place: Path, name: str) -> Run:
     """The run of a folder, or of a report.json itself. Raises SparseGPTError naming the file."""
     path = place / REPORT_NAME if place.is_dir() else place
     if not path.is_file():
-        raise SparseGPTError(f"{path} is not there: expected the report of a run")
+        raise SparseGPTError(f"{place}: expected a report.json there, found none: give folders of runs")
     report = read_checked(check_inside(path.parent, path))
     try:
         return run_of(report, name, _file_bytes(path.parent))

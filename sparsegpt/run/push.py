@@ -74,7 +74,7 @@ def push_folder(folder: Path, repository: str, *, public: bool = False, branch: 
 @contextmanager
 def _in_words(repository: str) -> Iterator[None]:
     """Turn whatever the client raises into one line."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     try:
         yield
@@ -83,6 +83,16 @@ def _in_words(repository: str) -> Iterator[None]:
     except LocalTokenNotFoundError as error:
         raise SparseGPTError(f"nothing was pushed to {repository}: {_STATUS[401]}") from error
     except Exception as error:  # of any type, as its transports have their own
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        reason = _STATUS.get(status) or hub_reason(error, repository) or first_line(error)
+        reason = _STATUS.get(_status(error)) or hub_reason(error, repository) or first_line(error)
         raise SparseGPTError(f"the Hub did not take {repository}: {reason}") from error
+
+
+def _status(error: BaseException | None) -> int:
+    """The number of the Hub's answer that an error was raised from; 0 where it was no answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return int(error.response.status_code)
+        error = error.__cause__
+    return 0

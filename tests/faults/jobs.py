@@ -203,7 +203,7 @@ def put_old_result(out: Path) -> None:
 
 
 # They tell when a result was made and how long it took, and the marker has their checksums.
-DATED = ("report.json", "README.md", MARKER)
+DATED = ("report.json", "report.html", "README.md", MARKER)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

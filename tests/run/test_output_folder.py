@@ -76,7 +76,7 @@ def test_every_file_but_the_weights_comes_along_to_the_byte(options, tmp_path):
         {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (source, options.out)
     )
-    new = {"README.md", "report.json", "model.safetensors"}
+    new = {"README.md", "report.html", "report.json", "model.safetensors"}
     assert after.keys() == before.keys() | new | {MARKER}
     assert {name: after[name] for name in before.keys() - new} == {name: before[name] for name in before.keys() - new}
     assert read_checked(options.out / "report.json")["model"] == options.model

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
 from sparsegpt.eval.perplexity import TextScore
-from sparsegpt.eval.tasks import TaskScore
 from sparsegpt.eval.report.texts import short_names
+from sparsegpt.eval.tasks import TaskScore
 from sparsegpt.run.inspection import TensorFinding
 from sparsegpt.run.job import Listener
 from sparsegpt.run.memory import readable

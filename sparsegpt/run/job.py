@@ -24,9 +24,9 @@ from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.eval.generation import Openings, openings_of
 from sparsegpt.eval.perplexity import TextScore, score_text
-from sparsegpt.eval.tasks import Tasks, TaskScore, load_tasks, score_tasks
 from sparsegpt.eval.report.page import page
 from sparsegpt.eval.report.reading import VERSION, run_of
+from sparsegpt.eval.tasks import Tasks, TaskScore, load_tasks, score_tasks
 from sparsegpt.files.checked_json import PAGE_NAME, REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.files.folders import write_atomically

@@ -127,6 +127,14 @@ def print_scores(console: Console, scores: Sequence[TextScore], length: int) -> 
             print_warning(console, score.alarm)
 
 
+def print_evaluation(
+    console: Console, scores: Sequence[TextScore], length: int, task_scores: Sequence[TaskScore]
+) -> None:
+    """All that `eval` has found."""
+    print_scores(console, scores, length)
+    print_task_scores(console, task_scores)
+
+
 def print_task_scores(console: Console, scores: Sequence[TaskScore]) -> None:
     """The lines of `eval --tasks`."""
     for score in scores:

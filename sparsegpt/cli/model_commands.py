@@ -69,7 +69,7 @@ def evaluate_model(
 ) -> None:
     """Perplexity and bits per byte of a model, dense, pruned or packed, by the published protocol; tasks by lm-eval."""
     from sparsegpt.calib_data import load_text
-    from sparsegpt.cli.display import print_scores, print_task_scores
+    from sparsegpt.cli.display import print_evaluation
     from sparsegpt.eval.perplexity import score_text
     from sparsegpt.eval.tasks import load_tasks, score_tasks
     from sparsegpt.model import loading
@@ -91,19 +91,15 @@ def evaluate_model(
     )
     if kernels is not None:
         say(use_kernels(loaded.model, kernels))
+    scored: tuple[Any, Any] = loaded.model, loaded.tokenizer
+    steps: dict[str, Any] = {"batch_size": batch_size, "bos": bos}
     with loaded.source.files.meanwhile():
-        scores = [
-            score_text(
-                loaded.model, loaded.tokenizer, text, length, batch_size=batch_size, bos=bos, max_windows=eval_windows
-            )
-            for text in texts
-        ]
-        task_scores = score_tasks(loaded.model, loaded.tokenizer, loaded_tasks, batch_size=batch_size, bos=bos)
+        scores = [score_text(*scored, text, length, max_windows=eval_windows, **steps) for text in texts]
+        task_scores = score_tasks(*scored, loaded_tasks, **steps)
     if as_json:
         print(json.dumps([*map(asdict, scores), *map(asdict, task_scores)]))
     else:
-        print_scores(open_console(), scores, length)
-        print_task_scores(open_console(), task_scores)
+        print_evaluation(open_console(), scores, length, task_scores)
 
 
 def use_kernels(model: Any, kernels: str) -> str:

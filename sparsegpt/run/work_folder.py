@@ -30,6 +30,7 @@ from sparsegpt.driver.progress import Progress
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport, RotationReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore
+from sparsegpt.eval.tasks import TaskScore
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.folders import flush
 from sparsegpt.files.model_files import weight_files
@@ -67,6 +68,7 @@ class State(TypedDict, total=False):
     surroundings: dict[str, str]
     evaluation: dict[str, Any]
     scores: dict[str, dict[str, TextScore]]
+    task_scores: list[TaskScore]
 
 
 class ResumeError(SparseGPTError):

@@ -89,6 +89,8 @@ def test_every_option_reaches_its_field(told, tmp_path):
         "overwrite": True,
         "resume": True,
         "kernels": "dense",
+        "sample_tokens": 8,
+        "push_to_hub": "org/name",
         "verify": False,
     }
     of_pruning = {

@@ -14,6 +14,7 @@ from sparsegpt.cli.console import say
 from sparsegpt.cli.model_commands import evaluate_model, export, inspect, pack, unpack
 from sparsegpt.cli.options import Command
 from sparsegpt.cli.run_command import run
+from sparsegpt.cli.shrink_command import shrink
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.unchanged import bus_errors_told
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
+    "shrink": shrink,
     "eval": evaluate_model,
     "inspect": inspect,
     "pack": pack,

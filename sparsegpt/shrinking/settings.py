@@ -128,7 +128,7 @@ class ShrinkSettings:
     distill: int = field(
         default=0, metadata=option("Epochs of training on the dense model's predictions.", RECOVERY, minimum=0)
     )
-    distill_rate: float = field(default=3e-4, metadata=option("Learning rate of the distillation.", RECOVERY))
+    distill_rate: float = field(default=1e-4, metadata=option("Learning rate of the distillation.", RECOVERY))
 
     def __post_init__(self) -> None:
         check_ranking(self.method)

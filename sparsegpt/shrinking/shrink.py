@@ -309,6 +309,11 @@ class _Job:
             self.report.epochs = self._timed(
                 "distill", lambda: recovery.distill(lambda epoch, loss: self.listener.trained(epoch, epochs, loss))
             )
+            if self.report.epochs[-1] >= self.report.epochs[0]:
+                self.report.warnings.append(
+                    f"distillation left the held-out divergence at {self.report.epochs[-1]:.4g} nats, from "
+                    f"{self.report.epochs[0]:.4g}, and was rolled back; lower its rate or give more samples"
+                )
 
     def _timed(self, part: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -43,8 +44,8 @@ def compare_speed(models: Mapping[str, "PreTrainedModel"], tokens: Tensor, round
     window = tokens[None]
     runs: dict[tuple[str, str], Callable[[], object]] = {}
     for name, model in models.items():
-        runs[name, "prefill"] = lambda model=model: _read(model, window)
-        runs[name, "decode"] = lambda model=model: _write(model, window[:, :DECODED])
+        runs[name, "prefill"] = partial(_read, model, window)
+        runs[name, "decode"] = partial(_write, model, window[:, :DECODED])
     seconds = median_seconds(runs, rounds)
     decoded = min(DECODED, len(tokens))
     return {name: Speed(len(tokens) / seconds[name, "prefill"], decoded / seconds[name, "decode"]) for name in models}

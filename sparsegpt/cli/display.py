@@ -6,7 +6,7 @@ The console is that of `console.open_console`, which reads no markup in what it 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,7 +51,7 @@ class RunDisplay(Listener):
         )
         self.task: Any = None
 
-    def __enter__(self) -> "RunDisplay":
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 

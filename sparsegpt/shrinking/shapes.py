@@ -144,7 +144,7 @@ class Anatomy:
 
     def size(self, shape: Shape) -> Size:
         """How many parameters the model of a shape has."""
-        key = str(shape)
+        key = repr(shape)
         if key not in self._sizes:
             model = self.blueprint(shape)
             blocks = model.get_submodule(self.decoder.family.blocks)

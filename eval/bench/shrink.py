@@ -27,11 +27,17 @@ LADDER: dict[str, dict[str, Any]] = {
 class ShrinkBench(QualityBench):
     """`QualityBench` for smaller models: a row's pattern is the share of the blocks' weights that is kept."""
 
-    def _prune(self, method: str, pattern: str) -> QualityRow:
+    def _prune(self, method: str, pattern: str, grid: str, quantizer: str) -> QualityRow:
         loaded = self._load()
         texts = load_texts(self.calibration, "calibration")
         windows = draw_mixture(
-            texts, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")
+            texts,
+            loaded.tokenizer,
+            self.samples,
+            self.sequence_length,
+            self.seed,
+            loaded.bos_token("auto"),
+            model=loaded.model,
         ).windows
         shrunk = shrink_model(loaded.model, windows, pattern, seed=self.seed, **LADDER[method])
         loaded.model = shrunk.model

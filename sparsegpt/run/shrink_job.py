@@ -100,7 +100,7 @@ class _Job:
         options = self.options
         with self.measure("load"):
             texts = load_texts(options.calibration, "calibration")
-            self.texts = {data: load_text(data, "evaluation") for data in options.evaluate}
+            to_score = {data: load_text(data, "evaluation") for data in options.evaluate}
             self.listener.stage(f"loading {options.model}")
             self.loaded = load_model(
                 options.model,
@@ -112,9 +112,15 @@ class _Job:
             )
             check_names(self.loaded)
             self.length = self.loaded.sequence_length(options.sequence_length)
-            bos = self.loaded.bos_token(options.bos)
+            self.texts = {data: text.for_tokenizer(self.loaded.tokenizer) for data, text in to_score.items()}
             self.calibration = draw_mixture(
-                texts, self.loaded.tokenizer, options.samples, self.length, options.seed, bos
+                texts,
+                self.loaded.tokenizer,
+                options.samples,
+                self.length,
+                options.seed,
+                self.loaded.bos_token(options.bos),
+                model=self.loaded.model,
             )
         for note in self.loaded.source.notes():
             self.warn(note)

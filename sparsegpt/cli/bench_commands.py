@@ -234,7 +234,7 @@ def bench_shrink_command(
 def bench_speed_command(
     models: Annotated[list[str], typer.Argument(help="Folders, Hub ids or short names; the first is compared to.")],
     sequence_length: WindowLength = 256,
-    rounds: Rounds = 11,
+    rounds: Rounds = 5,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,

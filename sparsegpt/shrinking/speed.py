@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from timeit import Timer
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,12 +30,12 @@ class Speed:
 
 def median_seconds(runs: Mapping[Name, Callable[[], object]], rounds: int = ROUNDS) -> dict[Name, float]:
     """The median over rounds of the seconds of each run."""
-    threads = torch.get_num_threads()
-    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
+    timers = {name: Timer(run) for name, run in runs.items()}
+    counts = {name: max(1, int(SECONDS / timer.timeit(1))) for name, timer in timers.items()}  # warms up, too
     found: dict[Name, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
-            found[name].append(timer.blocked_autorange(min_run_time=SECONDS).median)
+            found[name].append(timer.timeit(counts[name]) / counts[name])
     return {name: statistics.median(times) for name, times in found.items()}
 
 

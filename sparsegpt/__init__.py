@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsegpt.driver.rotating import rotate_model
     from sparsegpt.eval.perplexity import perplexity
     from sparsegpt.settings.recipe import read_recipe
+    from sparsegpt.shrinking.shrink import shrink_model
 
     __version__: str
 
@@ -41,6 +42,7 @@ __all__ = [
     "prune_weight",
     "read_recipe",
     "rotate_model",
+    "shrink_model",
 ]
 
 # From here on transformers' from_pretrained knows packed folders, whether it is imported already or later.
@@ -52,6 +54,7 @@ _LAZY = {
     "prune_model": "sparsegpt.driver.pipeline",
     "read_recipe": "sparsegpt.settings.recipe",
     "rotate_model": "sparsegpt.driver.rotating",
+    "shrink_model": "sparsegpt.shrinking.shrink",
 }
 
 

@@ -28,6 +28,7 @@ ROOMS = (
     "rotation",
     "recovery",
     "driver",
+    "shrinking",
     "kernels.format",
     "kernels",  # its __init__ alone: what is exported
     "kernels.cpu",

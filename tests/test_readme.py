@@ -24,6 +24,7 @@ ELSEWHERE = re.compile(r"--model (?!demo\b|pruned/|opt-175b\b)|bench |^push |--i
 # Less text than a reader would take, for the same commands.
 SHORTER = {
     "run": ["--samples", "8", "--seqlen", "64", "--eval", "none"],
+    "shrink": ["--samples", "8", "--seqlen", "64", "--eval", "none", "--no-speed"],
     "eval": ["--seqlen", "64", "--eval-windows", "4"],
     "tune": ["--shapes", "32x64", "--tokens", "1", "--rounds", "1"],
 }

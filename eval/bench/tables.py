@@ -12,6 +12,8 @@ from sparsegpt.eval.bench.kernels import DecodeRow, KernelBench
 from sparsegpt.eval.bench.memory import MemoryRow
 from sparsegpt.eval.bench.pipeline import PipelineRow
 from sparsegpt.eval.bench.quality import LADDER, NO_GRID, QualityRow
+from sparsegpt.eval.bench.shrink import LADDER as SMALLER
+from sparsegpt.eval.bench.shrink import SpeedRow
 from sparsegpt.eval.bench.solver import SolverRow
 from sparsegpt.eval.bench.sparsity import SparsityRow
 from sparsegpt.kernels.dispatch.measured import ANY, KernelRow, Measured, dtype_name, in_words
@@ -78,7 +80,8 @@ def quality_table(rows: Sequence[QualityRow]) -> Table:
     patterns = sorted({row.pattern for row in pruned}, key=lambda pattern: (":" not in pattern, pattern))
     table = Table("method", *patterns, title=f"perplexity (seconds of the prune); dense {dense.perplexity:.2f}")
     cells = {(row.method, row.pattern): f"{row.perplexity:.2f} ({row.seconds:.0f})" for row in pruned}
-    for method in sorted({row.method for row in pruned}, key=list(LADDER).index):
+    order = [*LADDER, *(name for name in SMALLER if name not in LADDER)]
+    for method in sorted({row.method for row in pruned}, key=order.index):
         table.add_row(method, *(cells.get((method, pattern), "") for pattern in patterns))
     return table
 
@@ -92,6 +95,15 @@ def integers_table(rows: Sequence[QualityRow]) -> Table:
     for pattern, method, grid, bits in dict.fromkeys((row.pattern, row.method, row.grid, row.bits) for row in rounded):
         found = (cells.get((method, pattern, grid, quantizer), "") for quantizer in quantizers)
         table.add_row(pattern, method, grid, f"{bits / 8:.3f}", *found)
+    return table
+
+
+def speed_table(rows: Sequence[SpeedRow]) -> Table:
+    """The table of `bench speed`."""
+    table = Table("model", "parameters", "prefill, tokens/s", "faster", "decode, tokens/s", "faster")
+    for row in rows:
+        speeds = (f"{row.prefill:.0f}", f"{row.prefill_times:.2f}", f"{row.decode:.0f}", f"{row.decode_times:.2f}")
+        table.add_row(row.model, f"{row.parameters / 1e6:.1f}M", *speeds)
     return table
 
 

@@ -18,6 +18,7 @@ from sparsegpt.cli.options import (
     Calibration,
     Command,
     Device,
+    Dtype,
     EvalWindows,
     Model,
     Revision,
@@ -173,6 +174,80 @@ def _tell_quality(rows: "list[QualityRow]", title: str, out: Path, *, as_json: b
         _print_rows(rounded, integers_table(rounded), as_json=as_json)
         drawn += draw_bytes(rows, title, out.with_stem(f"{out.stem}-bytes"))
     print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr)
+
+
+@bench.command("shrink", cls=Command)
+def bench_shrink_command(
+    model: Model = "demo",
+    calibration: Calibration = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--eval", help="Evaluation text, as in --calib.", show_default="pydoc for the demo, else wikitext2"
+        ),
+    ] = None,
+    samples: Samples = 128,
+    sequence_length: WindowLength = 256,
+    seed: Seed = 0,
+    eval_windows: EvalWindows = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Rows of the ladder, comma-separated.", show_default="all")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Shares of the blocks' weights that are kept, comma-separated.")
+    ] = "87.5%,75%,62.5%",
+    device: Device = "auto",
+    out: Annotated[
+        Path, typer.Option(help="File in which rows are kept, so that a later call goes on.", callback=at_home)
+    ] = Path("shrink.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of smaller models by every method, as a table; what was measured before is kept."""
+    from sparsegpt.eval.bench.shrink import LADDER, ShrinkBench
+    from sparsegpt.eval.bench.tables import quality_table
+
+    silence_libraries()
+    chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
+    for name in chosen:
+        if name not in LADDER:
+            raise unknown("row of the ladder", name, LADDER, settings=("methods",))
+    job = ShrinkBench(
+        model,
+        default_data(model, "calibration") if calibration is None else calibration,
+        default_data(model, "evaluation") if evaluate is None else evaluate,
+        samples,
+        sequence_length,
+        seed,
+        device,
+        eval_windows,
+    )
+    job.check()
+    rows = job.read(out)
+    for row in job.run(chosen, tuple(keep.split(",")), rows):
+        rows.append(row)
+        job.write(out, rows)
+        print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
+    _print_rows(rows, quality_table(rows), as_json=as_json)
+
+
+@bench.command("speed", cls=Command)
+def bench_speed_command(
+    models: Annotated[list[str], typer.Argument(help="Folders, Hub ids or short names; the first is compared to.")],
+    sequence_length: WindowLength = 256,
+    rounds: Rounds = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of several models in transformers, read at once and written one by one, in turns."""
+    from sparsegpt.eval.bench.shrink import bench_speed
+    from sparsegpt.eval.bench.tables import speed_table
+    from sparsegpt.settings.machine import pick_device
+
+    silence_libraries()
+    pick_device(device)
+    rows = bench_speed(models, sequence_length, device=device, rounds=rounds, dtype=dtype)
+    _print_rows(rows, speed_table(rows), as_json=as_json)
 
 
 @bench.command("kernels", cls=Command)

@@ -17,6 +17,7 @@ from sparsegpt.cli.options import Command
 from sparsegpt.cli.push_command import push
 from sparsegpt.cli.report_commands import compare, report
 from sparsegpt.cli.run_command import run
+from sparsegpt.cli.shrink_command import shrink
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.unchanged import bus_errors_told
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
+    "shrink": shrink,
     "eval": evaluate_model,
     "inspect": inspect,
     "pack": pack,

@@ -6,7 +6,7 @@ The console is that of `console.open_console`, which reads no markup in what it 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +16,7 @@ from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, Rota
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.eval.report.texts import short_names
 from sparsegpt.eval.tasks import TaskScore
+from sparsegpt.run import shrink_job
 from sparsegpt.run.inspection import TensorFinding
 from sparsegpt.run.job import Listener
 from sparsegpt.run.memory import readable
@@ -49,7 +50,7 @@ class RunDisplay(Listener):
         )
         self.task: Any = None
 
-    def __enter__(self) -> "RunDisplay":
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 
@@ -103,6 +104,14 @@ class RunDisplay(Listener):
     def warn(self, text: str) -> None:
         """Loud, even with --quiet."""
         print_warning(self.console, text)
+
+
+class ShrinkDisplay(RunDisplay, shrink_job.Listener):
+    """Shows a `shrink` while it happens."""
+
+    def trained(self, epoch: int, epochs: int, loss: float) -> None:
+        """Print what the held-out windows say."""
+        self.epoch(EpochReport(epoch, epochs, loss))
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
@@ -217,3 +226,27 @@ def print_findings(console: Console, findings: list[TensorFinding]) -> None:
         holds = finding.problem or "yes"
         table.add_row(finding.name, shape, finding.stored, f"{finding.zeros:.2%}", finding.pattern, holds)
     console.print(table)
+
+
+def print_smaller(console: Console, report: dict[str, Any], out: Path) -> None:
+    """The closing tables of `shrink`, and where its result lies."""
+    dense, shrunk = (report["parameters"][which] for which in ("dense", "shrunk"))
+    changes = ", ".join(f"{key} {value}" for key, value in report["config"].items() if not isinstance(value, list))
+    print_line(
+        console,
+        f"{dense / 1e6:.2f}M parameters -> {shrunk / 1e6:.2f}M; {report['kept_of_blocks']:.1%} of the blocks' weights "
+        f"kept: {changes}",
+    )
+    if report["perplexity"]:
+        shown = short_names(list(report["perplexity"]))
+        table = new_table("data", "dense", "shrunk", broken=("data",), title="perplexity")
+        for data, found in report["perplexity"].items():
+            table.add_row(shown[data], f"{found['dense']:.4f}", f"{found['shrunk']:.4f}")
+        console.print(table)
+    if report["speed"]:
+        table = new_table("tokens/s", "dense", "shrunk", "times as fast", broken=())
+        for what in ("prefill", "decode"):
+            before, after = (report["speed"][which][what] for which in ("dense", "shrunk"))
+            table.add_row(what, f"{before:.0f}", f"{after:.0f}", f"{after / before:.2f}")
+        console.print(table)
+    print_line(console, f"saved {out}")

@@ -138,6 +138,8 @@ def spread(
     visit: Visit,
 ) -> dict[str, LinearSettings]:
     """`pruned` with the run's sparsity spread over the linears to which no rule gives one; shapes: block by block."""
+    if settings.allocation == "uniform":
+        return dict(pruned)
     prefixes = [prefix for prefix, _ in decoder.by_prefix()]
     free = [
         {name: shape for name, shape in block.items() if not sets_sparsity(settings, prefix + name)}

@@ -92,7 +92,9 @@ class GroupSolver:
             started = time.perf_counter()
             target = targets.pop(name, None)
             hessian.keep_factor = len(reports) + 1 < len(linears)
-            method = METHODS["magnitude"] if starved else parse_method(choice.method)
+            method = parse_method(choice.method)
+            if starved and not method.whole:
+                method = METHODS["magnitude"]
             weight = linear.weight.contiguous()  # a transposed view, where the model keeps it so
             solve = functools.partial(
                 prune_layer, weight, hessian, choice.sparsity, method, choice.block_size, rounding=choice.rounding

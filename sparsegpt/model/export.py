@@ -117,7 +117,7 @@ def _parts(decoder: DecoderModel) -> Iterator[dict[str, Tensor]]:
 def _config(loaded: LoadedModel) -> bytes:
     """config.json of the source, with what is no longer true of it changed; to the byte as it was if nothing is."""
     source = loaded.source
-    config = copy.deepcopy(source.config)
+    config = {**copy.deepcopy(source.config), **loaded.changes}
     config.pop(FILE_KEY, None)  # the files have the usual names now
     weights = source.tensors.keys() - set(_TensorNames(loaded).carried)
     dtypes = {source.tensors[name].dtype for name in weights} if loaded.asked is None else {loaded.asked}

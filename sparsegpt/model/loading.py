@@ -7,9 +7,9 @@ tensor is what its file holds, in the file's own dtype, whatever the config says
 import copy
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class LoadedModel:
     embedding's own weight when it was loaded. residence: of a streamed model, whose weights stay in files; None when
     all of it is in memory. notes: what the user should know of it. content: sha256 of all weights, of a streamed model.
     made: where its weights were made plain, a folder that goes with the model.
+    changes: entries of config.json that differ from the source's, as of a smaller model.
     """
 
     name: str
@@ -66,6 +67,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     content: str = ""
     made: Made | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def names(self) -> CheckpointNames:
@@ -76,6 +78,17 @@ class LoadedModel:
     def decoder(self) -> DecoderModel:
         """The model as those who work on its blocks see it; SparseGPTError for one that is not known."""
         return DecoderModel.of(self.model)
+
+    def smaller(self, model: "PreTrainedModel", changes: Mapping[str, Any]) -> "LoadedModel":
+        """A model made of fewer of this one's parts, with what its configuration says otherwise.
+
+        Its tensors have names that are among this one's.
+        """
+        words = getattr(model.config, "attribute_map", {})
+        told = {words.get(key, key): value for key, value in changes.items()}
+        made = replace(self, model=model, changes=told)
+        made.__dict__["names"] = self.names.within(model.state_dict())
+        return made
 
     def bos_token(self, choice: str) -> int | None:
         """The token that calibration and evaluation windows begin with: choice "auto", "always" or "never"."""

@@ -7,7 +7,7 @@ loader is asked which tensor became what, so that each goes back under the name 
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,13 @@ class CheckpointNames:
             group = Joined(target, patterns, found.converters[target])
             joined |= dict.fromkeys(group.targets, group)
         return cls(found.same, joined, tuple(found.surplus))
+
+    def within(self, targets: Container[str]) -> "CheckpointNames":
+        """The same for a model that has only these of the tensors; what has no place in a block would be another's."""
+        same = {target: name for target, name in self.same.items() if target in targets}
+        joined = {target: group for target, group in self.joined.items() if target in targets}
+        outside = tuple(name for name in self.surplus if not any(map(str.isdigit, name.split("."))))
+        return CheckpointNames(same, joined, outside)
 
     def groups(self) -> list[Joined]:
         """Each group of joined tensors once."""

@@ -23,7 +23,8 @@ class Card:
     """What the section says.
 
     base: the Hub id, or the name of the folder. patterns: of the run and its recipe. rows: what else stands in the
-    table. perplexities: {text: {model: perplexity}}. loader: the class of transformers that loads the model.
+    table. perplexities: {text: {model: perplexity}}. loader: the class of transformers that loads the model. made: how
+    it came about, in a sentence.
     """
 
     base: str
@@ -34,6 +35,7 @@ class Card:
     command: str | None
     loader: str
     trust_remote_code: bool = False
+    made: str = "Made by one-shot pruning: nothing but the weights differs from the base model."
 
     def added_to(self, readme: bytes | None) -> bytes:
         """The source's README.md, or a fresh one, with the section at its end."""
@@ -49,7 +51,7 @@ class Card:
         rows = {"base model": self.base, "pattern": ", ".join(self.patterns), "method": self.method, **self.rows}
         parts = [
             "## Pruned with sparsegpt",
-            "Made by one-shot pruning: nothing but the weights differs from the base model.",
+            self.made,
             _table(("", ""), list(rows.items())),
             self._figures(),
             *(("The command:", _fenced("sh", self.command)) if self.command else ()),

@@ -65,6 +65,7 @@ class Method:
     per_row: saliencies of a fraction are compared within a row.
     refit: the kept weights are fitted anew on the mask.
     joint: on a grid of integers its sweep can choose mask and integers together (solvers/rounding.py).
+    whole: inputs leave as a whole, also in an expert that too few tokens reached: its Hessian is the identity then.
     copies: memory at its worst moments.
     Raises SparseGPTError unless exactly one of the two functions is given.
     """
@@ -76,6 +77,7 @@ class Method:
     per_row: bool = False
     refit: bool = False
     joint: bool = False
+    whole: bool = False
     copies: tuple[Copies, ...] = (Copies(2.3, 5.0),)
 
     def __post_init__(self) -> None:

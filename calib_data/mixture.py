@@ -111,27 +111,22 @@ def draw_mixture(
             "or the smallest share",
             settings=("samples", "calibration"),
         )
-    sources = [
-        with_own_text(source, model, tokenizer, count, sequence_length, seed)
+    shares = [
+        (with_own_text(source, model, tokenizer, count, sequence_length, seed), count)
         for source, count in zip(sources, counts, strict=True)
     ]
     boundary = None
     drawn: Sequence[Iterable[torch.Tensor]]
     if documents == "pack":
-        layouts = [
-            lay_out_source(source, tokenizer, count, sequence_length, seed)
-            for source, count in zip(sources, counts, strict=True)
-        ]
+        layouts = [lay_out_source(source, tokenizer, count, sequence_length, seed) for source, count in shares]
         boundary = boundary_token([window for layout in layouts for window in layout], tokenizer, bos)
         drawn = [assemble(layout, boundary) for layout in layouts]
     else:
-        drawn = [
-            draw_rows(source, tokenizer, count, sequence_length, seed, bos, documents)
-            for source, count in zip(sources, counts, strict=True)
-        ]
+        like = sequence_length, seed, bos, documents
+        drawn = [draw_rows(source, tokenizer, count, *like) for source, count in shares]
     left = [iter(rows) for rows in drawn]
     rows = tuple(next(left[place]) for place in turns)
-    return Calibration(rows, ", ".join(map(_shown, sources)), seed, bos, documents, boundary)
+    return Calibration(rows, ", ".join(_shown(source) for source, _ in shares), seed, bos, documents, boundary)
 
 
 def draw_windows(

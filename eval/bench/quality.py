@@ -18,7 +18,6 @@ from sparsegpt.settings.machine import pick_device
 from sparsegpt.sparsity import parse_sparsity
 
 NO_GRID = "none"
-PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7")
 # Name in the table -> what to ask for. Up to `fast` all linears of a block are pruned from one capture, as published.
 LADDER: dict[str, dict[str, Any]] = {
     "magnitude": {"preset": "paper", "method": "magnitude"},
@@ -58,7 +57,8 @@ class QualityRow:
 class QualityBench:
     """What to prune and how to judge it; max_windows of the evaluation text are scored, all where None.
 
-    revision, trust_remote_code: as for `load_model`.
+    revision, trust_remote_code: as for `load_model`. rotate: the bases of every row that does not say its own; None: as
+    the presets do.
     """
 
     model: str
@@ -71,6 +71,7 @@ class QualityBench:
     max_windows: int | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    rotate: str | None = None
 
     def check(self) -> None:
         """Look at texts, device and configuration, before anything is loaded. Raises SparseGPTError."""
@@ -141,11 +142,10 @@ class QualityBench:
             to_prune=True,
         )
 
-    def _prune(self, method: str, pattern: str, grid: str, quantizer: str) -> QualityRow:
-        loaded = self._load()
-        texts = load_texts(self.calibration, "calibration")
-        windows = draw_mixture(
-            texts,
+    def _windows(self, loaded: LoadedModel) -> Any:
+        """The calibration windows, [samples, sequence_length]."""
+        return draw_mixture(
+            load_texts(self.calibration, "calibration"),
             loaded.tokenizer,
             self.samples,
             self.sequence_length,
@@ -153,8 +153,13 @@ class QualityBench:
             loaded.bos_token("auto"),
             model=loaded.model,
         ).windows
+
+    def _prune(self, method: str, pattern: str, grid: str, quantizer: str) -> QualityRow:
+        loaded = self._load()
+        windows = self._windows(loaded)
         rounding: dict[str, Any] = {} if grid == NO_GRID else {"quantize": grid, "quantizer": quantizer}
-        report = prune_model(loaded.model, windows, pattern, **LADDER[method], **rounding)
+        bases = {} if self.rotate is None else {"rotate": self.rotate}
+        report = prune_model(loaded.model, windows, pattern, **{**bases, **LADDER[method], **rounding})
         bits = _bits(report.layers, 1 - parse_sparsity(pattern).zeros)
         seconds = sum(report.seconds.values())
         return QualityRow(method, pattern, self._score(loaded), seconds, grid, quantizer, bits)

@@ -10,7 +10,6 @@ from sparsegpt.model.loading import load_model
 from sparsegpt.shrinking.shrink import shrink_model
 from sparsegpt.shrinking.speed import ROUNDS, compare_speed
 
-KEEPS = ("87.5%", "75%", "62.5%")
 # Name in the table -> what to ask for.
 LADDER: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
@@ -29,17 +28,7 @@ class ShrinkBench(QualityBench):
 
     def _prune(self, method: str, pattern: str, grid: str, quantizer: str) -> QualityRow:
         loaded = self._load()
-        texts = load_texts(self.calibration, "calibration")
-        windows = draw_mixture(
-            texts,
-            loaded.tokenizer,
-            self.samples,
-            self.sequence_length,
-            self.seed,
-            loaded.bos_token("auto"),
-            model=loaded.model,
-        ).windows
-        shrunk = shrink_model(loaded.model, windows, pattern, seed=self.seed, **LADDER[method])
+        shrunk = shrink_model(loaded.model, self._windows(loaded), pattern, seed=self.seed, **LADDER[method])
         loaded.model = shrunk.model
         return QualityRow(method, pattern, self._score(loaded), sum(shrunk.report.seconds.values()))
 
@@ -57,13 +46,20 @@ class SpeedRow:
 
 
 def bench_speed(
-    models: Sequence[str], sequence_length: int, *, device: str = "auto", rounds: int = ROUNDS, dtype: str = "auto"
+    models: Sequence[str],
+    sequence_length: int,
+    *,
+    device: str = "auto",
+    rounds: int = ROUNDS,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[SpeedRow]:
     """Models by folder, Hub id or short name, all in one run and in turns; the first is what others are compared to.
 
     Raises SparseGPTError for what does not load.
     """
-    loaded = {name: load_model(name, device=device, dtype=dtype) for name in models}
+    told: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded = {name: load_model(name, **told) for name in models}
     tokens = _tokens(loaded[models[0]].tokenizer, sequence_length)
     speeds = compare_speed({name: each.model for name, each in loaded.items()}, tokens, rounds)
     first = speeds[models[0]]

@@ -1,51 +1,49 @@
 """`python -m sparsegpt bench ...` and `tune`: measurements, each side by side in one run."""
 
 import json
-import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from sparsegpt.cli.console import open_console, say, silence_libraries
+from sparsegpt.cli.bench_options import (
+    Patterns,
+    Rounds,
+    Shapes,
+    Tokens,
+    check_figure,
+    counts_of,
+    patterns_of,
+    print_failed,
+    print_rows,
+    shapes_of,
+)
+from sparsegpt.cli.console import open_console, silence_libraries
 from sparsegpt.cli.options import (
     AsJson,
     Calibration,
     Command,
     Device,
     Dtype,
-    EvalWindows,
     Model,
     Revision,
     Samples,
-    Seed,
     TrustRemoteCode,
     WindowLength,
     at_home,
     folder_of,
 )
-from sparsegpt.errors import SparseGPTError, unknown
-from sparsegpt.quantization import parse_grid
+from sparsegpt.cli.quality_commands import bench_quality, bench_shrink
+from sparsegpt.errors import SparseGPTError
 from sparsegpt.run.options import KERNEL_NAMES, default_data
-from sparsegpt.settings.prune_settings import LinearSettings
-from sparsegpt.sparsity import parse_sparsity
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from sparsegpt.eval.bench.quality import QualityRow
 
 bench = typer.Typer(help="Measurements, each side by side in one run.", no_args_is_help=True)
 
-Shapes = Annotated[str, typer.Option(help="Layers as OUTxIN, comma-separated.")]
-Tokens = Annotated[str, typer.Option(help="Tokens of one product, comma-separated.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")]
-Patterns = Annotated[str, typer.Option(help="Patterns, comma-separated.")]
+bench.command("quality", cls=Command)(bench_quality)
+bench.command("shrink", cls=Command)(bench_shrink)
 
 
 @bench.command("solver", cls=Command)
@@ -63,8 +61,8 @@ def bench_solver_command(
     from sparsegpt.eval.bench.tables import solver_table
     from sparsegpt.settings.machine import pick_device
 
-    rows = list(bench_solver(pick_device(device), _shapes(sizes), _patterns(patterns), repeats))
-    _print_rows(rows, solver_table(rows), as_json=as_json)
+    rows = list(bench_solver(pick_device(device), shapes_of(sizes), patterns_of(patterns), repeats))
+    print_rows(rows, solver_table(rows), as_json=as_json)
 
 
 @bench.command("pipeline", cls=Command)
@@ -94,140 +92,7 @@ def bench_pipeline_command(
     check_texts(text, "calibration")
     load_config(model, revision=revision, to_prune=True, **code)
     rows = bench_pipeline(model, text, samples, sequence_length, device, revision=revision, **code)
-    _print_rows(rows, pipeline_table(rows), as_json=as_json)
-
-
-@bench.command("quality", cls=Command)
-def bench_quality_command(
-    model: Model = "demo",
-    calibration: Calibration = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--eval", help="Evaluation text, as in --calib.", show_default="pydoc for the demo, else wikitext2"
-        ),
-    ] = None,
-    samples: Samples = 128,
-    sequence_length: WindowLength = 256,
-    seed: Seed = 0,
-    eval_windows: EvalWindows = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Rows of the ladder, comma-separated.", show_default="all")
-    ] = None,
-    patterns: Patterns = "2:4,4:8,0.5,0.6,0.7",
-    quantize: Annotated[str, typer.Option(help="Grids of integers, as none,int4,int3:32; pattern 0 rounds alone.")] = (
-        "none"
-    ),
-    quantizer: Annotated[str, typer.Option(help="Quantizers, comma-separated: gptq,rtn,awq.")] = "gptq",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = "auto",
-    out: Annotated[
-        Path,
-        typer.Option(help="Figure to write, as .png and .svg; rows are kept beside it as .json.", callback=at_home),
-    ] = Path("quality.png"),
-    as_json: AsJson = False,
-) -> None:
-    """Perplexity of every method, sparsity and grid, as tables and figures; what was measured before is kept."""
-    from sparsegpt.eval.bench.quality import LADDER, QualityBench
-
-    silence_libraries()
-    chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
-    for name in chosen:
-        if name not in LADDER:
-            raise unknown("row of the ladder", name, LADDER, settings=("methods",))
-    asked, (grids, quantizers) = _patterns(patterns), _rounding(patterns, quantize, quantizer)
-    _check_figure(out)
-    job = QualityBench(
-        model,
-        default_data(model, "calibration") if calibration is None else calibration,
-        default_data(model, "evaluation") if evaluate is None else evaluate,
-        samples,
-        sequence_length,
-        seed,
-        device,
-        eval_windows,
-        revision,
-        trust_remote_code,
-    )
-    job.check()
-    kept = out.with_suffix(".json")
-    rows = job.read(kept)
-    for row in job.run(chosen, asked, rows, grids=grids, quantizers=quantizers):
-        rows.append(row)
-        job.write(kept, rows)
-        print(f"{' '.join(row.asked)}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
-    _tell_quality(rows, f"{Path(model).name}: {Path(job.evaluation).name}", out, as_json=as_json)
-
-
-def _tell_quality(rows: "list[QualityRow]", title: str, out: Path, *, as_json: bool) -> None:
-    """Tables and figures: of rows on grids their own."""
-    from sparsegpt.eval.bench.quality import NO_GRID, draw, draw_bytes
-    from sparsegpt.eval.bench.tables import integers_table, quality_table
-
-    plain, drawn = [row for row in rows if row.grid == NO_GRID], []
-    rounded = [row for row in rows if row.grid != NO_GRID]
-    if len(plain) > 1 or not rounded:
-        _print_rows(plain, quality_table(plain), as_json=as_json)
-        drawn = draw(plain, title, out)
-    if rounded:
-        _print_rows(rounded, integers_table(rounded), as_json=as_json)
-        drawn += draw_bytes(rows, title, out.with_stem(f"{out.stem}-bytes"))
-    print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr)
-
-
-@bench.command("shrink", cls=Command)
-def bench_shrink_command(
-    model: Model = "demo",
-    calibration: Calibration = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--eval", help="Evaluation text, as in --calib.", show_default="pydoc for the demo, else wikitext2"
-        ),
-    ] = None,
-    samples: Samples = 128,
-    sequence_length: WindowLength = 256,
-    seed: Seed = 0,
-    eval_windows: EvalWindows = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Rows of the ladder, comma-separated.", show_default="all")
-    ] = None,
-    keep: Annotated[
-        str, typer.Option(help="Shares of the blocks' weights that are kept, comma-separated.")
-    ] = "87.5%,75%,62.5%",
-    device: Device = "auto",
-    out: Annotated[
-        Path, typer.Option(help="File in which rows are kept, so that a later call goes on.", callback=at_home)
-    ] = Path("shrink.json"),
-    as_json: AsJson = False,
-) -> None:
-    """Perplexity of smaller models by every method, as a table; what was measured before is kept."""
-    from sparsegpt.eval.bench.shrink import LADDER, ShrinkBench
-    from sparsegpt.eval.bench.tables import quality_table
-
-    silence_libraries()
-    chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
-    for name in chosen:
-        if name not in LADDER:
-            raise unknown("row of the ladder", name, LADDER, settings=("methods",))
-    job = ShrinkBench(
-        model,
-        default_data(model, "calibration") if calibration is None else calibration,
-        default_data(model, "evaluation") if evaluate is None else evaluate,
-        samples,
-        sequence_length,
-        seed,
-        device,
-        eval_windows,
-    )
-    job.check()
-    rows = job.read(out)
-    for row in job.run(chosen, tuple(keep.split(",")), rows):
-        rows.append(row)
-        job.write(out, rows)
-        print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
-    _print_rows(rows, quality_table(rows), as_json=as_json)
+    print_rows(rows, pipeline_table(rows), as_json=as_json)
 
 
 @bench.command("speed", cls=Command)
@@ -237,6 +102,7 @@ def bench_speed_command(
     rounds: Rounds = 5,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second of several models in transformers, read at once and written one by one, in turns."""
@@ -246,8 +112,9 @@ def bench_speed_command(
 
     silence_libraries()
     pick_device(device)
-    rows = bench_speed(models, sequence_length, device=device, rounds=rounds, dtype=dtype)
-    _print_rows(rows, speed_table(rows), as_json=as_json)
+    code = {"trust_remote_code": trust_remote_code}
+    rows = bench_speed(models, sequence_length, device=device, rounds=rounds, dtype=dtype, **code)
+    print_rows(rows, speed_table(rows), as_json=as_json)
 
 
 @bench.command("kernels", cls=Command)
@@ -265,12 +132,12 @@ def bench_kernels_command(
 
     found = bench_kernels(
         device=str(pick_device(device)),
-        shapes=_shapes(shapes),
-        tokens=_counts(tokens, "--tokens"),
+        shapes=shapes_of(shapes),
+        tokens=counts_of(tokens, "--tokens"),
         rounds=rounds,
     )
-    _print_rows(found.rows, kernels_table(found), as_json=as_json)
-    _print_failed([asdict(failed) for failed in found.failed])
+    print_rows(found.rows, kernels_table(found), as_json=as_json)
+    print_failed([asdict(failed) for failed in found.failed])
 
 
 @bench.command("sparsity", cls=Command)
@@ -290,10 +157,10 @@ def bench_sparsity_command(
     from sparsegpt.eval.bench.tables import sparsity_table
     from sparsegpt.settings.machine import pick_device
 
-    (layer, *more), asked, counts = _shapes(shape), _patterns(patterns), _counts(tokens, "--tokens")
+    (layer, *more), asked, counts = shapes_of(shape), patterns_of(patterns), counts_of(tokens, "--tokens")
     if more:
         raise SparseGPTError(f"shape {shape!r}: expected one layer, as 4096x4096", settings=("shape",))
-    _check_figure(out)
+    check_figure(out)
     target = str(pick_device(device))
     found = bench_sparsity(
         device=target,
@@ -304,7 +171,7 @@ def bench_sparsity_command(
         tell=lambda pattern: print(f"measuring {pattern}", file=sys.stderr),
     )
     rows = list(found)
-    _print_rows(rows, sparsity_table(rows), as_json=as_json)
+    print_rows(rows, sparsity_table(rows), as_json=as_json)
     drawn = draw_sparsity(rows, f"{shape} on {target}", out)
     print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr)
 
@@ -327,8 +194,8 @@ def tune(
     target = pick_device(device)
     found = bench_kernels(
         device=str(target),
-        shapes=_shapes(shapes),
-        tokens=_counts(tokens, "--tokens"),
+        shapes=shapes_of(shapes),
+        tokens=counts_of(tokens, "--tokens"),
         dtypes=(torch.bfloat16, torch.float32) if target.type == "cpu" else tuple(DTYPES.values()),
         rounds=rounds,
         tell=lambda layer: print(f"measuring {layer}", file=sys.stderr),
@@ -339,7 +206,7 @@ def tune(
             print(json.dumps({"machine": row.path, **to_plain(row)}))
     else:
         open_console().print(measured_table(rows))
-    _print_failed([asdict(failed) for failed in found.failed])
+    print_failed([asdict(failed) for failed in found.failed])
     print(f"kept in {remember(rows)}", file=sys.stderr)
 
 
@@ -372,7 +239,7 @@ def bench_decode_command(
         kernels=kernels,
         new_tokens=new_tokens,
     )
-    _print_rows(rows, decode_table(rows), as_json=as_json)
+    print_rows(rows, decode_table(rows), as_json=as_json)
 
 
 @bench.command("memory", cls=Command)
@@ -387,11 +254,11 @@ def bench_memory_command(
     from sparsegpt.eval.bench.tables import memory_table
     from sparsegpt.settings.prune_settings import resolve_settings
 
-    counts, names, asked = _counts(blocks, "--blocks"), tuple(presets.split(",")), _patterns(patterns)
+    counts, names, asked = counts_of(blocks, "--blocks"), tuple(presets.split(",")), patterns_of(patterns)
     for preset, pattern in product(names, asked):
         resolve_settings(pattern, preset)
     rows = list(bench_memory(counts, names, asked))
-    _print_rows(rows, memory_table(rows), as_json=as_json)
+    print_rows(rows, memory_table(rows), as_json=as_json)
 
 
 @bench.command("gpu", cls=Command)
@@ -407,71 +274,10 @@ def bench_gpu_command(
 
     job = GpuBench(pick_device(device), out, small)
     results = job.run(lambda part: print(f"bench gpu: {part}", file=sys.stderr))
-    _print_failed(results["kernels"].get("failures", []))
+    print_failed(results["kernels"].get("failures", []))
     tables = markdown(gpu_tables(results))
     (out / "bench-gpu.md").write_text(tables, encoding="utf-8")
     print(tables, end="")
     failed = {name: results[name]["failed"] for name in DEADLINES if "failed" in results[name]}
     if failed:
         raise SparseGPTError("; ".join(f"{name} failed: {why}, see {out / name}.log" for name, why in failed.items()))
-
-
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    shapes = [shape.split("x") for shape in text.split(",")]
-    if not all(len(shape) == 2 and all(_is_count(size) for size in shape) for shape in shapes):
-        raise SparseGPTError(f"layers {text!r} are not understood: expected OUTxIN, as 2048x2048,4096x4096")
-    return tuple((int(rows), int(columns)) for rows, columns in shapes)
-
-
-def _patterns(text: str) -> tuple[str, ...]:
-    patterns = tuple(text.split(","))
-    for pattern in patterns:
-        parse_sparsity(pattern)
-    return patterns
-
-
-def _rounding(patterns: str, grids: str, quantizers: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Grids and quantizers, each of which goes with each pattern. Raises SparseGPTError where one does not."""
-    asked, names = tuple(grids.split(",")), tuple(quantizers.split(","))
-    for pattern, grid, name in product(_patterns(patterns), asked, names):
-        LinearSettings(parse_sparsity(pattern), quantize=parse_grid(grid), quantizer=name)
-    return asked, names
-
-
-def _check_figure(out: Path) -> None:
-    """What would be found after hours: a library that draws, and a folder for the figure and its rows."""
-    if find_spec("matplotlib") is None:
-        raise SparseGPTError("matplotlib, which draws the figure, is not installed: pip install matplotlib")
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SparseGPTError(f"figure {out} cannot be written: {error}; choose another", settings=("out",)) from error
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise SparseGPTError(f"figure {out} cannot be written: it is a folder, or lies in one that is not writable")
-
-
-def _counts(text: str, option: str) -> tuple[int, ...]:
-    counts = text.split(",")
-    if not all(map(_is_count, counts)):
-        raise SparseGPTError(f"{option} {text!r}: expected whole numbers from 1, comma-separated, as 1,16,64")
-    return tuple(map(int, counts))
-
-
-def _is_count(text: str) -> bool:
-    return text.strip().isdecimal() and int(text) > 0
-
-
-def _print_failed(products: Sequence[dict[str, Any]]) -> None:
-    """Products that were wrong or did not run, one a line."""
-    for failed in products:
-        case = "{rows} x {columns}, {tokens} tokens, {dtype}".format_map(failed)
-        say(f"{failed['kernel']} failed at {case}: {failed['reason']}")
-
-
-def _print_rows(rows: Sequence[Any], table: "Table", *, as_json: bool) -> None:
-    """Measurements for a program, one JSON object a line, or for a person."""
-    if as_json:
-        for row in rows:
-            print(json.dumps(asdict(row)))
-    else:
-        open_console().print(table)

@@ -5,25 +5,18 @@ Prints nothing. What happens meanwhile is told to a `Listener`; everything measu
 
 import functools
 import hashlib
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsegpt.calib_data import Calibration, TextSource, draw_mixture, load_text, load_texts
-from sparsegpt.calib_data.sources import OWN_TEXT
-from sparsegpt.driver import listener as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
 from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.eval.generation import Openings, openings_of
-from sparsegpt.eval.perplexity import TextScore, score_text
+from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.eval.report.page import page
 from sparsegpt.eval.report.reading import VERSION, run_of
 from sparsegpt.eval.tasks import Tasks, TaskScore, load_tasks, score_tasks
@@ -32,7 +25,7 @@ from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.files.folders import write_atomically
 from sparsegpt.kernels.hf.in_place import pack_linears
 from sparsegpt.kernels.layers.linear import explain, set_kernels
-from sparsegpt.model.loading import LoadedModel, auto_class, load_model, source_folders
+from sparsegpt.model.loading import auto_class, load_model, source_folders
 from sparsegpt.model.source import Source
 from sparsegpt.recovery.training import TrainingOutOfMemory
 from sparsegpt.run.identity import fingerprint, surroundings, versions
@@ -43,26 +36,21 @@ from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import check_inputs, check_options, free_gpu_memory, memory_is_scarce, plan_run
 from sparsegpt.run.push import push_folder
 from sparsegpt.run.saving import rehearse, save
+from sparsegpt.run.scored_job import JobListener, ScoredJob
 from sparsegpt.run.work_folder import ResumeError, WorkFolder
 from sparsegpt.settings.prune_settings import DISTILLATION, PruneSettings
 from sparsegpt.settings.selection import name_filter
 from sparsegpt.solvers.methods import parse_method
 
 
-class Listener(driver.Listener):
-    """Told what happens during a run, the prune included; this one listens in silence."""
+class Listener(JobListener):
+    """Told what happens during a run, the prune included; this one listens in silence.
 
-    def stage(self, text: str) -> None:
-        """A new part of the work begins."""
-
-    def scored(self, which: str, score: TextScore) -> None:
-        """The "dense", "pruned" or "kernels" (pruned, through the packed kernels) model was scored on one text."""
+    What is scored is "dense", "pruned" or "kernels": pruned, through the packed kernels.
+    """
 
     def scored_task(self, which: str, score: TaskScore) -> None:
-        """The same for one metric of a task."""
-
-    def warn(self, text: str) -> None:
-        """Something that the user must not overlook."""
+        """The model was scored by one metric of a task."""
 
 
 def run(options: RunOptions, settings: PruneSettings, listener: Listener | None = None) -> dict[str, Any]:
@@ -139,65 +127,33 @@ def _of_memory(planned: Plan, memory: PeakWatch) -> dict[str, Any]:
     }
 
 
-class _Job:
-    """The state of one run: the model, what it scored, where the time went."""
+class _Job(ScoredJob):
+    """The state of one run."""
 
-    loaded: LoadedModel
+    listener: Listener
     source: Source
-    calibration: Calibration
-    texts: dict[str, TextSource]
     tasks: Tasks | None
     choices: Choices
 
     def __init__(
         self, options: RunOptions, settings: PruneSettings, work: WorkFolder, micro_batch: int, listener: Listener
     ) -> None:
-        self.options, self.settings, self.work, self.listener = options, settings, work, listener
+        super().__init__(options, listener)
+        self.settings, self.work = settings, work
         self.micro_batch = micro_batch
         self.scratch = options.scratch or work.folder
         self.waiting = work.folder / "beside"
-        self.started = time.perf_counter()
-        self.date = datetime.now(UTC).isoformat(timespec="seconds")
         self.pruned = PruneReport(settings)
-        self.seconds: dict[str, float] = {}
-        self.scores: dict[str, dict[str, TextScore]] = {data: {} for data in options.evaluate}
         self.task_scores: dict[str, tuple[TaskScore, ...]] = {}
-        self.warnings: list[str] = []
         self.openings: list[Openings] = []
 
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Count the wall seconds of a part of the work."""
-        started = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
-
-    def warn(self, text: str) -> None:
-        """Tell the user, and the report."""
-        self.warnings.append(text)
-        self.listener.warn(text)
-
     def load(self) -> None:
-        """Texts, model, tokenizer and calibration windows."""
+        """Texts, tasks, model, tokenizer, calibration windows, and what is pruned."""
         options = self.options
         with self.measure("load"):
-            texts = load_texts(options.calibration, "calibration")
-            to_score = {data: load_text(data, "evaluation") for data in options.evaluate}
             self.tasks = load_tasks(options.eval_tasks, options.include_path, options.task_limit)
-            self.listener.stage(f"loading {options.model}")
-            self.loaded = load_model(
-                options.model,
-                dtype=options.dtype,
-                device=options.device,
-                revision=options.revision,
-                trust_remote_code=options.trust_remote_code,
-                stream_through=self.scratch,
-                to_prune=True,
-            )
-            self.source = self.loaded.source
-            self.length = self.loaded.sequence_length(options.sequence_length)
-            self.texts = {data: text.for_tokenizer(self.loaded.tokenizer) for data, text in to_score.items()}
-            self.calibration = self._draw(texts)
+        self.load_model(stream_through=self.scratch)
+        self.source = self.loaded.source
         self.choices = choose_linears(
             self.loaded.decoder,
             self.settings,
@@ -207,22 +163,6 @@ class _Job:
         )
         for note in (*self.loaded.notes, *self.choices.notes):
             self.warn(note)
-
-    def _draw(self, texts: tuple[TextSource, ...]) -> Calibration:
-        """The calibration windows, of texts that the model may have to write first."""
-        options, loaded = self.options, self.loaded
-        if any(text.name == OWN_TEXT for text in texts):
-            self.listener.stage("the model writes its calibration text")
-        return draw_mixture(
-            texts,
-            loaded.tokenizer,
-            options.samples,
-            self.length,
-            options.seed,
-            loaded.bos_token(options.bos),
-            options.documents,
-            loaded.model,
-        )
 
     def begin(self) -> bool:
         """Take up what an unfinished run has done; False when there is nothing left to do."""
@@ -247,7 +187,6 @@ class _Job:
     def card(self) -> Card:
         """What the model card says about this run, as far as it has got."""
         options, recipe, rotation = self.options, len(self.settings.recipe), self.pruned.rotation
-        calibration = "{source}, {samples} windows of {sequence_length} tokens, seed {seed}"
         rows = {
             **({"preset": options.preset} if options.preset else {}),
             **(
@@ -255,7 +194,7 @@ class _Job:
             ),
             **({"written in other bases": rotation.turned} if rotation else {}),
             **({"rules of a recipe": str(recipe)} if recipe else {}),
-            "calibration": calibration.format(**self.calibration.describe()),
+            "calibration": self.calibration_in_words(),
             "pruned": f"{len(self.pruned.layers)} linears",
             "stored as": str(self.loaded.stored_dtype).removeprefix("torch."),
         }
@@ -264,7 +203,7 @@ class _Job:
             patterns=tuple(dict.fromkeys(map(str, self.settings.values_of("sparsity")))),
             method=self.settings.method_name,
             rows=rows,
-            perplexities=self._by_text("perplexity"),
+            perplexities=self.by_text("perplexity"),
             command=options.command,
             loader=auto_class(self.loaded.model.config).__name__,
             trust_remote_code=options.trust_remote_code,
@@ -332,15 +271,8 @@ class _Job:
         }
 
     def score(self, which: str) -> None:
-        """Score the model as it now is on every evaluation text; an absurd dense score is an alarm."""
-        for data in self.options.evaluate:
-            found = self.scores[data].get(which)
-            if found is None:
-                self.listener.stage(f"scoring the {which} model on {data}")
-                found = self.scores[data][which] = self._score(data)
-            self.listener.scored(which, found)
-            if which == "dense" and found.alarm:
-                self.warn(found.alarm)
+        """Score the model as it now is on every evaluation text and task."""
+        self.score_texts(which, self.loaded)
         if self.options.eval_tasks:
             self._score_tasks(which)
         if which == "dense":
@@ -365,18 +297,6 @@ class _Job:
                 )
         for score in self.task_scores[which]:
             self.listener.scored_task(which, score)
-
-    def _score(self, data: str) -> TextScore:
-        with self.measure("eval"):
-            return score_text(
-                self.loaded.model,
-                self.loaded.tokenizer,
-                self.texts[data],
-                self.length,
-                batch_size=self.options.batch_size,
-                bos=self.options.bos,
-                max_windows=self.options.eval_windows,
-            )
 
     def write_samples(self, which: str) -> None:
         """Let the model as it now is go on after openings of the texts; one that cannot is no reason to stop."""
@@ -493,12 +413,12 @@ class _Job:
             "seed": self.options.seed,
             "calibration": self.calibration.describe(),
             "evaluation": self.evaluation,
-            "perplexity": self._by_text("perplexity"),
-            "bits_per_byte": self._by_text("bits_per_byte"),
-            "tokens_per_second": self._by_text("tokens_per_second"),
+            "perplexity": self.by_text("perplexity"),
+            "bits_per_byte": self.by_text("bits_per_byte"),
+            "tokens_per_second": self.by_text("tokens_per_second"),
             "tasks": self._by_task(),
             "samples": [sample.as_dict() for one in self.openings for sample in one.samples],
-            "seconds": {**self.seconds, **self.pruned.seconds, "total": time.perf_counter() - self.started},
+            "seconds": {**self.seconds, **self.pruned.seconds, "total": self.total_seconds},
             "identity": self.work.state["identity"],
             **peak_memory(),
             "stored_dtype": str(self.loaded.stored_dtype).removeprefix("torch."),
@@ -515,9 +435,3 @@ class _Job:
                 by_model = found.setdefault(row.task, {}).setdefault(row.metric, {})
                 by_model[which] = {"value": row.value, "stderr": row.stderr}
         return found
-
-    def _by_text(self, attribute: str) -> dict[str, dict[str, float]]:
-        return {
-            data: {which: getattr(score, attribute) for which, score in by_model.items()}
-            for data, by_model in self.scores.items()
-        }

@@ -18,6 +18,7 @@ Dimension key: R out_features, C in_features, G groups of a row, K columns of a 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,28 +63,16 @@ def nearest(
     grid: Grid,
     *,
     block_size: int,
+    searched: bool = False,
 ) -> tuple[Integers, Tensor]:
-    """Start [R, C], mask bool [R, C] -> (integers of [R, C], mask): every weight for itself, no data. Zeros stay."""
-    assert mask is not None
-    return encode(start, search_scales(start, grid, clip=False, name=hessian.name)), mask
+    """Start [R, C], mask bool [R, C] -> (integers of [R, C], mask): every weight for itself. Zeros stay.
 
-
-def nearest_searched(
-    start: Tensor,
-    mask: Tensor | None,
-    target: Tensor,
-    hessian: DampedHessian,
-    pattern: Sparsity,
-    grid: Grid,
-    *,
-    block_size: int,
-) -> tuple[Integers, Tensor]:
-    """Start [R, C], mask bool [R, C] -> (integers of [R, C], mask): `nearest` with scales searched by diag H.
-
-    This is what is left of AWQ once inputs are scaled.
+    searched: scales are searched where errors cost most, by diag H, which is what is left of AWQ once inputs are
+    scaled; else they reach to the largest weight, without data.
     """
     assert mask is not None
-    return encode(start, search_scales(start, grid, importance=hessian.raw.diagonal(), name=hessian.name)), mask
+    importance = hessian.raw.diagonal() if searched else None
+    return encode(start, search_scales(start, grid, clip=searched, importance=importance, name=hessian.name)), mask
 
 
 @dataclass(frozen=True)
@@ -102,7 +91,7 @@ class Quantizer:
 QUANTIZERS = {
     "gptq": Quantizer(gptq, chooses_masks=True),
     "rtn": Quantizer(nearest),
-    "awq": Quantizer(nearest_searched, scales_inputs=True),
+    "awq": Quantizer(partial(nearest, searched=True), scales_inputs=True),
 }
 
 

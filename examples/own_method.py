@@ -1,6 +1,7 @@
 """Prune with a method of your own: a function from a weight and its Hessian to a saliency.
 
-    python examples/own_method.py [MODEL]
+python examples/own_method.py [MODEL]
+"""
 
 import sys
 

@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
-from sparsegpt.driver.time_left import TimeLeft, in_words
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.eval.tasks import TaskScore
 from sparsegpt.run.inspection import TensorFinding
 from sparsegpt.run.job import Listener
 from sparsegpt.run.memory import readable
 from sparsegpt.run.memory_plan import Plan
+from sparsegpt.run.time_left import TimeLeft, in_words
 
 WORST_LAYERS = 5
 # Letters of a text's name that a table shows whole.

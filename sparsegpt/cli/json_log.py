@@ -5,10 +5,10 @@ from dataclasses import asdict
 from typing import Any
 
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
-from sparsegpt.driver.time_left import TimeLeft
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.eval.tasks import TaskScore
 from sparsegpt.run.job import Listener
+from sparsegpt.run.time_left import TimeLeft
 
 
 class JsonLog(Listener):

@@ -34,17 +34,28 @@ from sparsegpt.settings.option import Group
 VALUES = ("int8", "int4")
 
 
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Texts to score on: wikitext2, ptb, c4, pydoc, files or folders, comma-separated.",
+        rich_help_panel=Group.MODEL,
+        show_default="none with --tasks; pydoc for the demo, else wikitext2",
+    ),
+]
+KernelsOfEval = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Pack the pruned linears in memory; {KERNEL_NAMES}.",
+        rich_help_panel=Group.MACHINE,
+        show_default="as the folder is",
+    ),
+]
+
+
 def evaluate_model(
     model: Model = "demo",
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            help="Texts to score on: wikitext2, ptb, c4, pydoc, files or folders, comma-separated.",
-            rich_help_panel=Group.MODEL,
-            show_default="none with --tasks; pydoc for the demo, else wikitext2",
-        ),
-    ] = None,
+    evaluate: EvalData = None,
     sequence_length: Length = None,
     eval_windows: EvalWindows = None,
     tasks: EvalTasks = None,
@@ -56,14 +67,7 @@ def evaluate_model(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
-    kernels: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Pack the pruned linears in memory; {KERNEL_NAMES}.",
-            rich_help_panel=Group.MACHINE,
-            show_default="as the folder is",
-        ),
-    ] = None,
+    kernels: KernelsOfEval = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and bits per byte of a model, dense, pruned or packed, by the published protocol; tasks by lm-eval."""

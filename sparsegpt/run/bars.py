@@ -4,7 +4,7 @@ from typing import Any
 
 from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport
-from sparsegpt.driver.time_left import TimeLeft, in_words
+from sparsegpt.run.time_left import TimeLeft, in_words
 
 
 class Bars(Listener):

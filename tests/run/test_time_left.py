@@ -4,9 +4,9 @@ import io
 
 import pytest
 
-from sparsegpt.driver.bars import Bars
 from sparsegpt.driver.reports import BlockReport
-from sparsegpt.driver.time_left import TimeLeft, in_words
+from sparsegpt.run.bars import Bars
+from sparsegpt.run.time_left import TimeLeft, in_words
 from tests.support import prune_model, random_windows, tiny_model
 
 TIMES = (9.0, 2.0, 4.0, 3.0, 3.0)

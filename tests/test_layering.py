@@ -42,6 +42,7 @@ ROOMS = (
     "eval.report",
     "",  # sparsegpt/__init__.py: tells transformers of packed folders; what is heavy waits for its first use
     "run",
+    "listeners",
     "eval.bench",
     "cli",
     "__main__",

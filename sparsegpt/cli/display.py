@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.eval.report.texts import short_names
 from sparsegpt.eval.tasks import TaskScore
+from sparsegpt.listeners.time_left import TimeLeft, in_words
 from sparsegpt.run import shrink_job
 from sparsegpt.run.inspection import TensorFinding
 from sparsegpt.run.job import Listener
@@ -43,12 +44,13 @@ class RunDisplay(Listener):
             MofNCompleteColumn(),
             TextColumn("error {task.fields[error]:.4f}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[linear]}"),
             console=console,
             disable=not self.live,
         )
         self.task: Any = None
+        self.left = TimeLeft()
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -81,15 +83,16 @@ class RunDisplay(Listener):
 
     def block(self, report: BlockReport) -> None:
         """Move the bar, or print a line where there is none."""
+        left = f"{in_words(self.left.after(report))} left"
         if self.live:
             if self.task is None:
-                self.task = self.progress.add_task("blocks", total=report.blocks, error=0.0)
-            self.progress.update(self.task, advance=1, error=report.relative_error)
+                self.task = self.progress.add_task("blocks", total=report.blocks, error=0.0, left="", linear="")
+            self.progress.update(self.task, completed=report.index + 1, error=report.relative_error, left=left)
         elif not self.quiet:
             print_line(
                 self.console,
                 f"  block {report.index + 1}/{report.blocks}: relative error {report.relative_error:.4f}, "
-                f"{report.seconds:.1f} s",
+                f"{report.seconds:.1f} s, {left}",
             )
 
     def epoch(self, report: EpochReport) -> None:
@@ -99,7 +102,11 @@ class RunDisplay(Listener):
             print_line(self.console, text)
 
     def layer(self, report: LayerReport) -> None:
-        """Single layers are left to the report."""
+        """Name the linear on the bar; elsewhere single layers are left to the report."""
+        if self.live and self.task is not None:
+            speed = report.tokens / max(report.seconds, 1e-9)
+            name = report.name.split(".", 3)[-1]
+            self.progress.update(self.task, linear=f"{name} ({speed:.0f} tokens/s)")
 
     def warn(self, text: str) -> None:
         """Loud, even with --quiet."""

@@ -40,19 +40,20 @@ Kernels = Annotated[
         show_default="as the folder is",
     ),
 ]
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Texts to score on: wikitext2, ptb, c4, pydoc, files or folders, comma-separated.",
+        rich_help_panel=Group.MODEL,
+        show_default="none with --tasks; pydoc for the demo, else wikitext2",
+    ),
+]
 
 
 def evaluate_model(
     model: Model = "demo",
-    evaluate: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            help="Texts to score on: wikitext2, ptb, c4, pydoc, files or folders, comma-separated.",
-            rich_help_panel=Group.MODEL,
-            show_default="none with --tasks; pydoc for the demo, else wikitext2",
-        ),
-    ] = None,
+    evaluate: EvalData = None,
     sequence_length: Length = None,
     eval_windows: EvalWindows = None,
     tasks: EvalTasks = None,

@@ -24,6 +24,9 @@ class RunCall:
         metadata=option("paper (the published algorithm), fast, default or best.", Group.PATTERN),
     )
     plan: bool = field(default=False, metadata=option("Print what the run would need, and stop.", Group.MACHINE))
+    log_json: bool = field(
+        default=False, metadata=option("Print what happens as one JSON object a line, and no tables.", Group.OUTPUT)
+    )
     quiet: bool = field(default=False, metadata=option("Print nothing but warnings and errors.", Group.OUTPUT))
 
 
@@ -43,6 +46,7 @@ def by_preset(preset: str = "default") -> dict[str, str]:
 def run(**arguments: Any) -> None:
     """Prune a model, score it before and after, and save it with a report."""
     from sparsegpt.cli.display import RunDisplay, print_plan, print_report
+    from sparsegpt.listeners.json_log import JsonLog
     from sparsegpt.run.job import run as run_job
     from sparsegpt.run.planning import check_options, plan_run
 
@@ -57,15 +61,17 @@ def run(**arguments: Any) -> None:
         return
     if options.gpu_memory is not None:
         raise SparseGPTError("--gpu-memory is for planning: add --plan, or leave it out")
+    if call.log_json and call.quiet:
+        raise SparseGPTError("--log-json prints what --quiet is to keep silent about: give one of them")
     try:
-        with RunDisplay(console, quiet=call.quiet) as display:
+        with JsonLog() if call.log_json else RunDisplay(console, quiet=call.quiet) as display:
             if doubt := doubtful(arguments["sparsity"]):
                 display.warn(doubt)
             report = run_job(options, settings, display)
     except KeyboardInterrupt:
         _say_what_is_left(options.out)
         raise typer.Exit(INTERRUPTED) from None
-    if not call.quiet:
+    if not (call.quiet or call.log_json):
         print_report(console, report, options.out)
 
 

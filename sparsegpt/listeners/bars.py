@@ -1,0 +1,50 @@
+"""A bar for notebooks and scripts, by tqdm: `prune_model(model, windows, "2:4", listener=Bars())`."""
+
+from typing import Any
+
+from sparsegpt.driver.listener import Listener
+from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport
+from sparsegpt.listeners.time_left import TimeLeft, in_words
+
+
+class Bars(Listener):
+    """A bar over blocks that names the linear at work, the error so far and the time left; then one over epochs.
+
+    tqdm.auto draws it as a widget in Jupyter, and as a line of text anywhere else. options: of tqdm, such as file=...
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = {"bar_format": "{desc}{bar} {n_fmt}/{total_fmt} [{elapsed}{postfix}]", **options}
+        self._bar: Any = None
+        self._left = TimeLeft()
+
+    def layer(self, report: LayerReport) -> None:
+        """Name the linear that was pruned, and its error."""
+        if self._bar is not None:
+            self._bar.set_description(f"{report.name} {report.relative_error:.4f}")
+
+    def block(self, report: BlockReport) -> None:
+        """Move the bar on; it ends with the last block."""
+        bar = self._opened(report.blocks, report.index)
+        left = in_words(self._left.after(report))
+        bar.set_postfix_str(f"error {report.relative_error:.4f}, {left} left", refresh=False)
+        self._move(report.index + 1)
+
+    def epoch(self, report: EpochReport) -> None:
+        """The same for distillation; epoch 0 is the model before it."""
+        bar = self._opened(report.epochs, 0)
+        bar.set_postfix_str(f"divergence {report.loss:.4f}", refresh=False)
+        self._move(report.epoch)
+
+    def _opened(self, total: int, first: int) -> Any:
+        from tqdm.auto import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, initial=first, **self._options)
+        return self._bar
+
+    def _move(self, place: int) -> None:
+        self._bar.update(place - self._bar.n)
+        if place == self._bar.total:
+            self._bar.close()
+            self._bar = None

@@ -1,5 +1,7 @@
 """`python -m sparsegpt run`: its options are the fields of PruneSettings, RunOptions and RunCall."""
 
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def run(**arguments: Any) -> None:
     if call.log_json and call.quiet:
         raise SparseGPTError("--log-json prints what --quiet is to keep silent about: give one of them")
     try:
-        with JsonLog() if call.log_json else RunDisplay(console, quiet=call.quiet) as display:
+        with nullcontext(JsonLog(sys.stdout)) if call.log_json else RunDisplay(console, quiet=call.quiet) as display:
             if doubt := doubtful(arguments["sparsity"]):
                 display.warn(doubt)
             report = run_job(options, settings, display)

@@ -90,6 +90,23 @@ def test_it_is_scored_where_allowed(pruned, run_cli, text_file):
     assert run_cli(*score, ALLOWED).code == 0
 
 
+def test_it_writes_where_allowed(model, run_cli):
+    write = ("generate", "--model", model, "--prompt", "to be", "--new-tokens", 2, "--json")
+    run_cli(*write).refused("code of its own", ALLOWED)
+    outcome = run_cli(*write, ALLOWED)
+    assert outcome.code == 0 and json.loads(outcome.out)["tokens"] == 2, outcome.err
+
+
+@pytest.mark.parametrize("words", [("shrink", "--keep", "75%"), ("bench", "shrink")], ids=" ".join)
+def test_it_is_shrunk_where_allowed(words, model, run_cli, text_file, tmp_path):
+    """Where its code may run, the type is still one that no row tells how to shrink."""
+    given = (*words, "--model", model, "--calib", text_file, "--eval", text_file, "--samples", 2, "--seqlen", 16)
+    given = (*given, "--eval-windows", 2, "--out", tmp_path / "out")
+    run_cli(*given).refused("code of its own", ALLOWED)
+    outcome = run_cli(*given, ALLOWED)
+    assert outcome.code == 1 and "'mine'" in outcome.err.splitlines()[-1]
+
+
 def test_it_generates_where_allowed(pruned, run_cli, tmp_path):
     assert run_cli("pack", pruned, tmp_path / "packed", ALLOWED).code == 0
     decode = ("bench", "decode", pruned, tmp_path / "packed", "--new-tokens", 2, "--dtype", "fp32", "--json")
@@ -121,8 +138,11 @@ LOADING = [
     ("eval",),
     ("inspect",),
     ("pack",),
+    ("generate",),
+    ("shrink",),
     ("bench", "decode"),
     ("bench", "quality"),
+    ("bench", "shrink"),
     ("bench", "pipeline"),
 ]
 

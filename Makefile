@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 TYPED := build/typecheck
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
-SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist loadgroup
 
 .PHONY: setup run test test-fast test-faults test-oldest check lint types bench bench-gpu bench-gpu-here clean
 

@@ -293,6 +293,12 @@ def clear_caches() -> None:
         cached.cache_clear()
 
 
+@needs_compiler
+def test_the_library_of_all_sources_knows_this_machine() -> None:
+    clear_caches()
+    assert machine_level() in LEVELS
+
+
 @pytest.fixture
 def fresh_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -306,15 +312,6 @@ def kept_in(folder: Path) -> set[Path]:
     return set(folder.iterdir()) - {folder / build._LOCK}
 
 
-@needs_compiler
-def test_builds_once_into_the_cache(fresh_build: Path) -> None:
-    assert machine_level() in LEVELS
-    (library,) = kept_in(fresh_build)  # nothing else is left behind
-    stamp = library.stat().st_mtime_ns
-    clear_caches()
-    assert machine_level() in LEVELS and library.stat().st_mtime_ns == stamp
-
-
 @pytest.fixture
 def small_source(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library of one function, which compiles in a moment; the folder that it is built into."""
@@ -322,6 +319,14 @@ def small_source(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source.write_text('extern "C" int one() { return 1; }\n')
     monkeypatch.setattr(build, "SOURCES", (source,))
     return fresh_build
+
+
+@needs_compiler
+def test_builds_once_into_the_cache(small_source: Path) -> None:
+    library = build._cached_build()
+    assert kept_in(small_source) == {library}  # nothing else is left behind
+    stamp = library.stat().st_mtime_ns
+    assert build._cached_build() == library and library.stat().st_mtime_ns == stamp
 
 
 @needs_compiler

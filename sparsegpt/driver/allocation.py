@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.model.capture import BlockCall, ModelInputs, run_watched, shared_inputs
+from sparsegpt.model.capture import BlockCall, Course, ModelInputs, follow, run_watched
 from sparsegpt.model.routers import mixture_of
 from sparsegpt.model.unfuse import unfused
 from sparsegpt.sparsity import Sparsity, Unstructured
@@ -94,7 +94,8 @@ def _input_norms(
     """Squared norm of every input column of each linear, [C], and the stream after the block."""
     device = next(block.parameters()).device
     expert_of, first = mixture_of(block).expert_of, stream[0].to(device)
-    groups = shared_inputs(block, names, calls[0], first, may_rest=lambda name: bool(expert_of(name))) if names else []
+    course = follow(block, calls[0], first) if names else Course()
+    groups = course.shared_inputs(names, may_rest=lambda name: bool(expert_of(name)))
     squares: dict[str, Tensor] = {}
     outputs = []
     for call, hidden in zip(calls, stream, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparsegpt.driver.groups import GroupSolver, scaled_grid
 from sparsegpt.driver.reports import LayerReport
 from sparsegpt.driver.stages import Group, plan_stages, waves
-from sparsegpt.model.capture import BlockCall, remember_outputs, run_watched, shared_inputs
+from sparsegpt.model.capture import NOTHING, Behind, BlockCall, Course, follow, remember_outputs, run_watched
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import Residual, prunable_linears
 from sparsegpt.model.routers import mixture_of
@@ -46,6 +46,9 @@ class BlockJob:
         self.pruned_names: set[str] = set()
         # For each micro-batch of the pruned stream, the outputs of submodules that will not change any more.
         self.memos: list[dict[str, Any]] = [{} for _ in streams.pruned]
+        # And the inputs of linears, pruned since, whose outputs will be among those.
+        self.kept: list[dict[str, Tensor]] = [{} for _ in streams.pruned]
+        self.course = Course()
 
     @property
     def device(self) -> torch.device:
@@ -89,18 +92,21 @@ class BlockJob:
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""
         with self.solver.timed("capture"):
-            in_waves = waves(self._shared_inputs(), self.expert_of)
+            self.course = self._follow()
+            shared = self.course.shared_inputs(self.linears, may_rest=lambda name: self.expert_of(name) is not None)
+            in_waves = waves(shared, self.expert_of)
             groups = [group for wave in in_waves for group in wave]
             stages = plan_stages(
                 in_waves, self.settings.order, lambda name: self.linears[name].in_features, self.expert_of
             )
             dense_inputs = self._dense_pass(stages)
         layers: list[LayerReport] = []
-        for stage in stages:
+        for number, stage in enumerate(stages):
             # The members of a stage do not feed one another, unless the stage is the whole block.
             idle_from = stage[-1] if self.settings.order == "block" else stage[0]
             with self.solver.timed("capture"):
-                statistics = self._gather(stage, _linears_from(idle_from, groups), dense_inputs)
+                idle, later = _linears_from(idle_from, groups), self._all_compared(stages[number + 1 :])
+                statistics = self._gather(stage, idle, dense_inputs, later)
             with self.solver.timed("solve"):
                 for group in stage:
                     linears = {self.prefix + name: (self.linears[name], self.choices[name]) for name in group}
@@ -127,7 +133,7 @@ class BlockJob:
             )
             for parameter in self.block.parameters():
                 parameter.data.copy_(self.solver.as_stored(parameter.data, parameter))
-        self.memos = [{} for _ in self.memos]
+        self.memos, self.kept = [{} for _ in self.memos], [{} for _ in self.kept]
         if result.diverged:
             self.solver.report.warnings.append(
                 f"{self.prefix[:-1]}: reconstruction diverged after {result.best_epoch} good epochs and was rolled "
@@ -160,46 +166,56 @@ class BlockJob:
         return hidden
 
     def run(
-        self, call: BlockCall, hidden: Tensor, watched: frozenset[str] = frozenset(), unused: Group = ()
+        self,
+        call: BlockCall,
+        hidden: Tensor,
+        watched: frozenset[str] = frozenset(),
+        unused: Group = (),
+        behind: Behind = NOTHING,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs of the watched submodules and the block's output, for one micro-batch; the output goes home."""
-        seen, output = run_watched(self.block, call, hidden.to(self.device), watched, unused)
+        seen, output = run_watched(self.block, call, hidden.to(self.device), watched, unused, behind)
         return seen, output.to(hidden.device)
 
-    def run_pruned(
-        self, step: int, watched: frozenset[str] = frozenset(), unused: Group = ()
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """`run` for a micro-batch of the pruned stream; finished submodules, such as attention, compute only once."""
-        with remember_outputs(self.block, self._finished(), self.memos[step]):
-            return self.run(self.streams.call(step, self.index), self.streams.pruned[step], watched, unused)
+    def look_at_pruned(self, step: int, watched: frozenset[str], unused: Group, behind: Behind) -> dict[str, Tensor]:
+        """Watched inputs in a micro-batch of the pruned stream; finished submodules, as attention, compute once."""
+        with remember_outputs(self.block, self._finished(), self._memo(step)):
+            return self.run(self.streams.call(step, self.index), self.streams.pruned[step], watched, unused, behind)[0]
 
     def output(self, step: int) -> Tensor:
         """The finished block's output for a micro-batch; what is remembered serves once more and is let go."""
-        memo, self.memos[step] = self.memos[step], {}
+        memo, self.memos[step] = self._memo(step), {}
         with remember_outputs(self.block, list(memo), memo):
             return self.run(self.streams.call(step, self.index), self.streams.pruned[step])[1]
 
-    def _finished(self) -> list[str]:
-        """Direct submodules all of whose linears are pruned; a bare linear's output is wide and not worth keeping.
+    def _memo(self, step: int) -> dict[str, Any]:
+        """What is remembered of a micro-batch; inputs that were kept have passed their linears."""
+        inputs, self.kept[step] = self.kept[step], {}
+        for name, tensor in inputs.items():
+            output = self.linears[name](tensor.to(self.device))
+            self.memos[step][self.course.outlets[name]] = self.course.handed_on(name, output)
+        return self.memos[step]
 
-        None where activations live in files: computing again is cheaper than another file.
+    def _finished(self, about_to_be: Group = ()) -> list[str]:
+        """Direct submodules all of whose linears are pruned or about to be.
+
+        A bare linear's output is wide and not worth keeping. None where activations live in files: computing again is
+        cheaper than another file. None whose output is changed in place afterwards: it would be with every pass.
         """
         if self.streams.store.scratch is not None:
             return []
-        done = []
+        done, pruned = [], self.pruned_names.union(about_to_be)
         for child, module in self.block.named_children():
             inside = {name for name in self.linears if name.startswith(f"{child}.")}
-            if inside and inside <= self.pruned_names and not isinstance(module, nn.Linear):
+            changed = child in self.course.changed
+            if inside and inside <= pruned and not changed and not isinstance(module, nn.Linear):
                 done.append(child)
         return done
 
-    def _shared_inputs(self) -> list[Group]:
+    def _follow(self) -> Course:
         if not self.linears:
-            return []
-        call, hidden = self.streams.call(0, self.index), self.streams.pruned[0].to(self.device)
-        return shared_inputs(
-            self.block, self.linears, call, hidden, may_rest=lambda name: self.expert_of(name) is not None
-        )
+            return Course()
+        return follow(self.block, self.streams.call(0, self.index), self.streams.pruned[0].to(self.device))
 
     def move_dense(self, watched: frozenset[str] = frozenset()) -> DenseInputs:
         """Move the dense stream through the block, which must be dense still; keep the inputs of what is watched."""
@@ -216,8 +232,10 @@ class BlockJob:
         """Move the dense stream past the block; keep what the corrections will compare."""
         if self.streams.dense is None:
             return []
-        compared = [group for stage in stages for group in stage]
-        return self.move_dense(frozenset(name for group in compared for name in self._compared(group)))
+        return self.move_dense(self._all_compared(stages))
+
+    def _all_compared(self, stages: list[list[Group]]) -> frozenset[str]:
+        return frozenset(name for stage in stages for group in stage for name in self._compared(group))
 
     def _compared(self, group: Group) -> list[str]:
         """What of the two streams a group's correction compares: its input and, for a projection, the stream's parts.
@@ -233,9 +251,12 @@ class BlockJob:
         return self.family.residuals.get(group[0]) if wanted else None
 
     def _gather(
-        self, stage: list[Group], unused: Group, dense_inputs: DenseInputs
+        self, stage: list[Group], unused: Group, dense_inputs: DenseInputs, later: frozenset[str]
     ) -> dict[Group, tuple[HessianAccumulator, DriftAccumulator]]:
-        """One pass of the pruned stream for all shared inputs of a stage; `unused` linears need not be computed."""
+        """One pass of the pruned stream for all shared inputs of a stage; `unused` linears need not be computed.
+
+        Of the dense inputs only what is compared `later` is held on to.
+        """
         statistics = {
             group: (
                 HessianAccumulator(self.linears[group[0]].in_features, self.device),
@@ -244,15 +265,31 @@ class BlockJob:
             for group in stage
         }
         watched = frozenset(name for group in stage for name in (group[0], *self._compared(group)))
+        behind, outlet = self.course.behind(watched, self._finished()), self._outlet(stage)
         for step in range(len(self.streams.pruned)):
-            pruned, _ = self.run_pruned(step, watched, unused)
+            pruned = self.look_at_pruned(step, watched, unused, behind)
             for group, (hessian, drift) in statistics.items():
                 if group[0] not in pruned and self.expert_of(group[0]):
                     continue  # no token of this micro-batch was sent to the expert
                 hessian.add(pruned[group[0]])
                 if self._compared(group):
                     self._add_drift(drift, group, dense_inputs[step], pruned)
+            if dense_inputs:
+                dense_inputs[step] = {name: tensor for name, tensor in dense_inputs[step].items() if name in later}
+            if outlet is not None:
+                self.kept[step][outlet] = pruned[outlet].to(self.streams.pruned[step].device)
         return statistics
+
+    def _outlet(self, stage: list[Group]) -> str | None:
+        """The linear of a stage, if its output, once it is pruned, will be that of a finished submodule.
+
+        Its input is kept in the place of the dense one that it is compared with, so that no more memory is needed.
+        """
+        group = stage[0]
+        if len(stage) > 1 or len(group) > 1 or not self._compared(group) or self.streams.store.scratch is not None:
+            return None
+        child = self.course.outlets.get(group[0])
+        return group[0] if child in self._finished(group) else None
 
     def _add_drift(
         self, drift: DriftAccumulator, group: Group, dense: dict[str, Tensor], pruned: dict[str, Tensor]

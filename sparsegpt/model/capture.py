@@ -4,9 +4,11 @@ The only file that knows how a block is called and what it returns. Everything t
 in a context manager that takes it away again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -202,75 +204,188 @@ def stand_ins(blocks: nn.ModuleList) -> Iterator[list[_Recorder]]:
             blocks[index] = original
 
 
-def shared_inputs(
-    block: nn.Module,
-    names: Iterable[str],
-    call: BlockCall,
-    hidden: Tensor,
-    *,
-    may_rest: Callable[[str], bool] = lambda name: False,
-) -> list[tuple[str, ...]]:
-    """Group linears by the tensor that they read, in the order in which the block uses them.
+@dataclass(frozen=True)
+class Behind:
+    """What of a block lies behind all that is watched and need not run, for hidden states of this shape.
 
-    q, k and v come out as one group, because they receive the very same tensor. Raises SparseGPTError for a linear
-    that the forward pass never used: its weights would silently stay dense. may_rest(name): whether a linear may
-    go unused in this one pass, as an expert to which nothing is sent; those that did are groups of their own, last.
+    answers: direct submodules, and what each returned in another pass: something of the right form to go on with.
+    doors: watched linear -> the submodule among those that receives the very same tensor.
     """
-    seen: list[tuple[Tensor, list[str]]] = []
 
-    def note(name: str, inputs: Tensor) -> None:
-        for tensor, group in seen:
-            if tensor is inputs:
-                group.append(name)
-                return
-        seen.append((inputs, [name]))
+    shape: torch.Size | None = None
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    doors: Mapping[str, str] = field(default_factory=dict)
 
-    expected = list(names)
-    with watch_inputs(block, expected, note):
+
+NOTHING = Behind()
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one pass of a block has shown: who reads which tensor, what comes when, who returns what.
+
+    shape: of the hidden states. reads: submodules in the order of their calls, each with the number of its input.
+    places: when "name" was last entered and when left, "name()". answers: outputs of the direct submodules, linears
+    apart, that ran once and inside no other. doors: linear -> the one of these that receives the very same tensor.
+    outlets: linear -> the one of these that returns this linear's output and no other tensor. changed: those of them
+    whose output somebody has changed in place.
+    """
+
+    shape: torch.Size | None = None
+    reads: Sequence[tuple[str, int]] = ()
+    places: Mapping[str, int] = field(default_factory=dict)
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    doors: Mapping[str, str] = field(default_factory=dict)
+    outlets: Mapping[str, str] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
+
+    def shared_inputs(
+        self, names: Iterable[str], *, may_rest: Callable[[str], bool] = lambda name: False
+    ) -> list[tuple[str, ...]]:
+        """Group linears by the tensor that they read, in the order in which the block uses them.
+
+        q, k and v come out as one group, because they receive the very same tensor. Raises SparseGPTError for a linear
+        that the forward pass never used: its weights would silently stay dense. may_rest(name): whether a linear may
+        go unused in this one pass, as an expert to which nothing is sent; those that did are groups of their own, last.
+        """
+        expected = list(names)
+        found: dict[int, dict[str, None]] = {}
+        for name, number in self.reads:
+            if name in expected:
+                found.setdefault(number, {})[name] = None
+        used = {name for group in found.values() for name in group}
+        unused = [name for name in expected if name not in used]
+        if lost := [name for name in unused if not may_rest(name)]:
+            raise SparseGPTError(
+                f"no input ever reached {', '.join(lost)}: the block runs it in a way that hooks cannot see"
+            )
+        return [tuple(group) for group in found.values()] + [(name,) for name in unused]
+
+    def behind(self, watched: Iterable[str], needed: Container[str] = ()) -> Behind:
+        """What need not run for the sake of what is watched; `needed` submodules run all the same."""
+        doors = {name: self.doors[name] for name in watched if name in self.doors and self.doors[name] not in needed}
+        last = max((self.places.get(doors.get(name, name), math.inf) for name in watched), default=math.inf)
+        answers = {
+            name: output for name, output in self.answers.items() if self.places[name] >= last and name not in needed
+        }
+        return Behind(self.shape, answers, {name: door for name, door in doors.items() if door in answers})
+
+    def handed_on(self, linear: str, output: Tensor) -> Any:
+        """What the outlet of a linear returns when the linear does this."""
+        form = self.answers[self.outlets[linear]]
+        return output if isinstance(form, Tensor) else type(form)([output, *form[1:]])
+
+
+def follow(block: nn.Module, call: BlockCall, hidden: Tensor) -> Course:
+    """Run a block once and look at all that happens in it."""
+    events: list[tuple[str, Any]] = []
+    versions: dict[str, int | None] = {}
+
+    def leave(name: str, output: Any) -> None:
+        events.append((f"{name}()", output))
+        versions[name] = _version(output)
+
+    modules = dict(block.named_modules())
+    with (
+        watch_inputs(block, modules, lambda name, inputs: events.append((name, inputs))),
+        _watch_outputs(block, [name for name in modules if name], leave, first=False),
+    ):
         call.run(block, hidden)
-    groups = [tuple(dict.fromkeys(group)) for _, group in seen]
-    used = {name for group in groups for name in group}
-    unused = [name for name in expected if name not in used]
-    if lost := [name for name in unused if not may_rest(name)]:
-        raise SparseGPTError(
-            f"no input ever reached {', '.join(lost)}: the block runs it in a way that hooks cannot see"
-        )
-    return groups + [(name,) for name in unused]
+    places, seen = {name: place for place, (name, _) in enumerate(events)}, dict(events)
+    children = _in_a_row(block, [name for name, _ in events])
+    inner = [
+        (name, child)
+        for name, module in modules.items()
+        for child in children
+        if isinstance(module, nn.Linear)
+        and name.startswith(f"{child}.")
+        and places[child] < places.get(name, 0) < places[f"{child}()"]
+    ]
+    return Course(
+        hidden.shape,
+        # Every tensor is alive still, so that none has the number of another.
+        [(name, id(value)) for name, value in events if name in modules],
+        places,
+        {child: seen[f"{child}()"] for child in children},
+        {name: child for name, child in inner if seen[name] is seen[child]},
+        {name: child for name, child in inner if _hands_on(seen[f"{child}()"], seen[f"{name}()"])},
+        frozenset(child for child in children if _version(seen[f"{child}()"]) != versions[child]),
+    )
+
+
+def _in_a_row(block: nn.Module, events: list[str]) -> list[str]:
+    """Direct submodules, linears apart, that ran once and inside no other."""
+    direct, entered = dict(block.named_children()), Counter(events)
+    found: list[str] = []
+    around: list[str] = []
+    for event in events:
+        name = event.removesuffix("()")
+        if name not in direct:
+            continue
+        if event != name:
+            around.pop()
+            continue
+        if not around and entered[name] == 1 and not isinstance(direct[name], nn.Linear):
+            found.append(name)
+        around.append(name)
+    return found
+
+
+def _hands_on(output: Any, tensor: Tensor) -> bool:
+    """Whether a submodule's output is this tensor and holds no other."""
+    return type(output) in (Tensor, tuple, list) and first_of(output) is tensor and tensors_within(output) == 1
+
+
+def _version(output: Any) -> int | None:
+    """Tells whether the tensor that a submodule returned has been changed in place since; None where nobody counts."""
+    tensor = first_of(output)
+    return None if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
 
 
 def run_watched(
-    block: nn.Module, call: BlockCall, hidden: Tensor, watched: Iterable[str], unused: Iterable[str] = ()
+    block: nn.Module,
+    call: BlockCall,
+    hidden: Tensor,
+    watched: Iterable[str],
+    unused: Iterable[str] = (),
+    behind: Behind = NOTHING,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One forward pass: the inputs of the watched submodules by name, and the block's output.
 
     watched: "name" for a submodule's input, "name()" for its output. unused: linears whose products may be skipped;
-    with any, the output is meaningless.
+    behind: submodules that may be, from `Course.behind` of the same names. With any, the output is meaningless.
     """
     seen: dict[str, Tensor] = {}
     watched = list(watched)
-    inputs = [name for name in watched if not name.endswith("()")]
+    skipped = behind if behind.shape == hidden.shape else NOTHING
+    inputs = {name: skipped.doors.get(name, name) for name in watched if not name.endswith("()")}
     outputs = [name.removesuffix("()") for name in watched if name.endswith("()")]
     with (
-        watch_inputs(block, inputs, seen.__setitem__),
+        watch_inputs(block, inputs, seen.__setitem__, inputs),
         _watch_outputs(block, outputs, lambda name, tensor: seen.update({f"{name}()": tensor})),
         skip_products(block.get_submodule(name) for name in unused),
+        _answering(block, skipped.answers),
     ):
         output = call.run(block, hidden)
     return seen, output
 
 
 @contextmanager
-def watch_inputs(block: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call see(name, input) whenever a submodule of the block is about to run."""
+def watch_inputs(
+    block: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None], where: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Call see(name, input) whenever a submodule of the block, or `where` says instead, is about to run."""
+    where = where or {}
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, args[0] if args else kwargs["hidden_states"])
+            see(name, args[0] if args else kwargs.get("hidden_states", *list(kwargs.values())[:1]))
 
         return hook
 
     with _hooks(
-        block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names
+        block.get_submodule(where.get(name, name)).register_forward_pre_hook(hook_for(name), with_kwargs=True)
+        for name in names
     ):
         yield
 
@@ -300,16 +415,29 @@ def _hooks(registered: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def skip_products(linears: Iterable[nn.Module]) -> Iterator[None]:
-    """Let these linears return zeros at once: for a pass that only looks at what lies before them."""
-    muted = list(linears)
+def _forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute something else."""
     try:
-        for linear in muted:
-            linear.forward = _zeros_of(int(linear.out_features))  # type: ignore[arg-type]
+        for module, forward in replaced.items():
+            module.forward = forward
         yield
     finally:
-        for linear in muted:
-            del linear.forward
+        for module in replaced:
+            del module.forward
+
+
+@contextmanager
+def skip_products(linears: Iterable[nn.Module]) -> Iterator[None]:
+    """Let these linears return zeros at once: for a pass that only looks at what lies before them."""
+    with _forwards({linear: _zeros_of(int(linear.out_features)) for linear in linears}):  # type: ignore[arg-type]
+        yield
+
+
+@contextmanager
+def _answering(block: nn.Module, answers: Mapping[str, Any]) -> Iterator[None]:
+    """Let submodules return these values at once."""
+    with _forwards({block.get_submodule(name): _answer(output) for name, output in answers.items()}):
+        yield
 
 
 @contextmanager
@@ -318,16 +446,10 @@ def remember_outputs(block: nn.Module, names: Iterable[str], memo: dict[str, Any
 
     For one micro-batch. Right as long as neither the submodule nor anything before it changes between the passes.
     """
-    known = [name for name in names if name in memo]
+    known = {name: memo[name] for name in names if name in memo}
     unknown = [name for name in names if name not in memo]
-    with _watch_outputs(block, unknown, memo.__setitem__, first=False):
-        try:
-            for name in known:
-                block.get_submodule(name).forward = _answer(memo[name])
-            yield
-        finally:
-            for name in known:
-                del block.get_submodule(name).forward
+    with _watch_outputs(block, unknown, memo.__setitem__, first=False), _answering(block, known):
+        yield
 
 
 def _answer(output: Any) -> Callable[..., Any]:

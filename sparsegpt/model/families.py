@@ -1,6 +1,6 @@
 """Where a model keeps its decoder blocks: one row of data an architecture, by its text configuration's model_type.
 
-Which linears share an input is not written here: `capture.shared_inputs` sees it when a block runs. A row says only
+Which linears share an input is not written here: `capture.Course` sees it when a block runs. A row says only
 what running cannot tell: the path of the block list, and which projection is added to which residual stream. To
 support another model_type, add a row to FAMILIES and its tiny configuration to tests/architectures.py:
 tests/model/test_families.py runs over this same table, and the table of docs/architectures.md is printed from both.

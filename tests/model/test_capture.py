@@ -7,8 +7,8 @@ from torch import nn
 from sparsegpt.model.capture import (
     BlockCall,
     ModelInputs,
+    follow,
     run_watched,
-    shared_inputs,
     skip_products,
     stand_ins,
     to_device,
@@ -63,7 +63,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def test_linears_that_read_one_tensor_form_a_group_in_the_order_of_use(block, hidden):
-    groups = shared_inputs(block, LINEARS, PLAIN, hidden)
+    groups = follow(block, PLAIN, hidden).shared_inputs(LINEARS)
     assert [set(group) for group in groups] == [{"q", "k", "v"}, {"o"}, {"gate", "up"}, {"down"}]
     assert not has_hooks(block)
 
@@ -78,18 +78,18 @@ def test_equal_values_in_different_tensors_are_different_inputs(hidden):
         def forward(self, hidden_states):
             return self.first(hidden_states) + self.second(hidden_states.clone())
 
-    assert shared_inputs(Copies(), ["first", "second"], PLAIN, hidden) == [("first",), ("second",)]
+    assert follow(Copies(), PLAIN, hidden).shared_inputs(["first", "second"]) == [("first",), ("second",)]
 
 
 @torch.no_grad()
 def test_only_the_names_asked_for_are_grouped(block, hidden):
-    assert shared_inputs(block, ["down", "k"], PLAIN, hidden) == [("k",), ("down",)]
+    assert follow(block, PLAIN, hidden).shared_inputs(["down", "k"]) == [("k",), ("down",)]
 
 
 @torch.no_grad()
 def test_a_linear_that_is_never_called_is_an_error_that_names_it(hidden):
     with refused("down"):
-        shared_inputs(Block(calls_down=False), LINEARS, PLAIN, hidden)
+        follow(Block(calls_down=False), PLAIN, hidden).shared_inputs(LINEARS)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_a_linear_whose_weight_is_used_without_its_forward_is_an_error(hidden):
             return self.plain(hidden_states @ self.expert.weight.T)
 
     with refused("expert"):
-        shared_inputs(Grouped(), ["expert", "plain"], PLAIN, hidden)
+        follow(Grouped(), PLAIN, hidden).shared_inputs(["expert", "plain"])
 
 
 # Calls
@@ -206,6 +206,100 @@ def test_inputs_before_skipped_products_are_the_true_ones(block, hidden):
     short, _ = run_watched(block, PLAIN, hidden, ["gate", "o"], unused=["gate", "up", "down"])
     assert torch.equal(full["gate"], short["gate"])
     assert torch.equal(full["o"], short["o"])
+
+
+# What lies behind
+
+
+class Attention(nn.Module):
+    """q and k read what enters; o makes the output, beside something that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, *, hidden_states):
+        return self.o(self.q(hidden_states) * self.k(hidden_states)), None
+
+
+class TwoBranches(nn.Module):
+    """A norm, attention, a norm and an MLP, whose output is doubled in place where it `changes`."""
+
+    def __init__(self, *, changes: bool = False) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.changes = changes
+
+    def forward(self, hidden_states):
+        hidden = hidden_states + self.attention(hidden_states=self.first(hidden_states))[0]
+        inner = self.mlp(self.second(hidden))
+        return hidden + (inner.mul_(2) if self.changes else inner)
+
+
+BEFORE_O = {"first", "attention", "attention.q", "attention.k"}
+
+
+@pytest.mark.parametrize(
+    ("watched", "computed"),
+    [
+        (["attention.q"], {"first"}),
+        (["first", "attention.k"], {"first"}),
+        (["attention.o"], BEFORE_O | {"attention.o"}),
+        (["attention()"], BEFORE_O | {"attention.o"}),
+        (["mlp.0"], BEFORE_O | {"attention.o", "second"}),
+    ],
+)
+@torch.no_grad()
+def test_what_is_watched_is_seen_and_what_lies_behind_does_not_run(watched, computed, hidden):
+    block = TwoBranches()
+    course = follow(block, PLAIN, torch.randn(2, 3, 8))
+    truth, _ = run_watched(block, PLAIN, hidden, watched)
+    ran = set()
+    for name, module in block.named_modules():
+        own = type(module).forward
+        module.__class__ = type(type(module).__name__, (type(module),), {"forward": noting(ran, name, own)})
+    seen, _ = run_watched(block, PLAIN, hidden, watched, behind=course.behind(watched))
+    assert seen.keys() == truth.keys()
+    assert all(torch.equal(seen[name], truth[name]) for name in truth)
+    assert ran - {""} == computed
+    assert not any("forward" in vars(module) for module in block.modules())
+    assert not has_hooks(block)
+
+
+def noting(ran: set[str], name: str, forward):
+    def noted(self, *args, **kwargs):
+        ran.add(name)
+        return forward(self, *args, **kwargs)
+
+    return noted
+
+
+@torch.no_grad()
+def test_other_shapes_and_what_is_needed_run_whole(hidden):
+    block = TwoBranches()
+    course = follow(block, PLAIN, hidden)
+    assert course.behind(["attention.q"], needed=["mlp"]).answers.keys() == {"attention", "second"}
+    assert course.behind(["no such place"]).answers == {}
+    longer = torch.randn(2, 5, 8)
+    seen, output = run_watched(block, PLAIN, longer, ["attention.q"], behind=course.behind(["attention.q"]))
+    assert torch.equal(output, block(longer))
+    assert torch.equal(seen["attention.q"], block.first(longer))
+
+
+@torch.no_grad()
+def test_an_outlet_hands_on_what_its_linear_does(hidden):
+    block = TwoBranches()
+    course = follow(block, PLAIN, hidden)
+    assert course.outlets == {"attention.o": "attention", "mlp.2": "mlp"}
+    assert course.handed_on("attention.o", hidden) == (hidden, None)
+    assert course.handed_on("mlp.2", hidden) is hidden
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@torch.no_grad()
+def test_an_output_that_is_changed_in_place_is_told(changes, hidden):
+    assert follow(TwoBranches(changes=changes), PLAIN, hidden).changed == ({"mlp"} if changes else set())
 
 
 # Stand-ins and model inputs

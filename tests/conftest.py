@@ -23,6 +23,12 @@ def _one_thread():
     look_for_bases_quickly()
 
 
+@pytest.fixture(autouse=True)
+def _no_chance():
+    """The same numbers in whatever order and process a test runs."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_remembered(tmp_path_factory):
     """What `sparsegpt tune` has found on this machine is not the tests' business."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.driver.groups import GroupSolver
+from sparsegpt.driver.groups import GroupSolver, Task
 from sparsegpt.driver.reports import LayerReport
 from sparsegpt.driver.stages import Group, plan_stages, waves
 from sparsegpt.model.capture import BlockCall, remember_outputs, run_watched, shared_inputs
@@ -66,12 +66,14 @@ class BlockJob:
             with self.solver.timed("capture"):
                 statistics = self._gather(stage, _linears_from(idle_from, groups), dense_inputs)
             with self.solver.timed("solve"):
-                for group in stage:
-                    linears = {self.prefix + name: (self.linears[name], self.choices[name]) for name in group}
-                    layers += self.solver.prune(linears, *statistics.pop(group), routed=bool(self.expert_of(group[0])))
-                    self.pruned_names.update(group)
+                layers += self.solver.prune([self._task(group, *statistics.pop(group)) for group in stage])
+            self.pruned_names.update(name for group in stage for name in group)
         self.solver.tell_of_experts()
         return layers
+
+    def _task(self, group: Group, gram: HessianAccumulator, drift: DriftAccumulator) -> Task:
+        linears = {self.prefix + name: (self.linears[name], self.choices[name]) for name in group}
+        return Task(linears, gram, drift, routed=bool(self.expert_of(group[0])))
 
     def reconstruct(self, ahead: Sequence[nn.Module] = ()) -> float:
         """Train the kept weights so that the block on pruned inputs gives the dense outputs after the blocks `ahead`.
@@ -82,12 +84,18 @@ class BlockJob:
             result = reconstruct_block(
                 self.block,
                 list(self.linears),
-                training_batches(self.streams.inputs.batches, self.streams.pruned, self._dense_after(ahead)),
+                training_batches(
+                    self.streams.inputs.batches,
+                    self.streams.pruned,
+                    self._dense_after(ahead),
+                    trainers=self.solver.ranks.world,
+                ),
                 lambda tokens, hidden: self._through(self.index, [self.block, *ahead], tokens, hidden),
                 ahead=ahead,
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
                 rounded=self._rounded(),
+                trainers=self.solver.ranks,
             )
             for parameter in self.block.parameters():
                 parameter.data.copy_(self.solver.as_stored(parameter.data, parameter))
@@ -161,9 +169,11 @@ class BlockJob:
         if not self.linears:
             return []
         call, hidden = self.streams.call(0, self.index), self.streams.pruned[0].to(self.device)
-        return shared_inputs(
+        groups = shared_inputs(
             self.block, self.linears, call, hidden, may_rest=lambda name: self.expert_of(name) is not None
         )
+        # Experts that rest are groups of their own, and which rest depends on the rank's windows.
+        return self.solver.ranks.gather(groups)[0]
 
     def move_dense(self, watched: frozenset[str] = frozenset()) -> DenseInputs:
         """Move the dense stream through the block, which must be dense still; keep the inputs of what is watched."""
@@ -199,7 +209,7 @@ class BlockJob:
     def _gather(
         self, stage: list[Group], unused: Group, dense_inputs: DenseInputs
     ) -> dict[Group, tuple[HessianAccumulator, DriftAccumulator]]:
-        """One pass of the pruned stream for all shared inputs of a stage; `unused` linears need not be computed."""
+        """One pass of all ranks' pruned streams for the inputs of a stage; `unused` linears need not be computed."""
         statistics = {
             group: (
                 HessianAccumulator(self.linears[group[0]].in_features, self.device),
@@ -216,6 +226,7 @@ class BlockJob:
                 hessian.add(pruned[group[0]])
                 if self._compared(group):
                     self._add_drift(drift, group, dense_inputs[step], pruned)
+        self.solver.ranks.add_up(*(part for pair in statistics.values() for part in pair))
         return statistics
 
     def _add_drift(

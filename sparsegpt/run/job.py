@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sparsegpt.calib_data import Calibration, TextSource, draw_mixture, load_text, load_texts
-from sparsegpt.driver import listener as driver
+from sparsegpt.driver import reports as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
 from sparsegpt.driver.reports import PruneReport

@@ -65,7 +65,8 @@ def main() -> None:
         with bus_errors_told(say):
             code = app(prog_name=NAME, standalone_mode=False)
     except SparseGPTError as error:
-        say(str(error))
+        if told := str(error):  # else another rank has said it
+            say(told)
         code = 1
     except _UsageError as error:
         _say_usage(error)

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, zip_longest
@@ -52,7 +52,7 @@ class Share:
     @property
     def rows(self) -> int:
         """How many rows are this rank's."""
-        return self.own.stop - self.own.start
+        return int(self.own.stop - self.own.start)
 
 
 class Told(NamedTuple):
@@ -149,7 +149,7 @@ class Group(Ranks):
     Raises RankError, from every method, for ranks that are gone or do not answer.
     """
 
-    def __init__(self, store: "dist.Store | None" = None, patience: float = PATIENCE) -> None:
+    def __init__(self, store: Any = None, patience: float = PATIENCE) -> None:
         self.store, self.patience = store, patience
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._where: list[tuple[str, int]] = []
@@ -162,12 +162,7 @@ class Group(Ranks):
         return ONE_RANK
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Every so many-th item. Raises SparseGPTError where there are fewer than ranks."""
-        if len(items) < self.world:
-            raise SparseGPTError(
-                f"{len(items)} calibration windows are too few for {self.world} ranks: give more, or fewer processes",
-                settings=("samples",),
-            )
+        """Every so many-th item; none where there are too few."""
         return list(items[self.rank :: self.world])
 
     def in_turn(self, items: Sequence[T]) -> list[T]:
@@ -279,7 +274,7 @@ class Group(Ranks):
         found = pick_device(device)
         if found.type != "cuda":
             return device
-        if found.index is not None:
+        if ":" in device:
             raise SparseGPTError(
                 f"device {device!r} is one GPU for {self.world} ranks: give cuda, of which each has one"
             )
@@ -299,9 +294,10 @@ class Group(Ranks):
         """Whether this is the first rank that has something to say about the end of all."""
         if self.store is None:
             return True
-        with suppress(RuntimeError):  # the store itself may be gone
+        try:
             return bool(self.store.add("the word", 1) == 1)
-        return True
+        except RuntimeError:  # the store is gone too
+            return True
 
     def loss(self) -> RankError:
         """What is known of the rank because of which the others cannot go on."""
@@ -334,11 +330,12 @@ class Group(Ranks):
         others = [rank for rank in range(self.world) if rank != self.rank]
         if self.store is None:
             return others
-        with suppress(RuntimeError):
+        try:
             self.store.set(f"waited {self.rank}", "")
             time.sleep(GRACE)
             return [rank for rank in others if not self.store.check([f"waited {rank}"])] or others
-        return others
+        except RuntimeError:
+            return others
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -51,8 +51,14 @@ def share_of(batches: Sequence[Tensor], ranks: Ranks, *, trained: bool) -> tuple
     trained: steps of a training go with them, of which every rank takes as many.
     Raises SparseGPTError for fewer windows than ranks, and for a training on unequal shares.
     """
+    windows = [row for batch in batches for row in batch]
+    if len(windows) < ranks.world:
+        raise SparseGPTError(
+            f"{ranks.world} ranks have {len(windows)} calibration windows: give each at least one, or start fewer",
+            settings=("samples",),
+        )
     by_length: dict[int, list[Tensor]] = {}
-    for row in ranks.share([row for batch in batches for row in batch]):
+    for row in ranks.share(windows):
         by_length.setdefault(len(row), []).append(row)
     sizes = {batch.shape[1]: len(batch) for batch in reversed(batches)}
     share = tuple(part for length, rows in by_length.items() for part in torch.stack(rows).split(sizes[length]))

@@ -19,6 +19,7 @@ from sparsegpt.calib_data import Calibration, TextSource, draw_mixture, load_tex
 from sparsegpt.driver import reports as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
+from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
@@ -29,9 +30,9 @@ from sparsegpt.kernels.layers.linear import explain, set_kernels
 from sparsegpt.model.loading import LoadedModel, auto_class, load_model, source_folders
 from sparsegpt.model.source import Source
 from sparsegpt.recovery.training import TrainingOutOfMemory
-from sparsegpt.run.identity import fingerprint, surroundings, versions
+from sparsegpt.run.identity import facts, fingerprint, surroundings, versions
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
-from sparsegpt.run.memory_plan import check_fits
+from sparsegpt.run.memory_plan import Plan, check_fits
 from sparsegpt.run.model_card import Card
 from sparsegpt.run.options import RunOptions
 from sparsegpt.run.planning import check_inputs, check_options, free_gpu_memory, memory_is_scarce, plan_run
@@ -55,25 +56,33 @@ class Listener(driver.Listener):
         """Something that the user must not overlook."""
 
 
-def run(options: RunOptions, settings: PruneSettings, listener: Listener | None = None) -> dict[str, Any]:
+def run(
+    options: RunOptions, settings: PruneSettings, listener: Listener | None = None, ranks: Ranks = ONE_RANK
+) -> dict[str, Any]:
     """Prune a model as told, write the folder `options.out`, return the report that was written with it.
 
-    Raises SparseGPTError for anything refused. An old result stays as it was until the new one is whole; finished
-    blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
+    ranks: who runs it together, of whom rank 0 writes. An old result stays as it was until the new one is whole;
+    finished blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on.
+    Raises SparseGPTError for anything refused.
     """
+    ranks.agree(lambda: facts(options, settings))
     check_options(options, settings)
     with (
         WorkFolder(
-            options.out, resume=options.resume, overwrite=options.overwrite, sources=source_folders(options.model)
+            options.out,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            sources=source_folders(options.model),
+            ranks=ranks,
         ) as work,
         PeakWatch() as memory,
     ):
         check_inputs(options)
-        planned = plan_run(options, settings)
+        planned = plan_run(options, settings, ranks.world)
         if memory_is_scarce(options, planned):
             give_back_freed_memory()
-        check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
-        job = _Job(options, settings, work, planned.micro_batch, listener or Listener())
+        check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out, ranks.neighbours)
+        job = _Job(options, settings, work, planned.micro_batch, listener or Listener(), ranks)
         needs = ", ".join(f"{readable(count)} of {kind}" for kind, count in planned.totals().items() if count)
         job.listener.stage(f"needs at most about {needs}")
         job.load()
@@ -81,19 +90,11 @@ def run(options: RunOptions, settings: PruneSettings, listener: Listener | None 
             report = read_checked(options.out / REPORT_NAME)
             job.warn_of_unscored(report["perplexity"])
             return report
-        rehearse(job.loaded, job.waiting, job.card())
-        job.score("dense")
+        ranks.first(lambda: rehearse(job.loaded, job.waiting, job.card()))
+        job.score("dense", ranks)
         job.prune()
-        job.score("pruned")
-        job.listener.stage(f"saving {options.out}")
-        with work.new_result() as draft:
-            save(job.loaded, job.waiting, draft)
-            if options.kernels is not None:
-                job.score_through_kernels(options.kernels, draft)
-            (draft / CARD_NAME).write_bytes(job.card().added_to(job.source.card))
-            report = {**job.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
-            write_checked(draft / REPORT_NAME, report)
-    return report
+        job.score("pruned", ranks)
+        return ranks.first(lambda: job.write(planned, memory))
 
 
 class _Job:
@@ -106,9 +107,16 @@ class _Job:
     choices: Choices
 
     def __init__(
-        self, options: RunOptions, settings: PruneSettings, work: WorkFolder, micro_batch: int, listener: Listener
+        self,
+        options: RunOptions,
+        settings: PruneSettings,
+        work: WorkFolder,
+        micro_batch: int,
+        listener: Listener,
+        ranks: Ranks,
     ) -> None:
         self.options, self.settings, self.work, self.listener = options, settings, work, listener
+        self.ranks = ranks
         self.micro_batch = micro_batch
         self.scratch = options.scratch or work.folder
         self.waiting = work.folder / "beside"
@@ -165,6 +173,7 @@ class _Job:
 
     def begin(self) -> bool:
         """Take up what an unfinished run has done; False when there is nothing left to do."""
+        self.ranks.agree(lambda: {**self.identity(), **self.evaluation})
         if self.work.begin(self.identity(), self.pruned):
             self.listener.stage(f"{self.options.out} is finished already")
             return False
@@ -173,8 +182,8 @@ class _Job:
             self.listener.stage(f"going on after block {blocks}" if blocks else "nothing to resume: starting anew")
         self._compare_surroundings()
         # What a GPU's free memory allowed then: other steps would end with other bits.
-        self.micro_batch = self.work.state.get("micro_batch", self.micro_batch)
-        self.work.save_state(micro_batch=self.micro_batch)
+        self.work.save_state(micro_batch=self.work.state.get("micro_batch", self.micro_batch))
+        self.micro_batch = self.work.state["micro_batch"]
         self.seconds = self.work.state.get("run_seconds", self.seconds)
         if self.work.state.get("evaluation") == self.evaluation:
             for data, by_model in self.work.state.get("scores", {}).items():
@@ -220,8 +229,8 @@ class _Job:
 
     def _compare_surroundings(self) -> None:
         """Warn when finished blocks were computed otherwise than those to come, and keep the warning with them."""
-        now = surroundings()
-        then = self.work.state.get("surroundings", now) if self.work.finished else now
+        now = {**surroundings(), "ranks": str(self.ranks.world)}
+        then = {"ranks": "1", **self.work.state.get("surroundings", now)} if self.work.finished else now
         self.work.save_state(surroundings=then)
         if changed := [name for name in now if then.get(name) != now[name]]:
             text = ", ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in changed)
@@ -266,13 +275,13 @@ class _Job:
             "bos": self.loaded.bos_token(options.bos),
         }
 
-    def score(self, which: str) -> None:
+    def score(self, which: str, ranks: Ranks) -> None:
         """Score the model as it now is on every evaluation text; an absurd dense score is an alarm."""
         for data in self.options.evaluate:
             found = self.scores[data].get(which)
             if found is None:
                 self.listener.stage(f"scoring the {which} model on {data}")
-                found = self.scores[data][which] = self._score(data)
+                found = self.scores[data][which] = self._score(data, ranks)
             self.listener.scored(which, found)
             if which == "dense" and found.alarm:
                 self.warn(found.alarm)
@@ -280,7 +289,7 @@ class _Job:
             scores = {data: {key: asdict(row) for key, row in rows.items()} for data, rows in self.scores.items()}
             self.work.save_state(evaluation=self.evaluation, scores=scores, run_seconds=self.seconds)
 
-    def _score(self, data: str) -> TextScore:
+    def _score(self, data: str, ranks: Ranks) -> TextScore:
         with self.measure("eval"):
             return score_text(
                 self.loaded.model,
@@ -290,6 +299,7 @@ class _Job:
                 batch_size=self.options.batch_size,
                 bos=self.options.bos,
                 max_windows=self.options.eval_windows,
+                ranks=ranks,
             )
 
     def prune(self) -> None:
@@ -301,6 +311,7 @@ class _Job:
                 self._prune_blocks()
                 break
             except torch.OutOfMemoryError as error:
+                self.ranks.give_up(error)
                 self._halve_micro_batch(error)
         for warning in self.pruned.warnings:
             if warning not in self.warnings:
@@ -347,7 +358,21 @@ class _Job:
             report=self.pruned,
             listener=self.listener,
             verify=self.options.verify,
+            ranks=self.ranks,
         )
+
+    def write(self, planned: Plan, memory: PeakWatch) -> dict[str, Any]:
+        """Write the result, which takes its place once it is whole; its report."""
+        options = self.options
+        self.listener.stage(f"saving {options.out}")
+        with self.work.new_result() as draft:
+            save(self.loaded, self.waiting, draft)
+            if options.kernels is not None:
+                self.score_through_kernels(options.kernels, draft)
+            (draft / CARD_NAME).write_bytes(self.card().added_to(self.source.card))
+            report = {**self.report(), "planned_bytes": planned.totals(), "peak_private_memory_bytes": memory.peak}
+            write_checked(draft / REPORT_NAME, report)
+        return report
 
     def score_through_kernels(self, kernels: str, folder: Path) -> None:
         """Load the saved model whole, pack its pruned linears in memory and score once more."""
@@ -359,7 +384,7 @@ class _Job:
             pack_linears(self.loaded.model, kernels=kernels)
             set_kernels(self.loaded.model, kernels)
             self.listener.stage(explain(self.loaded.model))
-            self.score("kernels")
+            self.score("kernels", self.ranks.alone)
         except SparseGPTError as error:
             self.warn(f"not scored through kernels: {error}")
 
@@ -382,6 +407,7 @@ class _Job:
             **peak_memory(),
             "stored_dtype": str(self.loaded.stored_dtype).removeprefix("torch."),
             "warnings": self.warnings,
+            "ranks": self.ranks.world,
             "surroundings": surroundings(),
             "versions": versions(),
         }

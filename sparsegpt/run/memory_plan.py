@@ -112,7 +112,10 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is calibrated and where; gpu_memory: bytes of the GPU that computes, None for the CPU."""
+    """How much is calibrated and where; gpu_memory: bytes of the GPU that computes, None for the CPU.
+
+    ranks: how many processes share the windows.
+    """
 
     samples: int
     sequence_length: int
@@ -121,6 +124,12 @@ class Workload:
     activations: str = "memory"
     micro_batch: int | None = None
     scored: bool = True
+    ranks: int = 1
+
+    @property
+    def windows(self) -> int:
+        """Calibration windows of one rank, at most."""
+        return math.ceil(self.samples / self.ranks)
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     block = shape.block_parameters * width
     rotation, outside, added = _rotation_bytes(shape, settings, width)
     solve, gathered = _solve_bytes(shape, settings, on_gpu=on_gpu), _gathered_bytes(shape, settings)
-    batch = min(work.samples, work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered)))
+    batch = min(work.windows, work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered)))
     tokens = batch * work.sequence_length
     widest = max(group.inputs for group in shape.groups)
     forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
@@ -209,8 +218,8 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     return Plan(memory, gpu, disk, batch)
 
 
-def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) -> None:
-    """Refuse a run that this machine cannot hold, naming the switch that would make it fit."""
+def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path, ranks: int = 1) -> None:
+    """Refuse a run that this machine cannot hold, so many ranks together, naming the switch that would make it fit."""
     if gpu_memory is not None and planned.total("gpu") > gpu_memory:
         raise SparseGPTError(
             f"the run needs {readable(planned.total('gpu'))} of GPU memory and {readable(gpu_memory)} are free: "
@@ -218,11 +227,11 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
         )
     without = " or --distill 0" if "epochs of distillation" in planned.disk else ""
     free = available_memory()
-    if free is not None and planned.total("memory") > free:
+    if free is not None and ranks * planned.total("memory") > free:
         saved = sum(planned.memory.get(part, 0) for part in SCRATCH_PARTS)
-        way_out = "--activations disk" if planned.total("memory") - saved < free else "fewer --samples"
+        way_out = "--activations disk" if ranks * (planned.total("memory") - saved) < free else "fewer --samples"
         raise SparseGPTError(
-            f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: "
+            f"the run needs {readable(ranks * planned.total('memory'))} of memory and {readable(free)} are available: "
             f"give {way_out}{without}"
         )
     kept = ("finished blocks", "rotated embedding and head", "epochs of distillation", "distilled blocks", "result")
@@ -335,7 +344,7 @@ def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload
         features += shape.residual_projections * shape.hidden
     if settings.order != "block" and work.activations == "memory":
         features += shape.hidden
-    return work.samples * work.sequence_length * features * work.computing.itemsize
+    return work.windows * work.sequence_length * features * work.computing.itemsize
 
 
 def _micro_batch(shape: ModelShape, work: Workload, taken: int) -> int:

@@ -384,7 +384,7 @@ def started(patience: float | None) -> Iterator[Ranks]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not group.has_the_word():
             raise SparseGPTError from None
-        if isinstance(error, SparseGPTError) and not isinstance(error, RankError):
+        if isinstance(error, SparseGPTError) and not {type(error), type(error.__cause__)} & {RankError}:
             raise SparseGPTError(f"rank {group.rank}: {error}") from error
         raise
     signal.signal(signal.SIGTERM, former)

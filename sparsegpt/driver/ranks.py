@@ -391,6 +391,13 @@ def started(patience: float | None) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def refuse_ranks(what: str) -> None:
+    """Raise SparseGPTError where torchrun has started several processes for what is the work of one."""
+    if _local("WORLD_SIZE") > 1:
+        told = f"{what} is the work of one process: start it without torchrun"
+        raise SparseGPTError(told if _local("RANK", 0) == 0 else "")
+
+
 def is_restart() -> bool:
     """Whether torchrun has started these processes anew, after some of them had ended."""
     return _local("TORCHELASTIC_RESTART_COUNT", 0) > 0

@@ -137,7 +137,7 @@ class RunOptions:
     )
     rank_timeout: float | None = field(
         default=None,
-        metadata=option("With torchrun: minutes that a process waits for the others.", MACHINE, minimum=0, unset="30"),
+        metadata=option("With torchrun: minutes that a process waits for the others.", MACHINE, minimum=1, unset="30"),
     )
     overwrite: bool = field(default=False, metadata=option("Replace what is there, once the new is whole.", OUTPUT))
     resume: bool = field(default=False, metadata=option("Go on with the unfinished run of this folder.", OUTPUT))

@@ -407,6 +407,8 @@ def _join(patience: float) -> Group:
     """Meet the other ranks. torchrun keeps the store, so that it outlives them."""
     limit = timedelta(minutes=patience)
     store, rank, world = next(rendezvous("env://", timeout=limit))
+    # What those before a restart have left in it would keep these waiting.
+    store = dist.PrefixStore(f"start {_local('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=world, timeout=limit

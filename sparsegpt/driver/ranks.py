@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sparsegpt.errors import SparseGPTError
@@ -408,7 +409,7 @@ def _join(patience: float) -> Group:
     limit = timedelta(minutes=patience)
     store, rank, world = next(rendezvous("env://", timeout=limit))
     # What those before a restart have left in it would keep these waiting.
-    store = dist.PrefixStore(f"start {_local('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = PrefixStore(f"start {_local('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=world, timeout=limit

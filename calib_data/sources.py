@@ -1,4 +1,4 @@
-"""Where text comes from: published data sets by name, local files, the topics that CPython carries.
+"""Where text comes from: published data sets by name, any data set of the Hub, local files, what CPython carries.
 
 | name | calibration | evaluation |
 |---|---|---|
@@ -6,29 +6,39 @@
 | `ptb` | train split, joined by spaces | test split, joined by spaces |
 | `c4` | first train shard, windows within documents | validation's first 1100 documents, 256 windows |
 | `pydoc` | `pydoc_data.topics`, training side | the held-out topics |
-| a `.txt`, `.jsonl`, `.parquet` or a folder of them | the whole text | the whole text |
+| `self` | what the dense model writes itself (`own_text`) | refused |
+| a file or a folder of files, see `files.READERS` | the whole text | the whole text |
+| `FILE:field` | that field of every record | that field of every record |
+| `org/name:config:split:field`, the last three if wanted | the train split | the test split |
 
-The splits and joins are those of the published SparseGPT evaluation.
+The splits and joins of the first three are those of the published SparseGPT evaluation.
 """
 
-import json
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from sparsegpt.errors import SparseGPTError, did_you_mean, first_line, nearest
+from sparsegpt.errors import SparseGPTError, did_you_mean, nearest
 from sparsegpt.incoming.hub import ask_hub, hub_reason
 
 from . import pydoc_topics
+from .files import READERS, is_text_file, read_documents, reader_of, text_files
+from .records import Chat, Document, document_of, fields_read
 
 Split = Literal["calibration", "evaluation"]
-
-TEXT_FIELD = "text"  # of a .jsonl line, column of a .parquet file
 LOCAL_ALTERNATIVE = "FILE.txt|FILE.jsonl|FILE.parquet, or pydoc"
+OWN_TEXT = "self"
+# An id of the Hub, and after it, if wanted, configuration, split and field.
+_HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([^:/]*))?(?::([^:/]*))?(?::([^:/]*))?")
+# What the Hub makes of every public data set, whatever its files are: plain parquet, in shards.
+_CONVERTED = "refs/convert/parquet"
+_USUAL_SPLIT: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
 
 
 @dataclass(frozen=True)
@@ -36,15 +46,34 @@ class TextSource:
     """A named text, read."""
 
     name: str  # as given: "wikitext2", "pydoc", a path
-    documents: tuple[str, ...]
+    documents: tuple[Document, ...]
     separator: str = "\n\n"  # between documents, where they become one text
     evaluation_windows: int | None = None  # perplexity looks at so many windows from the start; None: at all
     windows_within_documents: bool = False  # a calibration window never crosses from one document into the next
+    weight: float | None = None  # its share of a mixture, where shares were given
 
     @property
     def text(self) -> str:
-        """All documents as one text."""
-        return self.separator.join(self.documents)
+        """All documents as one text. Raises SparseGPTError where there are conversations: `for_tokenizer` first."""
+        return self.separator.join(self.texts)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The documents, each as text. Raises SparseGPTError as `text` does."""
+        for document in self.documents:
+            if isinstance(document, Chat):
+                raise SparseGPTError(f"{self.name}: conversations become text by a tokenizer's template: give it first")
+        return tuple(document for document in self.documents if isinstance(document, str))
+
+    def for_tokenizer(self, tokenizer: Any) -> "TextSource":
+        """The same with every conversation written out by the tokenizer's chat template.
+
+        Raises SparseGPTError, with file and line, where there is no template or it fails.
+        """
+        if not any(isinstance(document, Chat) for document in self.documents):
+            return self
+        written = (each.written_by(tokenizer) if isinstance(each, Chat) else each for each in self.documents)
+        return replace(self, documents=tuple(written))
 
 
 @dataclass(frozen=True)
@@ -95,7 +124,7 @@ HUB_DATA = {
     ),
 }
 
-KNOWN_SOURCES: tuple[str, ...] = (*HUB_DATA, "pydoc")
+KNOWN_SOURCES: tuple[str, ...] = (*HUB_DATA, "pydoc", OWN_TEXT)
 
 
 def load_text(name_or_path: str, split: Split) -> TextSource:
@@ -109,6 +138,10 @@ def load_text(name_or_path: str, split: Split) -> TextSource:
             return _hub_source(name_or_path, split)
         if name_or_path == "pydoc":
             return _pydoc_source(split)
+        if name_or_path == OWN_TEXT:
+            return _own_source(split)
+        if hub := _hub_name(name_or_path):
+            return _hub_source_by_id(name_or_path, hub, split)
         return _local_source(name_or_path)
 
 
@@ -117,12 +150,14 @@ def check_text(name_or_path: str, split: Split) -> None:
 
     Raises SparseGPTError.
     """
-    if name_or_path in KNOWN_SOURCES:
-        return
     with _naming(split), _reading(name_or_path):
+        if name_or_path == OWN_TEXT:
+            _own_source(split)
+        if name_or_path in KNOWN_SOURCES or _hub_name(name_or_path):
+            return
         sizes = []
-        for path in _text_files(_there(name_or_path)):
-            _reader(path)
+        for path in text_files(_there(name_or_path)[0]):
+            reader_of(path)
             with path.open("rb") as file:
                 sizes.append(file.seek(0, os.SEEK_END))
         if not any(sizes):
@@ -144,15 +179,29 @@ def _pydoc_source(split: Split) -> TextSource:
     return TextSource("pydoc", tuple(side().values()))
 
 
+def _own_source(split: Split) -> TextSource:
+    """A place for what the model will write."""
+    if split == "evaluation":
+        raise SparseGPTError(f"{OWN_TEXT} is text to calibrate on: score the model on text that it has not written")
+    return TextSource(OWN_TEXT, ())
+
+
 # Local files
 
 
 def _local_source(name: str) -> TextSource:
     with _reading(name):
-        documents = tuple(document for file in _text_files(_there(name)) for document in _read_file(file))
-    if not any(document.strip() for document in documents):
+        path, field = _there(name)
+        documents = tuple(document for file in text_files(path) for document in read_documents(file, field))
+    return _source(name, documents)
+
+
+def _source(name: str, documents: tuple[Document, ...]) -> TextSource:
+    """Documents joined by blank lines; conversations by nothing, as a template ends them itself."""
+    if not any(isinstance(document, Chat) or document.strip() for document in documents):
         raise _without_text(name)
-    return TextSource(name, documents)
+    only_chats = all(isinstance(document, Chat) for document in documents)
+    return TextSource(name, documents, separator="" if only_chats else "\n\n")
 
 
 @contextmanager
@@ -169,19 +218,26 @@ def _without_text(name: str) -> SparseGPTError:
     return SparseGPTError(f"{name}: expected text, found none; give a file with some")
 
 
-def _there(name: str) -> Path:
-    """The file or folder of this name. Raises SparseGPTError where there is none, with the nearest name that exists."""
-    path = Path(name)
-    if name and not path.exists():
-        path = path.expanduser()
-    if not name or not path.exists():
-        raise SparseGPTError(_not_found(name, path))
-    return path
+def _there(name: str) -> tuple[Path, str | None]:
+    """The file or folder of this name, and the field that stands behind it, if any.
+
+    Raises SparseGPTError where there is none, with the nearest name that exists.
+    """
+    front, colon, field = name.rpartition(":")
+    for found, wanted in ((name, None), *([(front, field)] if colon and field else [])):
+        path = Path(found)
+        if found and not path.exists():
+            path = path.expanduser()
+        if found and path.exists():
+            return path, wanted
+    if colon and is_text_file(Path(front)):
+        name = front
+    raise SparseGPTError(_not_found(name, Path(name).expanduser()))
 
 
 def _not_found(name: str, path: Path) -> str:
     beside = [each.name for each in path.parent.iterdir()] if name and path.parent.is_dir() else []
-    if path.suffix.lower() in READERS or os.sep in name:
+    if is_text_file(path) or os.sep in name:
         near = nearest(path.name, beside)
         question = f"; did you mean {path.with_name(near)}?" if near else ""
         return f"{name}: no such file or folder; check the path, or give one of {', '.join(KNOWN_SOURCES)}{question}"
@@ -191,159 +247,76 @@ def _not_found(name: str, path: Path) -> str:
     )
 
 
-def _text_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise SparseGPTError(f"{path}: expected a file or a folder of text, found neither; give one of them")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
-    if not files:
-        model = ", and it is a model folder" if (path / "config.json").is_file() else ""
-        raise SparseGPTError(
-            f"{path}: expected {', '.join(READERS)} files in the folder, found none{model}; give a folder of texts"
-        )
-    return files
-
-
-def _reader(path: Path) -> Callable[[Path], list[str]]:
-    """How a file is read, by its suffix."""
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        found = path.suffix or "no suffix"
-        raise SparseGPTError(
-            f"{path}: expected one of {', '.join(READERS)}, found {found}; save the text as one of them"
-        )
-    return reader
-
-
-def _read_file(path: Path) -> list[str]:
-    reader = _reader(path)
-    try:
-        return reader(path)
-    except UnicodeDecodeError as error:
-        raise SparseGPTError(
-            f"{path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x} at offset {error.start}; "
-            "convert the file to UTF-8"
-        ) from error
-
-
-def _read_txt(path: Path) -> list[str]:
-    return [path.read_text("utf-8-sig")]
-
-
-def _read_jsonl(path: Path) -> list[str]:
-    # Split at "\n" alone: other line separators of Unicode may stand inside a JSON string.
-    lines = enumerate(path.read_text("utf-8-sig").split("\n"), start=1)
-    return [_jsonl_text(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-
-
-def _jsonl_text(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise SparseGPTError(f"{where}: expected one JSON object a line, found what is not JSON: {reason}") from error
-    if not isinstance(record, dict):
-        raise SparseGPTError(f"{where}: expected a JSON object with a field '{TEXT_FIELD}', found {_kind(record)}")
-    if TEXT_FIELD not in record:
-        raise SparseGPTError(f"{where}: expected a field '{TEXT_FIELD}', found {_names(record)}; rename the field")
-    return _checked_text(record[TEXT_FIELD], where)
-
-
-def _read_parquet(path: Path) -> list[str]:
-    import pyarrow.parquet
-    from pyarrow.lib import ArrowException
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if TEXT_FIELD not in columns:
-                raise SparseGPTError(
-                    f"{path}: expected a column '{TEXT_FIELD}', found {_names(columns)}; rename the column"
-                )
-            values = file.read(columns=[TEXT_FIELD]).column(TEXT_FIELD).to_pylist()
-    except ArrowException as error:
-        raise SparseGPTError(f"{path}: expected a parquet file: {first_line(error)}") from error
-    return [_checked_text(value, f"{path}, row {row}") for row, value in enumerate(values, start=1)]
-
-
-READERS: dict[str, Callable[[Path], list[str]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _checked_text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise SparseGPTError(f"{where}: expected text in '{TEXT_FIELD}', found {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair; no tokenizer takes it
-        raise SparseGPTError(
-            f"{where}: expected Unicode text in '{TEXT_FIELD}', found half a surrogate pair"
-        ) from error
-    return value
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else f"a value of type {type(value).__name__}"
-
-
-def _names(fields: Iterable[object]) -> str:
-    return ", ".join(map(str, fields)) or "none"
-
-
 # The Hub
+
+
+def _hub_name(name: str) -> "re.Match[str] | None":
+    """The parts of an id of the Hub; None for a name of local files, there or not."""
+    found = _HUB_NAME.fullmatch(name)
+    if found is None or is_text_file(Path(found[1])) or Path(found[1]).exists():
+        return None
+    return found
 
 
 def _hub_source(name: str, split: Split) -> TextSource:
     data = HUB_DATA[name]
-    documents = _read_column(_fetch(name, data, split), data.column)
+    path = _fetch(name, data.repository, data.revision, [data.files[split]], LOCAL_ALTERNATIVE)
+    documents = _read_table(path, data.column)
     if split == "evaluation":
         documents = documents[: data.evaluation_documents]
-    return TextSource(name, tuple(documents), data.separator, data.evaluation_windows, data.windows_within_documents)
+    return TextSource(name, documents, data.separator, data.evaluation_windows, data.windows_within_documents)
 
 
-def _fetch(name: str, data: HubData, split: Split) -> Path:
-    """The split's file in the local Hub cache, downloaded at its first use."""
+def _hub_source_by_id(name: str, parts: "re.Match[str]", split: Split) -> TextSource:
+    """The first shard of a split of any public data set."""
+    repository, config, part, field = parts.groups()
+    part = part or _USUAL_SPLIT[split]
+    folder = config or "default"
+    # Of what is larger than 5 GB the Hub converts the first 5 GB, and says so.
+    files = [f"{folder}/{kind}{part}/0000.parquet" for kind in ("", "partial-")]
+    advice = f"a local file; no folder {repository} is here, and an id goes on as {repository}:config:split:field"
+    return _source(name, _read_table(_fetch(name, repository, _CONVERTED, files, advice), field or None))
+
+
+def _fetch(name: str, repository: str, revision: str, files: Sequence[str], alternative: str) -> Path:
+    """The first of these files that there is, in the local Hub cache, downloaded at its first use."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
-    def download(cached: bool) -> Path:
-        return Path(
-            hf_hub_download(
-                data.repository,
-                data.files[split],
-                repo_type="dataset",
-                revision=data.revision,
-                local_files_only=cached,
-            )
-        )
+    failure: Exception | None = None
+    # A published file does not change: no need to ask again for one that is in the cache.
+    for cached, file in itertools.product((True, False), files):
+        try:
+            with _quiet_hub():
+                if not cached:
+                    ask_hub(repository, file, revision, kind="dataset")
+                found = hf_hub_download(
+                    repository, file, repo_type="dataset", revision=revision, local_files_only=cached
+                )
+                return Path(found)
+        except EntryNotFoundError as error:  # also of the cache: the next file may be there
+            failure = error
+        except Exception as error:
+            if not isinstance(error, OSError) and hub_reason(error, file, revision) is None:
+                raise
+            failure = error
+            break
+    assert failure is not None
+    reason = hub_reason(failure, files[0], revision)
+    raise SparseGPTError(
+        f"{name}: the data set {repository} is neither in the local cache nor reachable on the Hugging Face Hub"
+        f"{f' ({reason})' if reason else ''}; go online once, or give {alternative} instead"
+    ) from failure
 
-    try:
-        with _quiet_hub():
-            try:
-                return download(cached=True)  # a published file does not change: no need to ask again
-            except LocalEntryNotFoundError:
-                ask_hub(data.repository, data.files[split], data.revision, kind="dataset")
-                return download(cached=False)
-    except Exception as error:
-        if not isinstance(error, OSError) and hub_reason(error, data.files[split], data.revision) is None:
-            raise
-        raise SparseGPTError(
-            f"{name}: the data set {data.repository} is neither in the local cache nor reachable on the Hugging Face "
-            f"Hub; go online once, or give {LOCAL_ALTERNATIVE} instead"
-        ) from error
 
-
-def _read_column(path: Path, column: str) -> list[str]:
-    """One column of a parquet or json file, through `datasets` and its cache."""
+def _read_table(path: Path, field: str | None) -> tuple[Document, ...]:
+    """The documents of a parquet or json file, through `datasets` and its cache."""
     from datasets import load_dataset
 
     with _no_bars():
         rows = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train")
-    return list(rows[column])
+    rows = rows.select_columns(list(fields_read(rows.column_names, path.name, field)))
+    return tuple(document_of(row, f"{path.name}, row {number}", field) for number, row in enumerate(rows, start=1))
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Text to token windows: a seeded draw for calibration, one long stream for evaluation."""
 
 import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +10,12 @@ import torch
 
 from sparsegpt.errors import SparseGPTError, unknown
 
+from .packing import Layout, lay_out, without_own_start
 from .sources import TextSource
 
 BOS_CHOICES = ("auto", "always", "never")
+# What becomes of documents; see `mixture.draw_mixture`.
+DOCUMENT_CHOICES = ("auto", "join", "pack", "single")
 # Families trained with a beginning-of-sequence token in every window, and lost without it.
 BOS_IN_EVERY_WINDOW = ("gemma",)
 DRAWS_WITHOUT_A_FIT = 10_000  # documents in a row too short for a window; more draws would not help
@@ -18,25 +23,49 @@ DRAWS_WITHOUT_A_FIT = 10_000  # documents in a row too short for a window; more 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration windows, LongTensor [samples, sequence_length], and what a report needs to name them."""
+    """Calibration windows, each a LongTensor [tokens], and what a report needs to name them.
 
-    windows: torch.Tensor
+    bos: the beginning-of-sequence token that every window begins with. documents: one of DOCUMENT_CHOICES.
+    boundary: in packed windows, the token that every document begins with, and that is nowhere else.
+    """
+
+    rows: tuple[torch.Tensor, ...]
     source: str
     seed: int
-    token_hash: str  # SHA-256, hexadecimal, of the windows as little-endian int64, row by row
-    bos: int | None = None  # the beginning-of-sequence token that every window begins with
+    bos: int | None = None
+    documents: str = "auto"
+    boundary: int | None = None
+
+    @property
+    def windows(self) -> torch.Tensor | list[torch.Tensor]:
+        """LongTensor [samples, sequence_length], or a list of LongTensors [tokens] where lengths differ."""
+        rows = list(self.rows)
+        return torch.stack(rows) if len({len(row) for row in rows}) == 1 else rows
+
+    @property
+    def token_hash(self) -> str:
+        """SHA-256, hexadecimal, of the windows as little-endian int64, row by row."""
+        return hashlib.sha256(b"".join(row.cpu().numpy().astype("<i8").tobytes() for row in self.rows)).hexdigest()
 
     def describe(self) -> dict[str, object]:
-        """The entry "calibration" of report.json."""
-        samples, sequence_length = self.windows.shape
+        """The entry "calibration" of report.json; sequence_length is that of the longest window."""
         return {
             "source": self.source,
-            "samples": samples,
-            "sequence_length": sequence_length,
+            "samples": len(self.rows),
+            "sequence_length": max(map(len, self.rows)),
+            "tokens": sum(map(len, self.rows)),
             "seed": self.seed,
             "token_hash": self.token_hash,
             "bos": self.bos,
+            "documents": self.documents,
+            "boundary": self.boundary,
         }
+
+
+def check_documents(choice: str) -> None:
+    """Raises SparseGPTError for another choice than those of DOCUMENT_CHOICES."""
+    if choice not in DOCUMENT_CHOICES:
+        raise unknown("documents", choice, DOCUMENT_CHOICES, settings=("documents",))
 
 
 def check_bos(choice: str) -> None:
@@ -60,29 +89,39 @@ def bos_token(tokenizer: Any, model_type: str, choice: str) -> int | None:
     return int(tokenizer.bos_token_id)
 
 
-def draw_windows(
-    source: TextSource, tokenizer: Any, samples: int, sequence_length: int, seed: int, bos: int | None = None
-) -> Calibration:
-    """Windows [samples, sequence_length] of tokens, the same ones for the same text, tokenizer and seed.
-
-    Every start position of the token stream is equally likely and windows may overlap. Where `source` keeps windows
-    within documents (c4), a document is drawn first, again and again until one is long enough, then a position in it.
-    bos: the token that every window begins with, one of its `sequence_length` tokens; no other special token is added.
-    Raises `SparseGPTError` where the text is too short.
-    """
+def draw_rows(
+    source: TextSource,
+    tokenizer: Any,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    bos: int | None = None,
+    documents: str = "auto",
+) -> list[torch.Tensor]:
+    """Windows [sequence_length] of one source that are not packed, or shorter ones; see `mixture.draw_mixture`."""
+    source = source.for_tokenizer(tokenizer)
+    draw = _DRAWS["within" if documents == "auto" and source.windows_within_documents else documents]
     text_length = sequence_length if bos is None else sequence_length - 1
-    if samples < 1 or text_length < 1:
+    windows = draw(source, tokenizer, samples, text_length, torch.Generator().manual_seed(seed))
+    return windows if bos is None else [torch.cat([window.new_tensor([bos]), window]) for window in windows]
+
+
+def lay_out_source(source: TextSource, tokenizer: Any, samples: int, sequence_length: int, seed: int) -> Layout:
+    """What goes into each of so many packed windows [sequence_length]; raises as `draw_mixture` does."""
+    source = source.for_tokenizer(tokenizer)
+    drawn = _in_turns(source, tokenizer, torch.Generator().manual_seed(seed), sequence_length)
+    return lay_out((without_own_start(tokens, tokenizer) for tokens in drawn), samples, sequence_length)
+
+
+def check_size(samples: int, sequence_length: int, bos: int | None) -> None:
+    """Raises SparseGPTError where there would be no window, or no text in one."""
+    length = sequence_length if bos is None else sequence_length - 1
+    if samples < 1 or length < 1:
         raise SparseGPTError(
-            f"expected at least 1 calibration window of at least 1 token, found {samples} of {sequence_length}; "
+            f"expected at least 1 calibration window of at least 1 token, found {samples} of {length}; "
             "raise the samples or the sequence length",
             settings=("samples", "sequence_length"),
         )
-    generator = torch.Generator().manual_seed(seed)
-    draw = _windows_within_documents if source.windows_within_documents else _windows_of_stream
-    windows = draw(source, tokenizer, samples, text_length, generator)
-    if bos is not None:
-        windows = torch.cat([windows.new_full((samples, 1), bos), windows], dim=1)
-    return Calibration(windows, source.name, seed, hash_tokens(windows), bos)
 
 
 def evaluation_tokens(source: TextSource, tokenizer: Any) -> tuple[torch.Tensor, int]:
@@ -96,50 +135,82 @@ def encode(text: str, tokenizer: Any) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def hash_tokens(windows: torch.Tensor) -> str:
-    """[samples, sequence_length] -> SHA-256, hexadecimal, of the tokens as little-endian int64."""
-    return hashlib.sha256(windows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-
-
 def _windows_of_stream(
     source: TextSource, tokenizer: Any, samples: int, sequence_length: int, generator: torch.Generator
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     tokens = encode(source.text, tokenizer)
     positions = len(tokens) - sequence_length + 1
     if positions < 1:
-        raise SparseGPTError(
-            f"{source.name}: expected at least {sequence_length} tokens for one calibration window, "
-            f"found {len(tokens)}; give more text or lower the sequence length",
-            settings=("sequence_length",),
-        )
-    starts = torch.randint(positions, (samples, 1), generator=generator)
-    return tokens[starts + torch.arange(sequence_length)]
+        raise _too_short(source, sequence_length, len(tokens))
+    starts = torch.randint(positions, (samples,), generator=generator)
+    return [tokens[start : start + sequence_length] for start in starts.tolist()]
 
 
 def _windows_within_documents(
     source: TextSource, tokenizer: Any, samples: int, sequence_length: int, generator: torch.Generator
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     # As published for c4: its shard is too big to tokenize whole, and a window across two web pages teaches nothing.
-    windows = []
-    for _ in range(samples):
-        tokens = _long_document(source, tokenizer, sequence_length, generator)
-        start = int(torch.randint(len(tokens) - sequence_length + 1, (), generator=generator))
-        windows.append(tokens[start : start + sequence_length])
-    return torch.stack(windows)
+    texts = source.texts
+    documents = (_long_document(texts, source.name, tokenizer, sequence_length, generator) for _ in range(samples))
+    return [_piece(tokens, sequence_length, generator) for tokens in documents]
+
+
+def _single_documents(
+    source: TextSource, tokenizer: Any, samples: int, sequence_length: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    documents = itertools.islice(_in_turns(source, tokenizer, generator), samples)
+    return [_piece(tokens, sequence_length, generator) for tokens in documents]
+
+
+_DRAWS = {
+    "auto": _windows_of_stream,
+    "join": _windows_of_stream,
+    "within": _windows_within_documents,
+    "single": _single_documents,
+}
+
+
+def _piece(tokens: torch.Tensor, sequence_length: int, generator: torch.Generator) -> torch.Tensor:
+    """A document [tokens], or of a longer one a piece of this length from anywhere."""
+    positions = max(1, len(tokens) - sequence_length + 1)
+    start = int(torch.randint(positions, (), generator=generator))
+    return tokens[start : start + sequence_length]
+
+
+def _in_turns(source: TextSource, tokenizer: Any, generator: torch.Generator, least: int = 1) -> Iterator[torch.Tensor]:
+    """The documents [tokens] in a random order, then in another, without end; at least so many tokens in a round."""
+    texts = source.texts
+    while True:
+        found = 0
+        for index in torch.randperm(len(texts), generator=generator).tolist():
+            tokens = encode(texts[index], tokenizer)
+            found += len(tokens)
+            if len(tokens):
+                yield tokens
+        if found < least:
+            raise _too_short(source, least, found)
+
+
+def _too_short(source: TextSource, expected: int, found: int) -> SparseGPTError:
+    return SparseGPTError(
+        f"{source.name}: expected at least {expected} tokens for one calibration window, found {found}; give more text "
+        "or lower the sequence length",
+        settings=("sequence_length",),
+    )
 
 
 def _long_document(
-    source: TextSource, tokenizer: Any, sequence_length: int, generator: torch.Generator
+    texts: Sequence[str], name: str, tokenizer: Any, sequence_length: int, generator: torch.Generator
 ) -> torch.Tensor:
     longest = 0
     for _ in range(DRAWS_WITHOUT_A_FIT):
-        drawn = int(torch.randint(len(source.documents), (), generator=generator))
-        tokens = encode(source.documents[drawn], tokenizer)
+        drawn = int(torch.randint(len(texts), (), generator=generator))
+        tokens = encode(texts[drawn], tokenizer)
         if len(tokens) >= sequence_length:
             return tokens
         longest = max(longest, len(tokens))
     raise SparseGPTError(
-        f"{source.name}: expected a document of {sequence_length} tokens, found none longer than {longest} "
+        f"{name}: expected a document of {sequence_length} tokens, found none longer than {longest} "
         f"in {DRAWS_WITHOUT_A_FIT} draws; lower the sequence length",
         settings=("sequence_length",),
     )

@@ -2,14 +2,17 @@
 
     w' = s d,   d an integer,   one scale s for `group_size` consecutive inputs of a row
 
-On a symmetric grid of b bits d lies in [-(2^(b-1) - 1), 2^(b-1) - 1]; otherwise a group has a zero point z from 0 to
-2^b - 1 and d lies in [-z, 2^b - 1 - z]. In files q = d + z (2^(b-1) where symmetric). Scales are numbers that float16
-and bfloat16 both hold, so every file format keeps them to the bit, and s d is exact in float32.
+On a symmetric grid of b bits d lies in [-2^(b-1), 2^(b-1) - 1], and s has either sign: the end that reaches further is
+where the larger weights are (Cheng et al. 2023, arXiv:2309.05516). At 8 bits, where it hardly counts, -128 is left out.
+Otherwise a group has a zero point z from 0 to 2^b - 1 and d lies in [-z, 2^b - 1 - z]. In files q = d + z, with 2^(b-1)
+for z where symmetric. Scales are numbers that float16 and bfloat16 both hold, so every file format keeps them to the
+bit, and s d is exact in float32.
 
 Dimension key: R out_features, C in_features, G groups of a row, K inputs of a group.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,12 +23,15 @@ from torch.nn.functional import pad
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.sparsity import NM, Sparsity
+from sparsegpt.strips import strips
 
 EXPECTED = "expected int2 to int8, or uint2 to uint8 with zero points, such as int4, int4:32 (groups) or int8:row"
 GROUP_SIZE = 128
-# Clip search: the shares of the largest weight that are tried as the end of the grid. On 21 layers of a 15M-parameter
-# Llama, with squared errors weighted by the inputs, 15 finer shares leave 1% less, and so does an exponent of 2.4.
-SHRINK = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
+# Clip search: the shares of the largest weight that are tried as the end of the grid. On 14 layers of a 15M-parameter
+# Llama at 2:4, once scales are fitted anew on the integers, six finer shares leave 0.1% less.
+SHRINK = (1.0, 0.9, 0.8, 0.7)
+# Weights whose scales are searched at once: the steps then stay in a core's cache.
+_SEARCHED = 1 << 16
 # From here on both float16 and bfloat16 have 8 bits of every scale; smaller weights are nothing to any model.
 LEAST_SCALE = 2.0**-17
 LARGEST_SCALE = torch.finfo(torch.float16).max
@@ -58,9 +64,14 @@ class Grid:
         return f"{'' if self.symmetric else 'u'}int{self.bits}:{group}"
 
     @property
-    def span(self) -> int:
-        """The largest |d| that a group may hold."""
+    def most(self) -> int:
+        """The largest d that a group may hold: with zero points, where its zero point is 0."""
         return (1 << self.bits - self.symmetric) - 1
+
+    @property
+    def least(self) -> int:
+        """The least d that a group may hold: with zero points, where its zero point is the largest."""
+        return -self.most - (self.symmetric and self.bits < 8)
 
     def width(self, in_features: int) -> int:
         """Inputs of a group in a row of so many."""
@@ -100,9 +111,8 @@ class Scales(NamedTuple):
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The least and the largest step of each group, [R, G] each."""
         if self.zero is None:
-            most = torch.full_like(self.scale, self.grid.span)
-            return -most, most
-        return -self.zero, self.grid.span - self.zero
+            return torch.full_like(self.scale, self.grid.least), torch.full_like(self.scale, self.grid.most)
+        return -self.zero, self.grid.most - self.zero
 
     def per_weight(self, columns: int) -> Tensor:
         """The scale of each weight, [R, C], for C = `columns`."""
@@ -138,9 +148,9 @@ def parse_grid(value: "str | Grid | None") -> Grid | None:
 
 
 def representable(scale: Tensor) -> Tensor:
-    """Positive scales [...] -> the nearest that float16 and bfloat16 both hold, float32 [...]; inf beyond float16."""
+    """Scales [...] -> the nearest that float16 and bfloat16 both hold, float32 [...]; inf beyond float16."""
     # A number of float16 rounded to the 8 bits of bfloat16 is one of float16 still.
-    return scale.float().clamp_min(LEAST_SCALE).half().bfloat16().float()
+    return scale.float().abs().clamp_min(LEAST_SCALE).half().bfloat16().float().copysign(scale)
 
 
 def search_scales(
@@ -152,21 +162,18 @@ def search_scales(
     importance: [C], such as the mean squares of the inputs; None: all alike.
     Raises SparseGPTError, with the layer's name, where a scale is beyond float16.
     """
-    groups_RGK = grouped(weight.float(), grid)
-    high_RG, low_RG = groups_RGK.amax(-1), groups_RGK.amin(-1)
     weight_C = weight.new_ones(weight.shape[1]) if importance is None else importance
     weight_GK = grouped(weight_C.float()[None], grid)[0]
-    found, least_RG = _ends_at(high_RG, low_RG, grid), torch.full_like(high_RG, torch.inf)
-    for share in SHRINK if clip else ():
-        tried = _ends_at(high_RG * share, low_RG * share, grid)
-        error_RGK = (_rounded(groups_RGK, tried) * tried.scale[..., None]).sub_(groups_RGK).square_()
-        error_RG = torch.einsum("rgk,gk->rg", error_RGK, weight_GK)
-        better_RG = error_RG < least_RG
-        least_RG = torch.where(better_RG, error_RG, least_RG)
-        found = _either(better_RG, tried, found)
+    rows_at_once = max(1, _SEARCHED // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    parts = [
+        _search(grouped(weight[rows].float(), grid), weight_GK, grid, SHRINK if clip else ())
+        for rows in strips(len(weight), rows_at_once)
+    ]
+    zero = None if grid.symmetric else torch.cat([part.zero for part in parts if part.zero is not None])
+    found = Scales(grid, torch.cat([part.scale for part in parts]), zero)
     if not bool(torch.isfinite(found.scale).all()):
         raise SparseGPTError(
-            f"{name}: a scale of {grid} is beyond float16, as weights lie above {grid.span * LARGEST_SCALE:.3g}: leave "
+            f"{name}: a scale of {grid} is beyond float16, as weights lie above {grid.most * LARGEST_SCALE:.3g}: leave "
             "the layer out, or give more bits",
             settings=("skip", "quantize"),
         )
@@ -184,6 +191,7 @@ def recover(weight: Tensor, grid: Grid, name: str = "weight") -> Integers:
 
     A group whose largest weight is k steps away from 0 has this weight over k as its scale, but for a rounding: so all
     k, and the neighbours that rounding may have hidden, are tried until all weights of the group come out to the bit.
+    Where a symmetric grid's steps then reach one too far upwards, scale and steps change their signs.
     Where several grids give the same numbers (all steps even, say) any of them may be returned.
     Raises SparseGPTError, with the layer's name, where a group is on no such grid.
     """
@@ -191,7 +199,7 @@ def recover(weight: Tensor, grid: Grid, name: str = "weight") -> Integers:
     largest_N = values_NK.float().abs().amax(1)
     scale_N, steps_NK = torch.full_like(largest_N, LEAST_SCALE), torch.zeros_like(values_NK, dtype=torch.int16)
     left = largest_N.nonzero()[:, 0]
-    for count in range(grid.span, 0, -1):
+    for count in range(max(grid.most, -grid.least), 0, -1):
         for nudge in _NUDGES:
             if not len(left):
                 break
@@ -207,6 +215,10 @@ def recover(weight: Tensor, grid: Grid, name: str = "weight") -> Integers:
             f"{name}: {len(left)} of {len(largest_N)} groups are not on a grid {grid}: the weights were changed after "
             "they were rounded"
         )
+    if grid.symmetric:
+        turned_N = torch.where(steps_NK.amax(1) > grid.most, -1, 1)
+        scale_N *= turned_N
+        steps_NK *= turned_N[:, None]
     steps_RGK = rearrange(steps_NK, "(r g) k -> r g k", r=len(weight))
     zero = None if grid.symmetric else -steps_RGK.amin(-1).clamp_max(0).float()
     scales = Scales(grid, scale_N.view(len(weight), -1), zero)
@@ -223,20 +235,38 @@ def _joined(groups_RGK: Tensor, columns: int) -> Tensor:
     return rearrange(groups_RGK, "r g k -> r (g k)")[:, :columns].contiguous()
 
 
+def _search(groups_RGK: Tensor, weight_GK: Tensor, grid: Grid, shares: Sequence[float]) -> Scales:
+    """The best scales of those whose grids reach to these shares of the largest weights; to all of it without any."""
+    high_RG, low_RG = groups_RGK.amax(-1), groups_RGK.amin(-1)
+    found, least_RG = _ends_at(high_RG, low_RG, grid), torch.full_like(high_RG, torch.inf)
+    for share in shares:
+        tried = _ends_at(high_RG * share, low_RG * share, grid)
+        error_RGK = _rounded(groups_RGK, tried).mul_(tried.scale[..., None]).sub_(groups_RGK).square_()
+        error_RG = torch.einsum("rgk,gk->rg", error_RGK, weight_GK)
+        better_RG = error_RG < least_RG
+        least_RG = torch.where(better_RG, error_RG, least_RG)
+        found = _either(better_RG, tried, found)
+    return found
+
+
 def _ends_at(high_RG: Tensor, low_RG: Tensor, grid: Grid) -> Scales:
     """Scales of grids that reach from `low` to `high`, and hold 0."""
-    if grid.symmetric:
-        return Scales(grid, representable(torch.maximum(high_RG, -low_RG) / grid.span))
     high_RG, low_RG = high_RG.clamp_min(0), low_RG.clamp_max(0)
-    scale_RG = representable((high_RG - low_RG) / grid.span)
-    return Scales(grid, scale_RG, (-low_RG / scale_RG).round_().clamp_(0, grid.span))
+    if grid.symmetric:
+        upright_RG = torch.maximum(high_RG / grid.most, low_RG / grid.least)
+        turned_RG = torch.maximum(high_RG / -grid.least, low_RG / -grid.most)
+        return Scales(grid, representable(torch.where(upright_RG <= turned_RG, upright_RG, -turned_RG)))
+    scale_RG = representable((high_RG - low_RG) / grid.most)
+    return Scales(grid, scale_RG, (-low_RG / scale_RG).round_().clamp_(0, grid.most))
 
 
 def _rounded(groups_RGK: Tensor, scales: Scales) -> Tensor:
     """The nearest step of each weight."""
-    least_RG, most_RG = scales.bounds
     steps_RGK = (groups_RGK / scales.scale[..., None]).round_()
-    return torch.minimum(torch.maximum(steps_RGK, least_RG[..., None]), most_RG[..., None])
+    if scales.zero is None:
+        return steps_RGK.clamp_(scales.grid.least, scales.grid.most)
+    least_RG, most_RG = scales.bounds
+    return steps_RGK.clamp_(least_RG[..., None], most_RG[..., None])
 
 
 def _either(first_RG: Tensor, one: Scales, other: Scales) -> Scales:
@@ -255,5 +285,6 @@ def _nudged(scale_N: Tensor, units: int) -> Tensor:
 def _fits(steps_NK: Tensor, grid: Grid) -> Tensor:
     """[N, K] -> whether a group's steps lie on one grid, bool [N]."""
     if grid.symmetric:
-        return steps_NK.abs().amax(1) <= grid.span
-    return steps_NK.amax(1).clamp_min(0) - steps_NK.amin(1).clamp_max(0) <= grid.span
+        # Either end may reach further, as the scale has either sign.
+        return torch.minimum(steps_NK.amax(1), -steps_NK.amin(1)) <= grid.most
+    return steps_NK.amax(1).clamp_min(0) - steps_NK.amin(1).clamp_max(0) <= grid.most

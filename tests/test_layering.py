@@ -17,8 +17,8 @@ FOLDERS["calib_data"] = "sparsegpt.calib_data"
 ROOMS = (
     "errors",
     "sparsity",
-    "quantization",
     "strips",
+    "quantization",
     "files",
     "incoming",
     "solvers",

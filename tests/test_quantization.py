@@ -38,8 +38,8 @@ def groups_of(grid, columns):
 def numbers_of(grid, scale, zero):
     """Every number of a group's grid, in float64."""
     if grid.symmetric:
-        most = 2 ** (grid.bits - 1) - 1
-        return scale.double() * torch.arange(-most, most + 1)
+        end = 2 ** (grid.bits - 1)
+        return scale.double() * torch.arange(-end + (grid.bits == 8), end)
     return scale.double() * (torch.arange(2**grid.bits) - zero)
 
 
@@ -155,4 +155,15 @@ def test_zero_points_reach_further_than_symmetry():
         for text in ("int4:32", "uint4:32")
     ]
     assert errors[1] < 0.6 * errors[0]
-    assert Scales(Grid(4), torch.ones(1, 1)).bounds[0] == -7
+    assert Scales(Grid(4), torch.ones(1, 1)).bounds == (-8, 7)
+
+
+def test_a_symmetric_grid_reaches_further_where_the_larger_weights_are():
+    """Eighths of the largest weight are on a grid of four bits, whichever sign it has."""
+    steps = torch.tensor([[-8.0, 7, 3, 0], [8, -7, 1, 0]])
+    for sign in (1, -1):
+        found = encode(sign * steps / 8, search_scales(sign * steps / 8, Grid(4), clip=False))
+        assert torch.equal(found.decode(), sign * steps / 8)
+        assert (found.steps.amin(1) == -8).all()
+        assert torch.equal(recover(found.decode(torch.bfloat16), Grid(4)).steps, found.steps)
+    assert Scales(Grid(8), torch.ones(1, 1)).bounds == (-127, 127)

@@ -68,7 +68,7 @@ def _measure(
     texts = load_texts(calibration, "calibration")
     loaded = load_model(model, device=device, revision=revision, trust_remote_code=trust_remote_code, to_prune=True)
     length, bos = loaded.sequence_length(sequence_length), loaded.bos_token("auto")
-    windows = draw_mixture(texts, loaded.tokenizer, samples, length, 0, bos).windows
+    windows = draw_mixture(texts, loaded.tokenizer, samples, length, 0, bos, model=loaded.model).windows
     started = time.perf_counter()
     prune_model(loaded.model, windows, "2:4", preset="paper", order=order)
     seconds = time.perf_counter() - started

@@ -1,5 +1,7 @@
-"""`bench quality`: perplexity of every method at every sparsity on one model, as a table and as a figure."""
+"""`bench quality`: perplexity of every method at every sparsity, and on grids of integers, as tables and figures."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 from sparsegpt.calib_data import check_text, check_texts, draw_mixture, load_text, load_texts
 from sparsegpt.driver.pipeline import prune_model
+from sparsegpt.driver.reports import LayerReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import score_text
 from sparsegpt.files.checked_json import read_checked, write_checked
@@ -14,6 +17,7 @@ from sparsegpt.model.loading import LoadedModel, load_config, load_model, sequen
 from sparsegpt.settings.machine import pick_device
 from sparsegpt.sparsity import parse_sparsity
 
+NO_GRID = "none"
 PATTERNS = ("2:4", "4:8", "0.5", "0.6", "0.7")
 # Name in the table -> what to ask for. Up to `fast` all linears of a block are pruned from one capture, as published.
 LADDER: dict[str, dict[str, Any]] = {
@@ -30,12 +34,24 @@ LADDER: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class QualityRow:
-    """One prune: perplexity on the evaluation text, seconds of the prune alone."""
+    """One prune: perplexity on the evaluation text, seconds of the prune alone.
+
+    grid, quantizer: the integers that kept weights were rounded to, and how. bits: of a weight of the pruned linears,
+    as packed or, where that is less, dense.
+    """
 
     method: str
     pattern: str
     perplexity: float
     seconds: float
+    grid: str = NO_GRID
+    quantizer: str = ""
+    bits: float = 16.0
+
+    @property
+    def asked(self) -> tuple[str, str, str, str]:
+        """What was measured."""
+        return self.method, self.pattern, self.grid, self.quantizer
 
 
 @dataclass(frozen=True)
@@ -69,16 +85,27 @@ class QualityBench:
         load_text(self.evaluation, "evaluation")
 
     def run(
-        self, methods: tuple[str, ...], patterns: tuple[str, ...], known: list[QualityRow] | None = None
+        self,
+        methods: tuple[str, ...],
+        patterns: tuple[str, ...],
+        known: list[QualityRow] | None = None,
+        *,
+        grids: tuple[str, ...] = (NO_GRID,),
+        quantizers: tuple[str, ...] = ("gptq",),
     ) -> Iterator[QualityRow]:
-        """One new row at a time, the dense model first; what is known already is not measured again."""
-        there = {(row.method, row.pattern) for row in known or []}
-        if ("dense", "-") not in there:
+        """One new row at a time, the dense model first; what is known already is not measured again.
+
+        grids: as `parse_grid` takes them; pattern "0" on a grid rounds alone, and on none is the dense model.
+        """
+        there = {row.asked for row in known or []}
+        if ("dense", "-", NO_GRID, "") not in there:
             yield QualityRow("dense", "-", self._score(self._load()), 0.0)
-        for pattern in patterns:
-            for method in methods:
-                if (method, pattern) not in there:
-                    yield self._prune(method, pattern)
+        for pattern, method, grid in itertools.product(patterns, methods, grids):
+            if grid == NO_GRID and parse_sparsity(pattern).zeros == 0:
+                continue
+            for quantizer in quantizers if grid != NO_GRID else ("",):
+                if (method, pattern, grid, quantizer) not in there:
+                    yield self._prune(method, pattern, grid, quantizer)
 
     def read(self, path: Path) -> list[QualityRow]:
         """The rows that `write` left in a file; none without one. Raises SparseGPTError if measured otherwise."""
@@ -114,14 +141,23 @@ class QualityBench:
             to_prune=True,
         )
 
-    def _prune(self, method: str, pattern: str) -> QualityRow:
+    def _prune(self, method: str, pattern: str, grid: str, quantizer: str) -> QualityRow:
         loaded = self._load()
         texts = load_texts(self.calibration, "calibration")
         windows = draw_mixture(
-            texts, loaded.tokenizer, self.samples, self.sequence_length, self.seed, loaded.bos_token("auto")
+            texts,
+            loaded.tokenizer,
+            self.samples,
+            self.sequence_length,
+            self.seed,
+            loaded.bos_token("auto"),
+            model=loaded.model,
         ).windows
-        report = prune_model(loaded.model, windows, pattern, **LADDER[method])
-        return QualityRow(method, pattern, self._score(loaded), sum(report.seconds.values()))
+        rounding: dict[str, Any] = {} if grid == NO_GRID else {"quantize": grid, "quantizer": quantizer}
+        report = prune_model(loaded.model, windows, pattern, **LADDER[method], **rounding)
+        bits = _bits(report.layers, 1 - parse_sparsity(pattern).zeros)
+        seconds = sum(report.seconds.values())
+        return QualityRow(method, pattern, self._score(loaded), seconds, grid, quantizer, bits)
 
     def _score(self, loaded: LoadedModel) -> float:
         return score_text(
@@ -129,15 +165,47 @@ class QualityBench:
         ).perplexity
 
 
+def _bits(layers: list[LayerReport], kept: float) -> float:
+    """Of a weight, the mean of these layers: 16, packed a bit more for each weight that is kept."""
+    sizes = [math.prod(layer.shape) for layer in layers]
+    plain = min(16.0, 16 * kept + 1)
+    bits = [plain if layer.bits is None else layer.bits for layer in layers]
+    return sum(size * each for size, each in zip(sizes, bits, strict=True)) / sum(sizes)
+
+
+def draw_bytes(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
+    """Perplexity against bytes a weight: a line for each pattern, of the best row for each grid. PNG and SVG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    best: dict[tuple[str, str], QualityRow] = {}
+    for row in sorted(rows, key=lambda row: -row.perplexity):
+        best["dense" if row.pattern in ("0", "-") else row.pattern, row.grid] = row
+    for pattern in sorted({pattern for pattern, _ in best}):
+        line = sorted((row.bits / 8, row.perplexity, row.grid) for (of, _), row in best.items() if of == pattern)
+        axes.plot([x for x, _, _ in line], [y for _, y, _ in line], marker="o", label=pattern)
+        for x, y, grid in line:
+            axes.annotate("16 bits" if grid == NO_GRID else grid, (x, y), (3, 4), textcoords="offset points", size=7)
+    axes.set(xscale="log", yscale="log", xlabel="bytes a weight of the linears", ylabel="perplexity", title=title)
+    axes.legend()
+    return _saved(figure, path)
+
+
 def draw(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
-    """Perplexity of n:m patterns on the left, against the share of zeros on the right, a line a method. PNG and SVG."""
+    """Perplexity of n:m patterns on the left, against the share of zeros on the right, a line a method. PNG and SVG.
+
+    Rows on a grid are left out.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     dense = next(row.perplexity for row in rows if row.method == "dense")
-    pruned = [row for row in rows if row.method != "dense"]
+    pruned = [row for row in rows if row.method != "dense" and row.grid == NO_GRID]
     groups = sorted({row.pattern for row in pruned if ":" in row.pattern})
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 4.5), layout="constrained", sharey=True, width_ratios=(max(1, len(groups)), 4)
@@ -155,6 +223,12 @@ def draw(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
     right.set(xlabel="share of zeros")
     right.legend()
     figure.suptitle(title)
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> list[Path]:
+    import matplotlib.pyplot as plt
+
     written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for target in written:
         figure.savefig(target, dpi=150)

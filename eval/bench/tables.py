@@ -11,12 +11,13 @@ from rich.table import Table
 from sparsegpt.eval.bench.kernels import DecodeRow, KernelBench
 from sparsegpt.eval.bench.memory import MemoryRow
 from sparsegpt.eval.bench.pipeline import PipelineRow
-from sparsegpt.eval.bench.quality import LADDER, QualityRow
+from sparsegpt.eval.bench.quality import LADDER, NO_GRID, QualityRow
 from sparsegpt.eval.bench.solver import SolverRow
 from sparsegpt.eval.bench.sparsity import SparsityRow
 from sparsegpt.kernels.dispatch.measured import ANY, KernelRow, Measured, dtype_name, in_words
 from sparsegpt.run.memory import readable
 from sparsegpt.settings.prune_settings import PRESETS
+from sparsegpt.solvers.rounding import QUANTIZERS
 
 
 def solver_table(rows: Sequence[SolverRow]) -> Table:
@@ -73,12 +74,24 @@ def memory_table(rows: Sequence[MemoryRow]) -> Table:
 
 def quality_table(rows: Sequence[QualityRow]) -> Table:
     """The table of `bench quality`: methods down, patterns across, perplexity and seconds in the cells."""
-    dense, *pruned = rows
+    dense, *pruned = (row for row in rows if row.grid == NO_GRID)
     patterns = sorted({row.pattern for row in pruned}, key=lambda pattern: (":" not in pattern, pattern))
     table = Table("method", *patterns, title=f"perplexity (seconds of the prune); dense {dense.perplexity:.2f}")
     cells = {(row.method, row.pattern): f"{row.perplexity:.2f} ({row.seconds:.0f})" for row in pruned}
     for method in sorted({row.method for row in pruned}, key=list(LADDER).index):
         table.add_row(method, *(cells.get((method, pattern), "") for pattern in patterns))
+    return table
+
+
+def integers_table(rows: Sequence[QualityRow]) -> Table:
+    """The rows of `bench quality` on grids: patterns, methods and grids down, quantizers across."""
+    rounded = [row for row in rows if row.grid != NO_GRID]
+    quantizers = sorted({row.quantizer for row in rounded}, key=list(QUANTIZERS).index)
+    table = Table("pattern", "method", "grid", "bytes a weight", *quantizers, title="perplexity on integers")
+    cells = {row.asked: f"{row.perplexity:.2f}" for row in rounded}
+    for pattern, method, grid, bits in dict.fromkeys((row.pattern, row.method, row.grid, row.bits) for row in rounded):
+        found = (cells.get((method, pattern, grid, quantizer), "") for quantizer in quantizers)
+        table.add_row(pattern, method, grid, f"{bits / 8:.3f}", *found)
     return table
 
 

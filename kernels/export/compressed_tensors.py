@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegpt.kernels.export.bits import pack_bits
+from sparsegpt.files.bits import pack_bits
 from sparsegpt.quantization import Grid, Integers
 
 NAME = "compressed-tensors"

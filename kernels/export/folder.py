@@ -137,7 +137,7 @@ def _check(matrices: Mapping[str, tuple[Matrix, Grid]], tensors: OpenTensors, fo
     shapes = tensors.shapes()
     for tensor, (matrix, grid) in matrices.items():
         if matrix.transposed or matrix.expert is not None:
-            held = "the transposed weight of a Conv1D" if matrix.transposed else "one of experts in one tensor"
+            held = "the transposed weight of a Conv1D" if matrix.expert is None else "one of experts in one tensor"
             raise SparseGPTError(
                 f"{matrix.name} is {held}, and {name} holds linears alone: keep the run's folder, or pack it"
             )

@@ -1,6 +1,6 @@
 """A bitmask with int8 or int4 values and one scale for each group of dense columns (symmetric rounding).
 
-    value = q * scale,  q an integer in [-(2^(bits-1) - 1), 2^(bits-1) - 1]
+    value = q * scale,  q an integer from -8 to 7 or from -127 to 127
     integers [ceil((V + 32) bits / 8)] uint8   kept integers in two's complement, row by row, of two in a byte the low
                                                bits first; 32 zeros follow
     scales   [N, ceil(Kp / group_size)]        float16, one for `group_size` columns of the weight
@@ -151,8 +151,8 @@ def pack_integers(
     """Integers [N, K] and scales [N, ceil(Kp / group_size)] that somebody has chosen -> packed, nothing rounded again.
 
     Args:
-        integers: of any integer or floating-point dtype, whole numbers from -(2^(bits-1) - 1) to 2^(bits-1) - 1.
-        scales: finite and not negative; float16, or exactly representable in it.
+        integers: of any integer or floating-point dtype, whole numbers from -8 to 7 or from -127 to 127.
+        scales: finite; float16, or exactly representable in it.
         kept: [N, K] bool, which weights are in the mask; those whose integer is not 0 by default.
         dtype: of the weights that integers and scales stand for.
 
@@ -244,14 +244,14 @@ class BitmaskIntegers(IntegerForm):
     def check(self, packed: QuantizedBitmask) -> None:
         """Packed [N, K]. Raises SparseGPTError for a mask, offsets, scales or integers that no packer writes.
 
-        Offsets and integers are those of the mask; scales are finite and not negative, integers symmetric about 0.
+        Offsets and integers are those of the mask; scales are finite, no integer is -128.
         """
         check_mask(packed.mask, packed.offsets, packed.shape)
-        integers, least = _from_stream(packed.integers, packed.bits, 0, packed.room), -largest_integer(packed.bits) - 1
+        integers = _from_stream(packed.integers, packed.bits, 0, packed.room)
         check_count(packed.mask, packed.room, integers[-TAIL:], spare=8 // packed.bits - 1)
         check_scales(packed.scales)
-        if bool((integers == least).any()):
-            raise SparseGPTError(f"an integer of {packed.bits} bits is {least}: expected {least + 1} to {-least - 1}")
+        if packed.bits == 8 and bool((integers == -128).any()):
+            raise SparseGPTError("an integer of 8 bits is -128: expected -127 to 127")
 
     def stored(self, packed: QuantizedBitmask) -> str:
         """Packed [N, K] -> that it is a bitmask, its bits and group size."""

@@ -1,6 +1,8 @@
 """What packed integers share, whatever mask they stand under: grids, scales, settings, and the form's part of it.
 
-    value = q * scale,  q an integer in [-(2^(bits-1) - 1), 2^(bits-1) - 1], one float16 scale for `group_size` columns
+    value = q * scale,  q an integer from -8 to 7 or from -127 to 127, one float16 scale for `group_size` columns
+
+Scales have either sign: the end of four bits that reaches further is where a solver wants it.
 
 Dimension key: N out_features, K in_features, Kp padded, S scale groups, V values of a group."""
 
@@ -22,6 +24,7 @@ from sparsegpt.quantization import Grid, recover
 # Of a weight, before all of it is tried.
 ROWS_TRIED = 4
 _INFINITY = 0x7C00  # the bits of float16's infinity; from there on to 0x7FFF it is NaN
+_MAGNITUDE = 0x7FFF  # all but the sign
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,13 @@ def on_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]
 
 
 def largest_integer(bits: int) -> int:
-    """The largest integer of so many bits; its negative is the least."""
+    """The largest integer of so many bits."""
     return int(2 ** (bits - 1) - 1)
+
+
+def least_integer(bits: int) -> int:
+    """The least integer of so many bits: of eight its negative is one too."""
+    return -largest_integer(bits) - (bits < 8)
 
 
 def group_scales(values_NSV: Tensor, bits: int) -> Tensor:
@@ -106,9 +114,9 @@ def group_scales(values_NSV: Tensor, bits: int) -> Tensor:
 
 def whole_integers(integers: Tensor, bits: int) -> Tensor:
     """[N, K] whole numbers of `bits` -> int8. Raises SparseGPTError for others."""
-    small, most = integers.to(torch.int8), largest_integer(bits)
-    if bool((small != integers).any()) or bool((small.abs() > most).any()) or bool((small == -128).any()):
-        raise SparseGPTError(f"int{bits}: expected whole numbers from {-most} to {most}")
+    small, least, most = integers.to(torch.int8), least_integer(bits), largest_integer(bits)
+    if bool((small != integers).any()) or bool(((small < least) | (small > most)).any()):
+        raise SparseGPTError(f"int{bits}: expected whole numbers from {least} to {most}")
     return small
 
 
@@ -121,10 +129,9 @@ def exact_scales(scales: Tensor) -> Tensor:
 
 
 def check_scales(scales: Tensor) -> None:
-    """[N, S] float16. Raises SparseGPTError unless all are finite and none is negative."""
-    bits_NS = scales.view(torch.int16)
-    if bool(((bits_NS < 0) | (bits_NS >= _INFINITY)).any()):
-        raise SparseGPTError("a scale is negative, infinite or NaN: expected finite float16 numbers from 0 on")
+    """[N, S] float16. Raises SparseGPTError unless all are finite."""
+    if bool(((scales.view(torch.int16) & _MAGNITUDE) >= _INFINITY).any()):
+        raise SparseGPTError("a scale is infinite or NaN: expected finite float16 numbers")
 
 
 def integer_settings(pattern: str, bits: int, group_size: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Packed 2:4 with int8 or int4 values and one scale for each group of dense columns (storage; symmetric rounding).
 
-    value = q * scale,  q an integer in [-(2^(bits-1) - 1), 2^(bits-1) - 1]
+    value = q * scale,  q an integer from -8 to 7 or from -127 to 127
     words  [N, Kp / 2 * bits / 32] int32   32 / bits kept values each, lowest bits first, in the order of the values
     scales [N, ceil(Kp / group_size)]      float16, one for `group_size` dense columns (group_size / 2 kept values)
     meta   [N, Kp / 32] int32              as in the packed format
@@ -124,7 +124,7 @@ def pack_integers24(
     """Integers [N, K] and scales [N, ceil(Kp / group_size)] that somebody has chosen -> packed, nothing rounded again.
 
     Raises SparseGPTError as `pack` for integers that are not 2:4, for integers out of range or not whole, and for
-    scales that are no finite float16 numbers from 0 on, or do not fit.
+    scales that are no finite float16 numbers, or do not fit.
     """
     check_settings(bits, group_size)
     packed = pack(whole_integers(integers, bits).float(), name)
@@ -185,13 +185,12 @@ class IntegerValues(IntegerForm):
     def check(self, packed: Quantized24) -> None:
         """Packed [N, K]. Raises SparseGPTError for metadata not of two positions, scales and integers out of range.
 
-        Scales are finite and not negative, integers symmetric about 0, and those after column K are 0.
+        Scales are finite, no integer is -128, and those after column K are 0.
         """
         check_positions(packed.meta)
         check_scales(packed.scales)
-        if _holds_least(packed.words, packed.bits):
-            most = largest_integer(packed.bits)
-            raise SparseGPTError(f"an integer of {packed.bits} bits is {-most - 1}: expected {-most} to {most}")
+        if packed.bits == 8 and bool((packed.words.contiguous().view(torch.int8) == -128).any()):
+            raise SparseGPTError("an integer of 8 bits is -128: expected -127 to 127")
         fields, kept = 32 // packed.bits, packed.shape[1] // 2  # of a word; of a row, before the groups added
         last = slice(kept // fields, None)
         check_padding(unpack_integers(packed.words[:, last], packed.bits), (packed.shape[0], 2 * (kept % fields)))
@@ -206,15 +205,6 @@ def unpack_integers(words: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     fields: Tensor = (words[..., None] << (32 - bits - shifts)) >> (32 - bits)  # >> of int32 keeps the sign
     return fields.flatten(1)
-
-
-def _holds_least(words: Tensor, bits: int) -> bool:
-    """[N, W] int32 -> whether any field is -2^(bits - 1), which has no counterpart above 0."""
-    if bits == 8:
-        return bool((words.contiguous().view(torch.int8) == -128).any())
-    other = words ^ -0x77777778  # 0x88888888: a field is 0 now where it was -8
-    ones = (other | other >> 1 | other >> 2 | other >> 3) & 0x11111111
-    return bool((ones != 0x11111111).any())
 
 
 def _pack_integers(q: Tensor, bits: int) -> Tensor:

@@ -29,11 +29,15 @@ from sparsegpt.cli.options import (
     folder_of,
 )
 from sparsegpt.errors import SparseGPTError, unknown
+from sparsegpt.quantization import parse_grid
 from sparsegpt.run.options import KERNEL_NAMES, default_data
+from sparsegpt.settings.prune_settings import LinearSettings
 from sparsegpt.sparsity import parse_sparsity
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from sparsegpt.eval.bench.quality import QualityRow
 
 bench = typer.Typer(help="Measurements, each side by side in one run.", no_args_is_help=True)
 
@@ -110,6 +114,10 @@ def bench_quality_command(
         str | None, typer.Option(help="Rows of the ladder, comma-separated.", show_default="all")
     ] = None,
     patterns: Patterns = "2:4,4:8,0.5,0.6,0.7",
+    quantize: Annotated[str, typer.Option(help="Grids of integers, as none,int4,int3:32; pattern 0 rounds alone.")] = (
+        "none"
+    ),
+    quantizer: Annotated[str, typer.Option(help="Quantizers, comma-separated: gptq,rtn,awq.")] = "gptq",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
@@ -119,16 +127,15 @@ def bench_quality_command(
     ] = Path("quality.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of every method at every sparsity, as a table and a figure; what was measured before is kept."""
-    from sparsegpt.eval.bench.quality import LADDER, QualityBench, draw
-    from sparsegpt.eval.bench.tables import quality_table
+    """Perplexity of every method, sparsity and grid, as tables and figures; what was measured before is kept."""
+    from sparsegpt.eval.bench.quality import LADDER, QualityBench
 
     silence_libraries()
     chosen = tuple(methods.split(",")) if methods else tuple(LADDER)
     for name in chosen:
         if name not in LADDER:
             raise unknown("row of the ladder", name, LADDER, settings=("methods",))
-    asked = _patterns(patterns)
+    asked, (grids, quantizers) = _patterns(patterns), _rounding(patterns, quantize, quantizer)
     _check_figure(out)
     job = QualityBench(
         model,
@@ -145,12 +152,26 @@ def bench_quality_command(
     job.check()
     kept = out.with_suffix(".json")
     rows = job.read(kept)
-    for row in job.run(chosen, asked, rows):
+    for row in job.run(chosen, asked, rows, grids=grids, quantizers=quantizers):
         rows.append(row)
         job.write(kept, rows)
-        print(f"{row.pattern} {row.method}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
-    _print_rows(rows, quality_table(rows), as_json=as_json)
-    drawn = draw(rows, f"{Path(model).name}: {Path(job.evaluation).name}", out)
+        print(f"{' '.join(row.asked)}: perplexity {row.perplexity:.3f}, {row.seconds:.0f} s", file=sys.stderr)
+    _tell_quality(rows, f"{Path(model).name}: {Path(job.evaluation).name}", out, as_json=as_json)
+
+
+def _tell_quality(rows: "list[QualityRow]", title: str, out: Path, *, as_json: bool) -> None:
+    """Tables and figures: of rows on grids their own."""
+    from sparsegpt.eval.bench.quality import NO_GRID, draw, draw_bytes
+    from sparsegpt.eval.bench.tables import integers_table, quality_table
+
+    plain, drawn = [row for row in rows if row.grid == NO_GRID], []
+    rounded = [row for row in rows if row.grid != NO_GRID]
+    if len(plain) > 1 or not rounded:
+        _print_rows(plain, quality_table(plain), as_json=as_json)
+        drawn = draw(plain, title, out)
+    if rounded:
+        _print_rows(rounded, integers_table(rounded), as_json=as_json)
+        drawn += draw_bytes(rows, title, out.with_stem(f"{out.stem}-bytes"))
     print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr)
 
 
@@ -332,6 +353,14 @@ def _patterns(text: str) -> tuple[str, ...]:
     for pattern in patterns:
         parse_sparsity(pattern)
     return patterns
+
+
+def _rounding(patterns: str, grids: str, quantizers: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Grids and quantizers, each of which goes with each pattern. Raises SparseGPTError where one does not."""
+    asked, names = tuple(grids.split(",")), tuple(quantizers.split(","))
+    for pattern, grid, name in product(_patterns(patterns), asked, names):
+        LinearSettings(parse_sparsity(pattern), quantize=parse_grid(grid), quantizer=name)
+    return asked, names
 
 
 def _check_figure(out: Path) -> None:

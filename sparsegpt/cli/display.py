@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
 from sparsegpt.eval.perplexity import TextScore
+from sparsegpt.eval.tasks import TaskScore
 from sparsegpt.run.inspection import TensorFinding
 from sparsegpt.run.job import Listener
 from sparsegpt.run.memory import readable
@@ -67,6 +68,11 @@ class RunDisplay(Listener):
         """Show one score."""
         if not self.quiet:
             print_line(self.console, f"  {which} perplexity on {score.data}: {score.perplexity:.4g}")
+
+    def scored_task(self, which: str, score: TaskScore) -> None:
+        """Show one metric of a task."""
+        if not self.quiet:
+            print_line(self.console, f"  {which} {task_line(score)}")
 
     def rotated(self, report: RotationReport) -> None:
         """Print how much less is lost."""
@@ -122,6 +128,18 @@ def print_scores(console: Console, scores: Sequence[TextScore], length: int) -> 
         )
         if score.alarm:
             print_warning(console, score.alarm)
+
+
+def print_task_scores(console: Console, scores: Sequence[TaskScore]) -> None:
+    """The lines of `eval --tasks`."""
+    for score in scores:
+        print_line(console, task_line(score))
+
+
+def task_line(score: TaskScore) -> str:
+    """A metric with its standard error."""
+    error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+    return f"{score.task}: {score.metric} {score.value:.4f}{error}"
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

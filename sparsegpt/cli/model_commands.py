@@ -14,11 +14,14 @@ from sparsegpt.cli.options import (
     BosChoice,
     Device,
     Dtype,
+    EvalTasks,
     EvalWindows,
+    IncludePath,
     Length,
     Model,
     Overwrite,
     Revision,
+    TaskLimit,
     TrustRemoteCode,
     at_home,
     data_names,
@@ -39,11 +42,14 @@ def evaluate_model(
             "--data",
             help="Texts to score on: wikitext2, ptb, c4, pydoc, files or folders, comma-separated.",
             rich_help_panel=Group.MODEL,
-            show_default="pydoc for the demo, else wikitext2",
+            show_default="none with --tasks; pydoc for the demo, else wikitext2",
         ),
     ] = None,
     sequence_length: Length = None,
     eval_windows: EvalWindows = None,
+    tasks: EvalTasks = None,
+    include_path: IncludePath = None,
+    task_limit: TaskLimit = None,
     bos: BosChoice = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -60,20 +66,25 @@ def evaluate_model(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity and bits per byte of a model, dense or pruned, by the published protocol."""
+    """Perplexity and bits per byte of a model, dense, pruned or packed, by the published protocol; tasks by lm-eval."""
     from sparsegpt.calib_data import load_text
-    from sparsegpt.cli.display import print_scores
+    from sparsegpt.cli.display import print_scores, print_task_scores
     from sparsegpt.eval.perplexity import score_text
+    from sparsegpt.eval.tasks import load_tasks, score_tasks
     from sparsegpt.model import loading
-    from sparsegpt.run.planning import check_scoring
+    from sparsegpt.run.planning import check_scoring, check_task_options
 
     silence_libraries()
-    names = data_names(default_data(model, "evaluation") if evaluate is None else evaluate)
+    task_names = () if tasks is None else data_names(tasks, "tasks")
+    usual = "none" if task_names else default_data(model, "evaluation")
+    names = data_names(usual if evaluate is None else evaluate)
+    check_task_options(task_names, include_path, task_limit)
     check_scoring(names, kernels=kernels, bos=bos, dtype=dtype, device=device)
     loading.check_model(model, revision)
     config = loading.load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     length = loading.sequence_length(model, config, sequence_length)
     texts = [load_text(name, "evaluation") for name in names]
+    loaded_tasks = load_tasks(task_names, include_path, task_limit)
     loaded = loading.load_model(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
@@ -86,10 +97,12 @@ def evaluate_model(
             )
             for text in texts
         ]
+        task_scores = score_tasks(loaded.model, loaded.tokenizer, loaded_tasks, batch_size=batch_size, bos=bos)
     if as_json:
-        print(json.dumps([asdict(score) for score in scores]))
+        print(json.dumps([*map(asdict, scores), *map(asdict, task_scores)]))
     else:
         print_scores(open_console(), scores, length)
+        print_task_scores(open_console(), task_scores)
 
 
 def _use_kernels(model: Any, kernels: str) -> str:

@@ -145,6 +145,17 @@ Length = Annotated[int | None, _shared("sequence_length")]
 WindowLength = Annotated[int, _shared("sequence_length", shown=True)]
 Seed = Annotated[int, _shared("seed")]
 EvalWindows = Annotated[int | None, _shared("eval_windows")]
+EvalTasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="lm-eval tasks, comma-separated (the extra `tasks`).",
+        rich_help_panel=Group.MODEL,
+        show_default="none",
+    ),
+]
+IncludePath = Annotated[Path | None, _shared("include_path")]
+TaskLimit = Annotated[int | None, _shared("task_limit")]
 BosChoice = Annotated[str, _shared("bos")]
 Device = Annotated[str, _shared("device")]
 Dtype = Annotated[str, _shared("dtype")]
@@ -155,11 +166,12 @@ Revision = Annotated[str | None, _shared("revision")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=Group.OUTPUT, show_default="off")]
 
 
-def data_names(text: str) -> tuple[str, ...]:
-    """The texts of a comma-separated list; none for "none". Raises SparseGPTError where it names no text."""
+def data_names(text: str, setting: str = "evaluate") -> tuple[str, ...]:
+    """The names of a comma-separated list; none for "none". Raises SparseGPTError, for `setting`, without any."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise SparseGPTError(f"{text!r} names no text: give names or files, or none", settings=("evaluate",))
+        what = "text: give names or files" if setting == "evaluate" else "task: give names"
+        raise SparseGPTError(f"{text!r} names no {what}, or none", settings=(setting,))
     return () if names == ("none",) else names
 
 

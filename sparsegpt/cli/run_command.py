@@ -96,6 +96,7 @@ def _options(told: dict[str, Any], settings: PruneSettings) -> RunOptions:
         | {
             "calibration": default_data(model, "calibration") if calibration is None else calibration,
             "evaluate": data_names(default_data(model, "evaluation") if texts is None else texts),
+            "eval_tasks": () if told["eval_tasks"] is None else data_names(told["eval_tasks"], "eval_tasks"),
             "out": told["out"] or default_folder(model, settings.sparsity, settings.quantize),
             "include_head": include is not None,
         }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.driver.groups import GroupSolver, Task
+from sparsegpt.driver.groups import GroupSolver, Task, scaled_grid
 from sparsegpt.driver.reports import LayerReport
 from sparsegpt.driver.stages import Group, plan_stages, waves
 from sparsegpt.model.capture import BlockCall, remember_outputs, run_watched, shared_inputs
@@ -16,6 +16,8 @@ from sparsegpt.model.routers import mixture_of
 from sparsegpt.model.streams import Streams
 from sparsegpt.recovery.reconstruct import reconstruct_block
 from sparsegpt.recovery.training import GridWeight, training_batches
+from sparsegpt.rotation.rotatable import Rotatable
+from sparsegpt.rotation.scaling import InputStatistics, Place, places
 from sparsegpt.settings.prune_settings import LinearSettings
 from sparsegpt.solvers.correction import DriftAccumulator
 from sparsegpt.solvers.hessian import HessianAccumulator
@@ -35,7 +37,7 @@ class BlockJob:
         index: int,
         choices: dict[str, LinearSettings],
     ) -> None:
-        self.solver, self.streams, self.family = solver, streams, decoder.family
+        self.solver, self.streams, self.decoder, self.family = solver, streams, decoder, decoder.family
         self.block, self.index, self.choices = decoder.blocks[index], index, choices
         self.settings = solver.settings
         self.prefix = decoder.prefix(index)
@@ -49,6 +51,41 @@ class BlockJob:
     def device(self) -> torch.device:
         """Where the block is now."""
         return next(self.block.parameters()).device
+
+    def scale_inputs(self) -> None:
+        """Scale the inputs of linears whose quantizer asks for it, with what comes before them, in the dense block.
+
+        Inputs that nothing before them can take the inverse of stay as they are, with a warning that names them.
+        """
+        wanted = {name: grid for name, choice in self.choices.items() if (grid := scaled_grid(choice)) is not None}
+        if not wanted:
+            return
+        with self.solver.timed("capture"):
+            found = [
+                place for place in places(Rotatable(self.decoder), self.block) if place.readers.keys() & wanted.keys()
+            ]
+            statistics = self._see_inputs(found)
+        with self.solver.timed("solve"):
+            for place, seen in zip(found, statistics, strict=True):
+                here = {name: grid for name, grid in wanted.items() if name in place.readers}
+                pairs = [(self.linears[name].weight, grid) for name, grid in here.items()]
+                place.scale(seen.scales(pairs, place.tie))
+            for parameter in self.block.parameters():
+                parameter.data.copy_(self.solver.as_stored(parameter.data, parameter))
+        self.solver.tell_of_unscaled(wanted.keys() - {name for place in found for name in place.readers})
+
+    def _see_inputs(self, found: Sequence[Place]) -> list[InputStatistics]:
+        """One pass of all ranks' pruned streams through the dense block."""
+        watched = frozenset(place.watched for place in found)
+        statistics: list[InputStatistics] = []
+        for step, hidden in enumerate(self.streams.pruned):
+            seen, _ = self.run(self.streams.call(step, self.index), hidden, watched)
+            inputs = [seen[place.watched] for place in found]
+            statistics = statistics or [InputStatistics(tensor.shape[-1], self.device) for tensor in inputs]
+            for one, tensor in zip(statistics, inputs, strict=True):
+                one.add(tensor)
+        self.solver.ranks.add_up(*statistics)
+        return statistics
 
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from sparsegpt.driver.ranks import Ranks, Share, Told
 from sparsegpt.driver.reports import LayerReport, Listener, PruneReport, share_of_zeros
 from sparsegpt.driver.stages import Matrix, enough_tokens, share_out
 from sparsegpt.model.routers import named_expert
+from sparsegpt.quantization import Grid
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
 from sparsegpt.solvers import METHODS, Pruned, parse_method, prune_layer
 from sparsegpt.solvers.correction import (
@@ -206,6 +207,13 @@ class GroupSolver:
             )
         self._starved.clear()
 
+    def tell_of_unscaled(self, names: Iterable[str]) -> None:
+        """Warn of linears whose inputs should be scaled and cannot be; once for all blocks that have the same."""
+        if named := ", ".join(sorted(names)):
+            text = f"inputs of {named} are not scaled, as nothing before them is known to take the inverse"
+            if text not in self.report.warnings:
+                self.report.warnings.append(text)
+
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Count the wall seconds of a part of the work; a GPU is waited for."""
@@ -214,6 +222,11 @@ class GroupSolver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.report.seconds[part] += time.perf_counter() - started
+
+
+def scaled_grid(choice: LinearSettings) -> Grid | None:
+    """The grid of a linear whose input its quantizer scales first; None for others."""
+    return choice.quantize if choice.rounding is not None and choice.rounding.quantizer.scales_inputs else None
 
 
 def _bits(choice: LinearSettings, width: int) -> float | None:

@@ -22,12 +22,12 @@ from sparsegpt.driver.accounting import UNREACHED, in_braces
 from sparsegpt.driver.allocation import Shapes, Visit
 from sparsegpt.driver.block_job import BlockJob
 from sparsegpt.driver.choices import HEAD, Choices, check_block, check_linear, choose_linears, spread
-from sparsegpt.driver.groups import GroupSolver, Task
+from sparsegpt.driver.groups import GroupSolver, Task, scaled_grid
 from sparsegpt.driver.progress import Progress
 from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, Listener, PruneReport
 from sparsegpt.driver.rotating import rotate_first
-from sparsegpt.driver.verification import WINDOWS, verify_blocks
+from sparsegpt.driver.verification import WINDOWS, check_boundaries, verify_blocks
 from sparsegpt.driver.windows import Windows, micro_batches, share_of
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.capture import ModelInputs
@@ -58,6 +58,7 @@ def prune_model(
     select: Callable[[str], bool] = lambda name: True,
     only_blocks: str | BlockRanges | None = None,
     include_head: bool = False,
+    boundary: int | None = None,
     **options: Any,
 ) -> PruneReport:
     """Prune a transformers causal language model in place.
@@ -67,7 +68,8 @@ def prune_model(
     and prune it together, on the windows of all: the weights end alike on each. sparsity: "2:4", 0.5, "50%" or a
     pattern. Presets but `paper` write the model in other bases first (rotate="off" keeps its own), where a head that
     was the embedding's weight may get one of its own. select(name): whether to prune the linear of this full name.
-    only_blocks: prune in these decoder blocks alone, as "0:12". include_head: prune lm_head too. options: fields of
+    only_blocks: prune in these decoder blocks alone, as "0:12". include_head: prune lm_head too. boundary: the token
+    with which each of several documents in a window begins: attention does not cross it. options: fields of
     `PruneSettings`, which win over the preset, such as method=..., recipe=read_recipe("mix.toml"), and keyword
     arguments of `prune_blocks`.
     Raises SparseGPTError, naming the layer, for input that cannot be pruned; the blocks before it are pruned by then.
@@ -75,7 +77,7 @@ def prune_model(
     names = {setting.name for setting in fields(PruneSettings)}
     given = {key: options.pop(key) for key in list(options) if key in names}
     settings = resolve_settings(sparsity, preset, **given)
-    decoder = DecoderModel.of(model)
+    decoder = DecoderModel.of(model, boundary)
     choices = choose_linears(decoder, settings, select, only_blocks, include_head=include_head)
     ranks = Ranks.here()
     ranks.agree(lambda: _facts(decoder, settings, choices))
@@ -134,6 +136,7 @@ def prune_blocks(
     report.begin(choices.settings, choices.linears, choices.notes)
     solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored, ranks)
     with evaluating(decoder.model):
+        check_boundaries(decoder, everything)
         _rotate(work, solver, everything, residence, progress, in_place=in_place)
         if verify:
             unreached = _verify("before", work, solver, everything[0][:WINDOWS], residence)
@@ -290,6 +293,7 @@ class _Driver:
         """What was done to its linears, and the share of the loss that training left."""
         choices, last = self.work.of_block(index), self.work.is_last(index)
         job = self._job(index, choices)
+        job.scale_inputs()
         layers = job.prune_linears() if choices or not last else []
         share = self._reconstruct(job) if self.solver.settings.reconstruct and layers else None
         if share is not None:
@@ -370,6 +374,8 @@ class _Driver:
     def prune_head(self, head: nn.Linear, batches: tuple[Tensor, ...]) -> None:
         """Prune the output layer on what the final norm gives it."""
         choice, decoder = self.work.linears[HEAD], self.work.decoder
+        if scaled_grid(choice) is not None:
+            self.solver.tell_of_unscaled([HEAD])
         statistics = HessianAccumulator(head.in_features, head.weight.device), DriftAccumulator()
         with self.solver.timed("capture"):
             for step, batch in enumerate(batches):

@@ -163,7 +163,7 @@ def _settle(module: nn.Module, name: str, residence: Residence, progress: Progre
 
 
 def _logits(decoder: DecoderModel, tokens: Tensor) -> Tensor:
-    logits: Tensor = decoder.model(input_ids=tokens.to(decoder.device), use_cache=False).logits
+    logits: Tensor = decoder.model(**decoder.inputs(tokens)).logits
     return logits
 
 

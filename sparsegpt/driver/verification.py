@@ -5,7 +5,7 @@ recorded for it, its weights shown as linears. What each linear receives and wha
 that hands anything on between blocks that was not recorded is found here, before the first block is pruned.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +98,32 @@ def _check_causal(decoder: DecoderModel, tokens: Tensor, hidden: Tensor) -> None
         raise SparseGPTError(
             f"{decoder.name} is no causal language model: the second half of a window changes {changed:.0%} of the "
             "hidden states of the first, as in an encoder; expected a decoder"
+        )
+
+
+@torch.no_grad()
+def check_boundaries(decoder: DecoderModel, batches: Sequence[Tensor]) -> None:
+    """Refuse a model in which documents of one window see each other, where `decoder.boundary` keeps them apart.
+
+    batches: calibration tokens [batch, sequence]. What comes before a boundary is turned round in one window of the
+    first batch that has one inside: what comes after must stay as it is. Raises SparseGPTError, also for a model that
+    takes no positions.
+    """
+    if decoder.boundary is None:
+        return
+    starts = [(row, start) for row, start in (batches[0] == decoder.boundary).nonzero().tolist() if start > 2]
+    if not starts:
+        return
+    row, start = starts[-1]
+    window = batches[0][row]
+    turned = torch.cat([window[:1], window[1:start].flip(0), window[start:]])
+    hidden = run_body(decoder, torch.stack([window, turned])).last_hidden_state
+    difference_T = token_differences(hidden[0, start:], hidden[1, start:])
+    if float(difference_T.max()) > TOLERANCE[hidden.dtype]:
+        raise SparseGPTError(
+            f"{decoder.name} does not keep packed documents apart: what comes before a boundary changes what comes "
+            "after it; make each document a window of its own",
+            settings=("documents",),
         )
 
 

@@ -64,9 +64,10 @@ def refusal(model: str, method: str) -> str:
     if method.startswith("bitsandbytes"):
         way_out += ", or load it by transformers, call model.dequantize() and save_pretrained"
     elif method in _PLAIN_BY:
+        package = " (pip install compressed-tensors)" if method == "compressed-tensors" else ""
         way_out += (
-            f", or load it by transformers with quantization_config={_PLAIN_BY[method]}(dequantize=True) and call "
-            "save_pretrained"
+            f", or load it by transformers with quantization_config={_PLAIN_BY[method]}(dequantize=True){package} and "
+            "call save_pretrained"
         )
     return f"model {model} is quantised by {called}, and only plain weights can be pruned: {way_out}"
 

@@ -115,7 +115,7 @@ def run_body(decoder: DecoderModel, tokens: Tensor) -> Any:
     Raises SparseGPTError where its own code fails, with these blocks or with what stands in for them.
     """
     try:
-        return body_of(decoder.model, decoder.blocks)(input_ids=tokens.to(decoder.device), use_cache=False)
+        return body_of(decoder.model, decoder.blocks)(**decoder.inputs(tokens))
     except (SparseGPTError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # anything, as it is anybody's code

@@ -41,15 +41,17 @@ def position_limit(config: "PretrainedConfig") -> int | None:
 class DecoderModel:
     """What everybody who works on a model's blocks needs; made once, by `of`, and passed on.
 
-    model: the whole model. family: its row, see `families`. blocks: its list of decoder blocks.
+    model: the whole model. family: its row, see `families`. blocks: its list of decoder blocks. boundary: the token
+    with which a document begins, where windows hold several: attention does not cross it, and positions start anew.
     """
 
     model: "PreTrainedModel"
     family: Family
     blocks: nn.ModuleList
+    boundary: int | None = None
 
     @classmethod
-    def of(cls, model: "PreTrainedModel") -> "DecoderModel":
+    def of(cls, model: "PreTrainedModel", boundary: int | None = None) -> "DecoderModel":
         """Look a model up; SparseGPTError for one that is not known, or has no blocks where its family keeps them."""
         family = family_of(model)
         try:
@@ -60,7 +62,15 @@ class DecoderModel:
                 "load the model with its language-model head (AutoModelForCausalLM)"
             ) from error
         assert isinstance(blocks, nn.ModuleList)
-        return cls(model, family, blocks)
+        return cls(model, family, blocks, boundary)
+
+    def inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor | bool]:
+        """Tokens [batch, sequence] -> how the model is called for them."""
+        found: dict[str, torch.Tensor | bool] = {"input_ids": tokens.to(self.device), "use_cache": False}
+        if self.boundary is not None:
+            # transformers takes positions that do not go on by one for the beginning of another sequence.
+            found["position_ids"] = positions_within(tokens.to(self.device), self.boundary)
+        return found
 
     def prefix(self, index: int) -> str:
         """What the full names of everything in a block begin with."""
@@ -99,6 +109,12 @@ class DecoderModel:
         weight = self.embedding.weight
         assert isinstance(weight, torch.Tensor)
         return weight.device
+
+
+def positions_within(tokens: torch.Tensor, boundary: int) -> torch.Tensor:
+    """Tokens [batch, sequence] -> how far each is from the last boundary token, or from the window's beginning."""
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return places - places.where(tokens == boundary, 0).cummax(dim=1).values
 
 
 @contextmanager

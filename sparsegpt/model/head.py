@@ -52,4 +52,4 @@ def _replay(decoder: DecoderModel, part: Callable[..., Any], tokens: Tensor, hid
     """What the model, or a part of it around the blocks, returns when the last block returns `hidden`."""
     with stand_ins(decoder.blocks) as recorders:
         recorders[-1].replay = hidden
-        return part(input_ids=tokens.to(decoder.device), use_cache=False)
+        return part(**decoder.inputs(tokens))

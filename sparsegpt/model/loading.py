@@ -22,6 +22,7 @@ from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.beside import some
 from sparsegpt.files.mapped import chunks, mapped_parameters
 from sparsegpt.files.model_files import CONFIG
+from sparsegpt.incoming.dequantise import Made, can_read, read_as_plain
 from sparsegpt.incoming.hub import ask_hub, hub_reason
 from sparsegpt.incoming.model_folder import check_folder, check_tokenizer, look_over, no_tokenizer
 from sparsegpt.incoming.quantised import method_by_tensors, method_of, refusal
@@ -29,7 +30,7 @@ from sparsegpt.model.decoder import DecoderModel, position_limit
 from sparsegpt.model.families import refuse_encoder
 from sparsegpt.model.names import CheckpointNames, restore_dtypes
 from sparsegpt.model.residence import Residence
-from sparsegpt.model.source import Source, cached, fetched, stored_types
+from sparsegpt.model.source import Source, cached, fetched, hub_id, stored_types
 from sparsegpt.settings.machine import parse_dtype, pick_device
 from sparsegpt.settings.naming import find_model, local_path, suggestion
 
@@ -51,6 +52,7 @@ class LoadedModel:
     that all floating-point tensors are saved as; None: each in that of its file. tied: whether the head was the
     embedding's own weight when it was loaded. residence: of a streamed model, whose weights stay in files; None when
     all of it is in memory. notes: what the user should know of it. content: sha256 of all weights, of a streamed model.
+    made: where its weights were made plain, a folder that goes with the model.
     """
 
     name: str
@@ -63,6 +65,7 @@ class LoadedModel:
     residence: Residence | None = None
     notes: tuple[str, ...] = ()
     content: str = ""
+    made: Made | None = None
 
     @functools.cached_property
     def names(self) -> CheckpointNames:
@@ -98,8 +101,8 @@ def load_model(
     dtype: "auto", "float32", "float16" or "bfloat16"; auto is the file's own on a GPU and float32 on a CPU.
     device: "auto", "cpu", "cuda", "cuda:1". revision: branch, tag or commit of a Hub model. trust_remote_code: run
     code that comes with the model. stream_through: leave the weights in their files, and bring each block to the
-    device only while it computes; this folder takes what must be converted on the way. to_prune: packed and quantised
-    weights are refused before they are loaded.
+    device only while it computes; this folder takes what must be converted on the way. to_prune: integers that can be
+    read are made plain first, and other packed or quantised weights are refused.
     Raises SparseGPTError for anything that does not load whole.
     """
     target, asked = pick_device(device), parse_dtype(dtype)
@@ -109,15 +112,21 @@ def load_model(
         folder = located if isinstance(located, Path) else _fetched(located, revision)
         check_folder(folder)
         config = _config(folder, trust_remote_code=trust_remote_code)
+        made: Made | None = None
+        notes: tuple[str, ...] = ()
         if to_prune:
             _check_plain(name, config, folder)
+            if can_read(config.to_dict()):
+                made = Made(stream_through)
+                folder, notes = _made_plain(folder, made.path)
+                config = _config(folder, trust_remote_code=trust_remote_code)
         tokenizer = _tokenizer(name, folder, hub)
         source = Source.of(folder)
         stored, computing = dtypes_for(config, dtype, target, source.dtype)
         options = {"config": config, "dtype": stored if stream_through else computing, **hub}
         with mapped_parameters(stream_through) if stream_through else nullcontext():
             model, info = auto_class(config).from_pretrained(str(folder), output_loading_info=True, **options)
-    loaded = LoadedModel(name, model, tokenizer, source, stored, asked, tied=is_tied(model))
+    loaded = LoadedModel(name, model, tokenizer, source, stored, asked, tied=is_tied(model), notes=notes, made=made)
     _check_loaded(name, model, tokenizer, info)
     if stream_through is None:
         with source.files.meanwhile():
@@ -129,7 +138,7 @@ def load_model(
         working = restore_dtypes(loaded.names, source, model, (stored, computing), stream_through)
     with source.files.meanwhile():
         loaded.content = _check_finite(name, model)
-    loaded.notes = (*_surplus_note(loaded, info["unexpected_keys"]), *source.notes())
+    loaded.notes = (*notes, *_surplus_note(loaded, info["unexpected_keys"]), *source.notes())
     if computing != stored:
         _compute_tables(model, stored, computing)
     loaded.residence = Residence(target, computing, stored, reversible=True, working=working, files=source.files)
@@ -142,7 +151,8 @@ def load_config(
 ) -> "PretrainedConfig":
     """The configuration of a model named as for `load_model`, whose folder is looked over before anything is read.
 
-    to_prune: packed and quantised weights are refused, as far as they are on this machine or the configuration tells.
+    to_prune: packed and quantised weights are refused, as far as they are on this machine or the configuration tells,
+    unless they can be read.
     """
     located = find_model(name, revision)
     if isinstance(located, Path):
@@ -195,11 +205,20 @@ def _fetched(hub: str, revision: str | None) -> Path:
     return fetched(hub, revision)
 
 
+def _made_plain(folder: Path, place: Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder with plain weights, written inside `place` under the model's own name, and what to tell of it."""
+    target = place / (hub_id(folder) or folder.absolute().name).rpartition("/")[2]
+    target.mkdir()
+    return target, (read_as_plain(folder, target),)
+
+
 def _check_plain(name: str, config: "PretrainedConfig", located: Path | str) -> None:
     """Refuse packed and quantised weights, by the configuration and by the headers of a folder's files.
 
-    Raises SparseGPTError, naming the method.
+    Integers that can be read are not refused. Raises SparseGPTError, naming the method.
     """
+    if can_read(config.to_dict()):
+        return
     method = method_of(config.to_dict())
     if method is None and isinstance(located, Path):
         method = method_by_tensors(stored_types(located))

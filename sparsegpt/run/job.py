@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sparsegpt.calib_data import Calibration, TextSource, draw_mixture, load_text, load_texts
+from sparsegpt.calib_data.sources import OWN_TEXT
 from sparsegpt.driver import reports as driver
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
@@ -23,6 +24,7 @@ from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore, score_text
+from sparsegpt.eval.tasks import Tasks, TaskScore, load_tasks, score_tasks
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.figures import CARD_NAME
 from sparsegpt.kernels.hf.in_place import pack_linears
@@ -51,6 +53,9 @@ class Listener(driver.Listener):
 
     def scored(self, which: str, score: TextScore) -> None:
         """The "dense", "pruned" or "kernels" (pruned, through the packed kernels) model was scored on one text."""
+
+    def scored_task(self, which: str, score: TaskScore) -> None:
+        """The same for one metric of a task."""
 
     def warn(self, text: str) -> None:
         """Something that the user must not overlook."""
@@ -104,6 +109,7 @@ class _Job:
     source: Source
     calibration: Calibration
     texts: dict[str, TextSource]
+    tasks: Tasks | None
     choices: Choices
 
     def __init__(
@@ -125,6 +131,7 @@ class _Job:
         self.pruned = PruneReport(settings)
         self.seconds: dict[str, float] = {}
         self.scores: dict[str, dict[str, TextScore]] = {data: {} for data in options.evaluate}
+        self.task_scores: dict[str, tuple[TaskScore, ...]] = {}
         self.warnings: list[str] = []
 
     @contextmanager
@@ -144,7 +151,8 @@ class _Job:
         options = self.options
         with self.measure("load"):
             texts = load_texts(options.calibration, "calibration")
-            self.texts = {data: load_text(data, "evaluation") for data in options.evaluate}
+            to_score = {data: load_text(data, "evaluation") for data in options.evaluate}
+            self.tasks = load_tasks(options.eval_tasks, options.include_path, options.task_limit)
             self.listener.stage(f"loading {options.model}")
             self.loaded = load_model(
                 options.model,
@@ -157,10 +165,8 @@ class _Job:
             )
             self.source = self.loaded.source
             self.length = self.loaded.sequence_length(options.sequence_length)
-            bos = self.loaded.bos_token(options.bos)
-            self.calibration = draw_mixture(
-                texts, self.loaded.tokenizer, options.samples, self.length, options.seed, bos
-            )
+            self.texts = {data: text.for_tokenizer(self.loaded.tokenizer) for data, text in to_score.items()}
+            self.calibration = self._draw(texts)
         self.choices = choose_linears(
             self.loaded.decoder,
             self.settings,
@@ -170,6 +176,22 @@ class _Job:
         )
         for note in (*self.loaded.notes, *self.choices.notes):
             self.warn(note)
+
+    def _draw(self, texts: tuple[TextSource, ...]) -> Calibration:
+        """The calibration windows, of texts that the model may have to write first."""
+        options, loaded = self.options, self.loaded
+        if any(text.name == OWN_TEXT for text in texts):
+            self.listener.stage("the model writes its calibration text")
+        return draw_mixture(
+            texts,
+            loaded.tokenizer,
+            options.samples,
+            self.length,
+            options.seed,
+            loaded.bos_token(options.bos),
+            options.documents,
+            loaded.model,
+        )
 
     def begin(self) -> bool:
         """Take up what an unfinished run has done; False when there is nothing left to do."""
@@ -188,6 +210,8 @@ class _Job:
         if self.work.state.get("evaluation") == self.evaluation:
             for data, by_model in self.work.state.get("scores", {}).items():
                 self.scores[data] = {which: TextScore(**row) for which, row in by_model.items()}
+            if rows := self.work.state.get("task_scores"):
+                self.task_scores["dense"] = tuple(TaskScore(**row) for row in rows)
         return True
 
     def card(self) -> Card:
@@ -251,7 +275,8 @@ class _Job:
                 for method in map(parse_method, self.settings.values_of("method"))
                 if not method.is_known
             },
-            "calibration windows": hashlib.sha256(self.calibration.windows.numpy().tobytes()).hexdigest(),
+            "calibration windows": self.calibration.token_hash,
+            **({"--documents": options.documents} if options.documents in ("pack", "single") else {}),
             "settings": {name: value for name, value in self.settings.as_dict().items() if name not in DISTILLATION},
             "distillation": {"epochs": self.settings.distill, "rate": self.settings.distill_rate},
             "--recipe": {f"rule {number}": str(rule) for number, rule in enumerate(self.settings.recipe, start=1)},
@@ -273,6 +298,7 @@ class _Job:
             "length": self.length,
             "windows": options.eval_windows,
             "bos": self.loaded.bos_token(options.bos),
+            **({"tasks": [*options.eval_tasks], "task limit": options.task_limit} if options.eval_tasks else {}),
         }
 
     def score(self, which: str, ranks: Ranks) -> None:
@@ -285,9 +311,30 @@ class _Job:
             self.listener.scored(which, found)
             if which == "dense" and found.alarm:
                 self.warn(found.alarm)
+        if self.options.eval_tasks:
+            self._score_tasks(which)
         if which == "dense":
             scores = {data: {key: asdict(row) for key, row in rows.items()} for data, rows in self.scores.items()}
-            self.work.save_state(evaluation=self.evaluation, scores=scores, run_seconds=self.seconds)
+            self.work.save_state(
+                evaluation=self.evaluation,
+                scores=scores,
+                task_scores=[asdict(row) for row in self.task_scores.get("dense", ())],
+                run_seconds=self.seconds,
+            )
+
+    def _score_tasks(self, which: str) -> None:
+        if which not in self.task_scores:
+            self.listener.stage(f"scoring the {which} model on {', '.join(self.options.eval_tasks)}")
+            with self.measure("eval"):
+                self.task_scores[which] = score_tasks(
+                    self.loaded.model,
+                    self.loaded.tokenizer,
+                    self.tasks,
+                    batch_size=self.options.batch_size,
+                    bos=self.options.bos,
+                )
+        for score in self.task_scores[which]:
+            self.listener.scored_task(which, score)
 
     def _score(self, data: str, ranks: Ranks) -> TextScore:
         with self.measure("eval"):
@@ -348,7 +395,7 @@ class _Job:
 
     def _prune_blocks(self) -> None:
         prune_blocks(
-            self.loaded.decoder,
+            replace(self.loaded.decoder, boundary=self.calibration.boundary),
             self.calibration.windows,
             self.choices,
             micro_batch=self.micro_batch,
@@ -402,6 +449,7 @@ class _Job:
             "perplexity": self._by_text("perplexity"),
             "bits_per_byte": self._by_text("bits_per_byte"),
             "tokens_per_second": self._by_text("tokens_per_second"),
+            "tasks": self._by_task(),
             "seconds": {**self.seconds, **self.pruned.seconds, "total": time.perf_counter() - self.started},
             "identity": self.work.state["identity"],
             **peak_memory(),
@@ -411,6 +459,15 @@ class _Job:
             "surroundings": surroundings(),
             "versions": versions(),
         }
+
+    def _by_task(self) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
+        """{task: {metric: {model: {"value", "stderr"}}}}."""
+        found: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
+        for which, rows in self.task_scores.items():
+            for row in rows:
+                by_model = found.setdefault(row.task, {}).setdefault(row.metric, {})
+                by_model[which] = {"value": row.value, "stderr": row.stderr}
+        return found
 
     def _by_text(self, attribute: str) -> dict[str, dict[str, float]]:
         return {

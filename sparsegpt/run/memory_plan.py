@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from sparsegpt.calib_data.own_text import documents_at_once
 from sparsegpt.driver.rotating import wanted_bases
 from sparsegpt.driver.windows import TOKENS_PER_STEP
 from sparsegpt.errors import SparseGPTError
@@ -117,6 +118,7 @@ class ModelShape:
 class Workload:
     """How much is calibrated and where; gpu_memory: bytes of the GPU that computes, None for the CPU.
 
+    packed: windows hold several documents, and each has a mask of its own. writes: the model writes the text itself.
     ranks: how many processes share the windows.
     """
 
@@ -127,6 +129,8 @@ class Workload:
     activations: str = "memory"
     micro_batch: int | None = None
     scored: bool = True
+    packed: bool = False
+    writes: bool = False
     ranks: int = 1
 
     @property
@@ -216,6 +220,11 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
             head = shape.vocabulary * shape.hidden * width
             logits = max(TOKENS_PER_STEP, work.sequence_length) * shape.vocabulary * width
             memory["work on it"] = max(memory["work on it"], scoring + head + logits)
+    if work.writes:
+        computer = gpu if on_gpu else memory
+        computer["work on it"] = max(computer["work on it"], _writing_bytes(shape, work))
+    if work.packed:
+        memory["masks of packed windows"] = work.samples * work.sequence_length**2
     (disk if work.activations == "disk" else memory)["activations"] = streams
     if settings.distill:
         trained = shape.blocks * shape.block_parameters
@@ -286,7 +295,8 @@ def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool
     square, layer = group.inputs**2, group.inputs * group.outputs
     piece = min(layer, PIECE_ON_GPU if on_gpu else PIECE)
     moments = [copies for method in settings.values_of("method") for copies in parse_method(method).copies]
-    if settings.values_of("quantize") != {None}:
+    rounds = settings.values_of("quantize") != {None}
+    if rounds:
         moments.append(ROUNDING_COPIES)
     targets = 0
     if _corrects(settings):
@@ -294,7 +304,7 @@ def _group_elements(group: SharedInput, settings: PruneSettings, *, on_gpu: bool
         targets = group.linears
     worst = max(squares * square + layers * layer + pieces * piece for squares, layers, pieces in moments)
     more_squares, more_layers = MORE_ON_GPU if on_gpu else (0.0, 0.0)
-    kept_factor = 1 if group.linears > 1 else 0
+    kept_factor = 1 if rounds or group.linears > 1 else 0
     return worst + (more_squares + kept_factor) * square + (more_layers + targets) * layer
 
 
@@ -375,6 +385,13 @@ def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload
     if settings.order != "block" and work.activations == "memory":
         features += shape.hidden
     return work.windows * work.sequence_length * features * work.computing.itemsize
+
+
+def _writing_bytes(shape: ModelShape, work: Workload) -> int:
+    """Keys and values of what the model writes, as wide as its hidden states at most, and logits of one step."""
+    documents = documents_at_once(work.samples, work.sequence_length)
+    kept = 2 * shape.blocks * shape.hidden * work.sequence_length
+    return documents * work.computing.itemsize * (kept + LOGIT_COPIES * shape.vocabulary)
 
 
 def _micro_batch(shape: ModelShape, work: Workload, taken: int) -> int:

@@ -30,7 +30,8 @@ class RunOptions:
     )
     calibration: str = field(
         metadata=option(
-            "Calibration text: wikitext2, ptb, c4, pydoc, a file or a folder; several with commas, equal windows each.",
+            "Calibration text: wikitext2, ptb, c4, pydoc, self (written by the model), a file, a folder, FILE:field or "
+            "org/name:config:split:field; several with commas, in equal shares or as in a=0.7,b=0.3.",
             MODEL,
             flag="--calib",
             unset="pydoc for the demo, else c4",
@@ -50,6 +51,14 @@ class RunOptions:
             "Folder to write.", OUTPUT, unset="pruned/<model>-<sparsity>, such as pruned/demo-2of4 or pruned/demo-50pct"
         )
     )
+    documents: str = field(
+        default="auto",
+        metadata=option(
+            "Documents of a calibration text: join them to one stream, pack several into a window with attention kept "
+            "within each, or single, a window each; auto joins, but for c4.",
+            MODEL,
+        ),
+    )
     samples: int = field(default=128, metadata=option("Calibration windows.", MODEL, minimum=1))
     sequence_length: int | None = field(
         default=None,
@@ -63,6 +72,18 @@ class RunOptions:
         metadata=option(
             "Score at most so many windows of each text.", MODEL, minimum=1, unset="256 of c4, all of other texts"
         ),
+    )
+    eval_tasks: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "lm-eval tasks to score on, comma-separated (the extra `tasks`).", MODEL, typed=str, unset="none"
+        ),
+    )
+    include_path: Path | None = field(
+        default=None, metadata=option("Folder of lm-eval task files of your own.", MODEL, unset="lm-eval's own tasks")
+    )
+    task_limit: int | None = field(
+        default=None, metadata=option("Score at most so many questions of each task.", MODEL, minimum=1, unset="all")
     )
     bos: str = field(
         default="auto",

@@ -2,11 +2,15 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from sparsegpt.calib_data import check_bos, check_text, check_texts
+from sparsegpt.calib_data import check_bos, check_documents, check_text, check_texts
+from sparsegpt.calib_data.mixture import shares_of
+from sparsegpt.calib_data.sources import OWN_TEXT
 from sparsegpt.errors import SparseGPTError, unknown
+from sparsegpt.incoming.dequantise import can_read
 from sparsegpt.kernels.dispatch.route import KERNELS
 from sparsegpt.model.loading import check_model, dtypes_for, load_config, sequence_length, stored_in_files
 from sparsegpt.run.memory import available_memory
@@ -30,10 +34,12 @@ def check_options(options: RunOptions, settings: PruneSettings) -> None:
     Raises SparseGPTError.
     """
     check_scoring((), kernels=options.kernels, bos=options.bos, dtype=options.dtype)
+    check_task_options(options.eval_tasks, options.include_path, options.task_limit)
     if options.kernels is not None and NM(2, 4) not in settings.values_of("sparsity"):
         raise SparseGPTError(
             f"kernels run 2:4 weights only, not {settings.sparsity}: leave them out", settings=_KERNELS
         )
+    check_documents(options.documents)
     if options.activations not in ACTIVATIONS:
         raise unknown("activations", options.activations, ACTIVATIONS, settings=("activations",))
     parse_blocks(options.blocks)
@@ -69,6 +75,14 @@ def check_scoring(
         pick_device(device)
     for name in texts:
         check_text(name, "evaluation")
+
+
+def check_task_options(tasks: Sequence[str], include_path: Path | None, limit: int | None) -> None:
+    """Raises SparseGPTError for settings of tasks without any."""
+    given = {"include_path": include_path, "task_limit": limit}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle and not tasks:
+        raise SparseGPTError("a folder or a limit of tasks is given, but no task: name one", settings=idle)
 
 
 def check_kernels(name: str | None) -> None:
@@ -115,11 +129,16 @@ def plan_run(options: RunOptions, settings: PruneSettings, ranks: int = 1) -> Pl
         activations=options.activations,
         micro_batch=options.micro_batch,
         scored=bool(options.evaluate),
+        packed=options.documents == "pack",
+        writes=OWN_TEXT in {share.name for share in shares_of(options.calibration)},
         ranks=ranks,
     )
     shape = shape_of(config, stored, trust_remote_code=options.trust_remote_code)
     parse_blocks(options.blocks).indices(shape.blocks)  # refused if there are none of these numbers
-    return plan(shape, settings, work)
+    planned = plan(shape, settings, work)
+    if can_read(config.to_dict()):
+        planned.disk["weights made plain"] = shape.parameters * shape.stored.itemsize
+    return planned
 
 
 def free_gpu_memory(options: RunOptions) -> int | None:

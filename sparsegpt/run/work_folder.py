@@ -6,7 +6,8 @@
         beside/                       the result but for its weights, which comes first
         bases.safetensors             bases in which the model is written
         outside-exit.safetensors ...  what of the model is in no block, in these bases, written anew by every run
-        block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
+        plain-abcdefgh/               weights that were integers, as plain numbers, while a run reads them
+    block-00000.safetensors ...   the stored tensors of finished blocks, each with checksums
         training-00001.safetensors    what distillation knows after its last finished epoch
         distilled-00000.safetensors ...  blocks that it has changed, written anew by every run that gets so far
 
@@ -30,12 +31,14 @@ from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport, RotationReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore
+from sparsegpt.eval.tasks import TaskScore
 from sparsegpt.files.checked_json import REPORT_NAME, read_checked, write_checked
 from sparsegpt.files.folders import flush
 from sparsegpt.files.model_files import weight_files
 from sparsegpt.files.results import check_target, claimed, filled, is_whole, unfinished_folder, writing
 from sparsegpt.files.tensor_files import WEIGHTS, OpenTensors, ShardedWriter, header_room, verify_checksums
 from sparsegpt.files.typed_json import misfit
+from sparsegpt.incoming.dequantise import MADE
 
 T = TypeVar("T")
 VERSION = 1
@@ -46,6 +49,8 @@ _OWN = re.compile(
     r"|bases\.safetensors|outside-[a-z0-9-]+\.safetensors"
     r"|beside|\.sparsegpt-\w+"
 )
+# A model's weights made plain while it is loaded: there before a run begins.
+_MADE = re.compile(rf"{MADE}\w+")
 
 
 class State(TypedDict, total=False):
@@ -65,6 +70,7 @@ class State(TypedDict, total=False):
     surroundings: dict[str, str]
     evaluation: dict[str, Any]
     scores: dict[str, dict[str, TextScore]]
+    task_scores: list[TaskScore]
 
 
 class ResumeError(SparseGPTError):
@@ -163,7 +169,7 @@ class WorkFolder(Progress):
         self._drop_damaged()
         with writing(self.folder):
             if not self.state:
-                self._clear()
+                self._clear(loaded=True)
         self._save(identity=identity, replaces=self.replaces)
         return False
 
@@ -289,11 +295,14 @@ class WorkFolder(Progress):
                 "on, or --overwrite to start again"
             )
 
-    def _clear(self) -> None:
-        """Remove what runs have written here; the state first, without which nothing else counts."""
+    def _clear(self, *, loaded: bool = False) -> None:
+        """Remove what runs have written here; the state first, without which nothing else counts.
+
+        loaded: the model of this run is there already, and its files stay.
+        """
         (self.folder / STATE).unlink(missing_ok=True)
         for path in self.folder.iterdir():
-            if _OWN.fullmatch(path.name):
+            if _OWN.fullmatch(path.name) or (_MADE.fullmatch(path.name) and not loaded):
                 _remove_path(path)
 
     def _drop_damaged(self) -> None:

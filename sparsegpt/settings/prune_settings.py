@@ -78,7 +78,9 @@ class LinearSettings:
     )
     quantizer: str = field(
         default="gptq",
-        metadata=option("How: gptq (in the solver) or rtn (to nearest).", Group.PATTERN),
+        metadata=option(
+            "How: gptq (in the solver), rtn (to nearest) or awq (to nearest, inputs scaled).", Group.PATTERN
+        ),
     )
     error_correction: float = field(
         default=0.0,

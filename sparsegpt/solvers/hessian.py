@@ -172,6 +172,15 @@ class DampedHessian:
             _ = self.damping, self.inverse_diagonal
             self.__dict__.pop("_factorised", None)
 
+    @contextmanager
+    def keeping_factor(self) -> Iterator[None]:
+        """What is done meanwhile leaves the inverse factor for what follows."""
+        before, self.keep_factor = self.keep_factor, True
+        try:
+            yield
+        finally:
+            self.keep_factor = before
+
     @functools.cached_property
     def damped(self) -> Tensor:
         """[C, C]: H + damping, positive definite. Raises SparseGPTError as `inverse_factor` does."""

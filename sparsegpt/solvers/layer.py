@@ -80,7 +80,8 @@ def prune_weight(
     kept weights to, such as "int4:128"; sparsity 0 rounds alone. quantizer: a key of QUANTIZERS. name: how error
     messages call the layer. Neither tensor is changed, and no gradients are kept.
     Raises SparseGPTError, naming the layer, for shapes that do not fit, values that are not finite, and a Hessian that
-    no step of damping makes positive definite; for a sparsity or method that is not known; and for what a method of
+    no step of damping makes positive definite; for a sparsity or method that is not known, and a quantizer that is for
+    whole models; and for what a method of
     one's own returns, unless it fits.
     """
     pattern, solver = parse_sparsity(sparsity), parse_method(method)
@@ -90,6 +91,11 @@ def prune_weight(
     rounding = Rounding.of(grid, quantizer)
     if rounding is not None:
         rounding.grid.check(pattern)
+        if rounding.quantizer.scales_inputs:
+            raise SparseGPTError(
+                f"{name}: quantizer {quantizer!r} scales what comes before a layer too: prune a whole model with it",
+                settings=("quantizer",),
+            )
     damped = DampedHessian(hessian, damping, dtype=dtype, name=name)
     return prune_layer(weight, damped, pattern, solver, block_size, rounding=rounding)
 
@@ -151,7 +157,8 @@ def _prune_and_round(
     if pattern.zeros == 0:
         mask = torch.ones_like(target, dtype=torch.bool)
     elif not (method.joint and rounding.quantizer.chooses_masks):
-        start, mask = _prune(target, hessian, pattern, method, block_size)
+        with hessian.keeping_factor():
+            start, mask = _prune(target, hessian, pattern, method, block_size)
     return rounding.quantizer.run(start, mask, target, hessian, pattern, rounding.grid, block_size=block_size)
 
 

@@ -2,8 +2,9 @@
 
 Algorithm 1 with a grid (SparseGPT, arXiv:2301.00774, equation 7; without zeros it is GPTQ, arXiv:2210.17323): column j
 becomes q_j, the nearest step of the grid where the weight is kept and 0 where it goes, and every column k to its right
-moves by -U_jk (w_j - q_j) / U_jj. Columns go by falling H_jj, the dearest first, while the groups that share a scale
-are those of the original order, as files keep them.
+moves by -U_jk (w_j - q_j) / U_jj. Where nothing is pruned, and where the sweep chooses the mask, columns go by falling
+H_jj, the dearest first, while the groups that share a scale are those of the original order, as files keep them. On a
+mask that is given they go as they lie, with the factor that has served to find it.
 
 What the sweep could not know is then put right, group by group, on H itself: with the pull P = (T - W) H of the target,
 
@@ -15,7 +16,7 @@ Neither step raises the loss (coordinate descent; for quantisation, Nair & Sugga
 Dimension key: R out_features, C in_features, G groups of a row, K columns of a group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,18 +68,42 @@ def nearest(
     return encode(start, search_scales(start, grid, clip=False, name=hessian.name)), mask
 
 
+def nearest_searched(
+    start: Tensor,
+    mask: Tensor | None,
+    target: Tensor,
+    hessian: DampedHessian,
+    pattern: Sparsity,
+    grid: Grid,
+    *,
+    block_size: int,
+) -> tuple[Integers, Tensor]:
+    """Start [R, C], mask bool [R, C] -> (integers of [R, C], mask): `nearest` with scales searched by diag H.
+
+    This is what is left of AWQ once inputs are scaled.
+    """
+    assert mask is not None
+    return encode(start, search_scales(start, grid, importance=hessian.raw.diagonal(), name=hessian.name)), mask
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """A way to round a weight: start, mask, target [R, C], Hessian [C, C], pattern, grid -> (integers of [R, C], mask).
 
-    chooses_masks: it can choose the mask meanwhile, as `sparsegpt` does, where it is given none.
+    chooses_masks: it can choose the mask meanwhile, as `sparsegpt` does, where it is given none. scales_inputs: before
+    a block is rounded its linears' inputs are scaled (rotation/scaling.py).
     """
 
     run: Callable[..., tuple[Integers, Tensor]]
     chooses_masks: bool = False
+    scales_inputs: bool = False
 
 
-QUANTIZERS = {"gptq": Quantizer(gptq, chooses_masks=True), "rtn": Quantizer(nearest)}
+QUANTIZERS = {
+    "gptq": Quantizer(gptq, chooses_masks=True),
+    "rtn": Quantizer(nearest),
+    "awq": Quantizer(nearest_searched, scales_inputs=True),
+}
 
 
 def parse_quantizer(name: str) -> Quantizer:
@@ -103,7 +128,8 @@ def round_weight(
     mask is False. Raises SparseGPTError where no damping makes the Hessian positive definite.
     """
     together = pattern.m if isinstance(pattern, NM) and mask is None else 1
-    return _RoundingSweep(weight, hessian, pattern, scales, _order(hessian, together), block_size).run(mask)
+    order = None if mask is not None and pattern.zeros else _order(hessian, together)
+    return _RoundingSweep(weight, hessian, pattern, scales, order, block_size).run(mask)
 
 
 def polish(
@@ -125,44 +151,38 @@ def _order(hessian: DampedHessian, together: int) -> Tensor:
 
 
 class _Grid:
-    """What rounds columns: scales [G, R] by group and, by column, 0 where nothing is kept; and where columns went.
+    """What rounds columns: scales [G, R] by group, with their least and largest steps; steps [C, R], 0 where pruned.
 
-    order: column j is column order[j] of the layer. kept: bool [C, R], as far as it is known.
+    of_column: the group of each column. kept: bool [C, R], as far as it is known.
     """
 
-    def __init__(self, scales: Scales, order: Tensor, kept: Tensor, dtype: torch.dtype) -> None:
-        self.of_column = (order // scales.grid.width(len(order))).tolist()
-        self.scale_GR = transposed(scales.scale.to(dtype))
-        self.inverse_GR = self.scale_GR.reciprocal()
-        self.bounds = [transposed(bound.to(dtype)) for bound in scales.bounds]
-        self.scale_CR = torch.empty_like(kept, dtype=dtype)
-        self.rounded_CR = torch.empty_like(self.scale_CR)
+    def __init__(self, scale: Tensor, bounds: Sequence[Tensor], of_column: list[int], kept: Tensor) -> None:
+        self._scale_GR, self._of_column = scale, of_column
+        # 1 / scale, and 0 where a weight goes: its step is then 0 too.
+        self._inverse_CR = torch.empty_like(kept, dtype=scale.dtype)
+        self.steps_CR = torch.empty_like(self._inverse_CR)
         self.keep(slice(0, len(kept)), kept)
         # Rows of these as tensors of their own: to index takes as long as to multiply.
-        self._scales, self._rounded = self.scale_CR.unbind(), self.rounded_CR.unbind()
-        self._inverses, *self._bounds = (matrix.unbind() for matrix in (self.inverse_GR, *self.bounds))
+        self._inverses, self._steps = self._inverse_CR.unbind(), self.steps_CR.unbind()
+        self._scales, self._least, self._most = (matrix.unbind() for matrix in (scale, *bounds))
 
     def keep(self, columns: slice, kept_KR: Tensor) -> None:
         """Take the mask of these columns, bool [K, R]."""
-        torch.mul(self.scale_GR[self.of_column[columns]], kept_KR, out=self.scale_CR[columns])
-
-    def move_scale(self, group: int, columns: slice, change_R: Tensor) -> None:
-        """Add a change [R] to the scale of a group, which is these columns."""
-        kept_KR = self.scale_CR[columns] != 0
-        self.scale_GR[group] += change_R
-        self.inverse_GR[group] = self.scale_GR[group].reciprocal()
-        self.keep(columns, kept_KR)
+        torch.div(kept_KR, self._scale_GR[self._of_column[columns]], out=self._inverse_CR[columns])
 
     def settle(self, j: int, wanted_R: Tensor, start_R: Tensor, error_R: Tensor) -> None:
         """Round column j [R] to where it wants to be; error [R]: what takes it back to its start."""
-        group = self.of_column[j]
-        steps_R = torch.mul(wanted_R, self._inverses[group]).round_()
-        steps_R.clamp_(self._bounds[0][group], self._bounds[1][group])
-        torch.sub(start_R, torch.mul(steps_R, self._scales[j], out=self._rounded[j]), out=error_R)
+        group, steps_R = self._of_column[j], self._steps[j]
+        torch.mul(wanted_R, self._inverses[j], out=steps_R).round_()
+        steps_R.clamp_(self._least[group], self._most[group])
+        torch.addcmul(start_R, steps_R, self._scales[group], value=-1, out=error_R)
 
 
 class _RoundingSweep(MaskSweep):
-    """Algorithm 1 on a grid: of every weight the error is what rounding or pruning takes from it."""
+    """Algorithm 1 on a grid: of every weight the error is what rounding or pruning takes from it.
+
+    order: of the columns, [C]; None: as they lie.
+    """
 
     def __init__(
         self,
@@ -170,26 +190,33 @@ class _RoundingSweep(MaskSweep):
         hessian: DampedHessian,
         pattern: Sparsity,
         scales: Scales,
-        order: Tensor,
+        order: Tensor | None,
         block_size: int,
     ) -> None:
-        super().__init__(transposed(weight)[order], hessian.ordered(order), pattern, block_size)
+        weight_CR = transposed(weight)
+        if order is None:
+            self.order_C = torch.arange(len(weight_CR), device=weight.device)
+        else:
+            self.order_C, weight_CR, hessian = order, weight_CR[order], hessian.ordered(order)
+        super().__init__(weight_CR, hessian, pattern, block_size)
         self.U_CC = self.U_CC * self.inverse_diagonal_C1
-        self.scales, self.order_C = scales, order
+        self.scales = scales
 
     def run(self, mask: Tensor | None) -> tuple[Integers, Tensor]:
         """Integers of [R, C] and mask bool [R, C]; the state is used up."""
         if mask is not None:
             self.kept_CR = transposed(mask)[self.order_C]
-        self.grid = _Grid(self.scales, self.order_C, self.kept_CR, self.weight_CR.dtype)
-        whole = 0, len(self.weight_CR)
+        columns, dtype = len(self.weight_CR), self.weight_CR.dtype
+        scale_GR, *bounds = (transposed(part.to(dtype)) for part in (self.scales.scale, *self.scales.bounds))
+        of_column = (self.order_C // self.scales.grid.width(columns)).tolist()
+        self.grid = _Grid(scale_GR, bounds, of_column, self.kept_CR)
         if mask is None:
-            self._sweep(*whole)
+            self._sweep(0, columns)
         else:
-            self._eliminate(*whole)
+            self._eliminate(0, columns)
         place_C = self.order_C.argsort()
-        rounded, kept = transposed(self.grid.rounded_CR[place_C]), transposed(self.kept_CR[place_C])
-        return encode(rounded, self.scales), kept
+        steps = transposed(self.grid.steps_CR[place_C]).to(torch.int16)
+        return Integers(steps, self.scales), transposed(self.kept_CR[place_C])
 
     def _choose_mask(self, start: int, end: int) -> Tensor:
         kept_KR = super()._choose_mask(start, end)
@@ -200,56 +227,69 @@ class _RoundingSweep(MaskSweep):
         self.grid.settle(j, self.weight_CR[j], self.weight_CR[j], self.error_CR[j])
 
 
-class _Descent(Columns):
-    """Coordinate descent. U is -H over its diagonal: by how much a change of one weight moves what the others want.
+class _GroupDescent(Columns):
+    """Coordinate descent on the columns of a group, [K, R]; matrix: H of these columns, [K, K].
 
-    weight_CR is what columns want to be, start_CR what they were, residual_CR what the target has beyond that.
+    U is -H over its diagonal: by how much a change of one weight moves what the others want. weight_CR is what columns
+    want to be, start_CR what they were.
     """
+
+    def __init__(self, start: Tensor, pull: Tensor, matrix: Tensor, grid: _Grid) -> None:
+        diagonal_K = matrix.diagonal()
+        super().__init__(torch.addcdiv(start, pull, diagonal_K[:, None]), matrix / -diagonal_K)
+        self.start_CR, self.grid = start, grid
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """New steps [K, R], and by how much the weights have fallen [K, R]."""
+        self._eliminate(0, len(self.weight_CR))
+        return self.grid.steps_CR, self.error_CR
+
+    def _settle(self, j: int) -> None:
+        self.grid.settle(j, self.weight_CR[j], self.start_CR[j], self.error_CR[j])
+
+
+class _Descent:
+    """Scales and integers of all groups, one group after the other. residual_CR is what the target has beyond them."""
 
     def __init__(self, integers: Integers, mask: Tensor, target: Tensor, hessian: DampedHessian) -> None:
         self.scales, self.matrix_CC = integers.scales, hessian.damped
-        self.diagonal_C1 = self.matrix_CC.diagonal()[:, None]
-        super().__init__(
-            torch.empty_like(target.T, memory_format=torch.contiguous_format), self.matrix_CC / -self.diagonal_C1.T
-        )
-        columns = torch.arange(target.shape[1], device=target.device)
-        self.grid = _Grid(self.scales, columns, transposed(mask), target.dtype)
-        self.steps_CR = transposed(integers.steps.to(target.dtype))
-        self.start_CR = self.steps_CR * self.grid.scale_CR
-        self.residual_CR = transposed(target) - self.start_CR
+        self.columns = strips(target.shape[1], self.scales.grid.width(target.shape[1]))
+        parts = (self.scales.scale, *self.scales.bounds)
+        self.scale_GR, *self.bounds = (transposed(part.to(target.dtype)) for part in parts)
+        self.kept_CR, self.steps_CR = transposed(mask), transposed(integers.steps.to(target.dtype))
+        self.residual_CR = transposed(target)
+        for group, columns in enumerate(self.columns):
+            self.residual_CR[columns].addcmul_(self.steps_CR[columns], self.scale_GR[group], value=-1)
 
     def run(self, passes: int) -> Integers:
         """Integers of [R, C]; the state is used up."""
-        width = self.scales.grid.width(len(self.weight_CR))
         for _ in range(passes):
-            for group, columns in enumerate(strips(len(self.weight_CR), width)):
+            for group, columns in enumerate(self.columns):
                 self._visit(group, columns)
-        scales = self.scales._replace(scale=transposed(self.grid.scale_GR).float())
+        scales = self.scales._replace(scale=transposed(self.scale_GR).float())
         return Integers(transposed(self.steps_CR).to(torch.int16), scales)
 
     def _visit(self, group: int, columns: slice) -> None:
         """Fit a group's scales, then its steps."""
         pull_KR = self.matrix_CC[columns] @ self.residual_CR
         self._fit_scale(group, columns, pull_KR)
-        torch.addcdiv(self.start_CR[columns], pull_KR, self.diagonal_C1[columns], out=self.weight_CR[columns])
-        self._eliminate(columns.start, columns.stop)
-        self.residual_CR[columns] += self.error_CR[columns]
-        self.start_CR[columns] = self.grid.rounded_CR[columns]
-        self.steps_CR[columns] = (self.start_CR[columns] * self.grid.inverse_GR[group]).round_()
+        alone = slice(group, group + 1)
+        bounds, of_column = [bound[alone] for bound in self.bounds], [0] * len(pull_KR)
+        grid = _Grid(self.scale_GR[alone], bounds, of_column, self.kept_CR[columns])
+        start_KR = self.steps_CR[columns] * self.scale_GR[group]
+        descent = _GroupDescent(start_KR, pull_KR, self.matrix_CC[columns, columns], grid)
+        self.steps_CR[columns], fallen_KR = descent.run()
+        self.residual_CR[columns] += fallen_KR
 
     def _fit_scale(self, group: int, columns: slice, pull_KR: Tensor) -> None:
         """The best scale of a group's steps, as far as it can be stored, where it lowers the loss; updates the pull."""
-        steps_KR, scale_R = self.steps_CR[columns], self.grid.scale_GR[group]
+        steps_KR, scale_R = self.steps_CR[columns], self.scale_GR[group]
         image_KR = self.matrix_CC[columns, columns] @ steps_KR
         slope_R, curve_R = (steps_KR * pull_KR).sum(0), (steps_KR * image_KR).sum(0)
         wanted_R = scale_R + slope_R / curve_R.clamp_min(torch.finfo(curve_R.dtype).tiny)
         change_R = representable(wanted_R).to(scale_R.dtype) - scale_R
         # The loss changes by -2 c slope + c^2 curve: rounding of the scale may cost more than the fit gains.
         change_R.masked_fill_(~(change_R * (2 * slope_R - change_R * curve_R) > 0), 0)
-        self.start_CR[columns].addcmul_(steps_KR, change_R)
         self.residual_CR[columns].addcmul_(steps_KR, change_R, value=-1)
         pull_KR.addcmul_(image_KR, change_R, value=-1)
-        self.grid.move_scale(group, columns, change_R)
-
-    def _settle(self, j: int) -> None:
-        self.grid.settle(j, self.weight_CR[j], self.start_CR[j], self.error_CR[j])
+        scale_R += change_R

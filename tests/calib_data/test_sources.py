@@ -108,9 +108,9 @@ def test_name_that_the_file_system_refuses():
 
 
 def test_unsupported_suffix(tmp_path):
-    path = tmp_path / "table.csv"
+    path = tmp_path / "table.tsv"
     path.write_text("text\nhello\n")
-    assert "expected one of .txt, .jsonl, .parquet, found .csv" in refusal(path)
+    assert "expected one of .txt, .md, .jsonl, .json, .csv, .parquet, found .tsv" in refusal(path)
 
 
 @pytest.mark.parametrize("content", ["", " \n\n\t"])
@@ -161,7 +161,7 @@ def test_jsonl_with_a_wrong_type(record, found, tmp_path):
 
 def test_parquet_without_the_column_names_those_found(tmp_path):
     path = write_parquet(tmp_path / "other.parquet", sentence=["hello"], id=[1])
-    assert "expected a column 'text', found sentence, id" in refusal(path)
+    assert "expected a field 'text', found sentence, id" in refusal(path)
 
 
 def test_parquet_with_a_null_names_the_row(tmp_path):
@@ -189,9 +189,14 @@ def hub_cache(tmp_path, monkeypatch):
 
 def cached_file(cache: Path, name: str, split: str) -> Path:
     """Where the Hub client keeps this split's file once it was downloaded."""
-    data, commit = sources_module.HUB_DATA[name], "0" * 40
-    repository = cache / f"datasets--{data.repository.replace('/', '--')}"
-    reference, path = repository / "refs" / data.revision, repository / "snapshots" / commit / data.files[split]
+    data = sources_module.HUB_DATA[name]
+    return cached(cache, data.repository, data.revision, data.files[split])
+
+
+def cached(cache: Path, repository: str, revision: str, file: str) -> Path:
+    """The same for any file of a data set."""
+    folder, commit = cache / f"datasets--{repository.replace('/', '--')}", "0" * 40
+    reference, path = folder / "refs" / revision, folder / "snapshots" / commit / file
     for parent in (reference.parent, path.parent):
         parent.mkdir(parents=True, exist_ok=True)
     reference.write_text(commit)
@@ -225,6 +230,44 @@ def test_c4_evaluates_on_1100_documents_and_256_windows(hub_cache):
     assert evaluation.evaluation_windows == 256
     assert len(calibration.documents) == 1200
     assert calibration.windows_within_documents
+
+
+CONVERTED = "refs/convert/parquet"
+
+
+def test_any_data_set_of_the_hub_by_its_id(hub_cache):
+    """Configuration, split and field after colons; without them the default ones and the usual fields."""
+    for file, columns in {
+        "default/train/0000.parquet": {"text": ["plain"]},
+        "default/test/0000.parquet": {"text": ["held out"]},
+        "en/partial-train/0000.parquet": {"text": ["part"], "body": ["large"]},
+        "default/chats/0000.parquet": {"messages": [[{"role": "user", "content": "hello"}]]},
+    }.items():
+        write_parquet(cached(hub_cache, "org/some-data", CONVERTED, file), **columns)
+    assert load_text("org/some-data", "calibration").documents == ("plain",)
+    assert load_text("org/some-data", "evaluation").documents == ("held out",)
+    assert load_text("org/some-data:en:train:body", "calibration").documents == ("large",)
+    assert load_text("org/some-data:en", "calibration").documents == ("part",)
+    (chat,) = load_text("org/some-data::chats", "calibration").documents
+    assert [dict(turn) for turn in chat.turns] == [{"role": "user", "content": "hello"}]
+    with pytest.raises(SparseGPTError, match="expected a field 'body', found text"):
+        load_text("org/some-data:default:train:body", "calibration")
+
+
+def test_an_id_that_is_not_to_be_had_says_what_else_it_could_be(hub_cache):
+    message = refusal("org/other-data:en")
+    for part in ("org/other-data", "neither in the local cache nor reachable", "no folder org/other-data is here"):
+        assert part in message
+    assert "org/other-data:config:split:field" in message
+
+
+def test_a_local_folder_is_no_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "data").mkdir()
+    (tmp_path / "org" / "data" / "a.txt").write_text("here")
+    assert load_text("org/data", "calibration").documents == ("here",)
+    assert "no such file" in refusal("org/absent.txt")
 
 
 # pydoc
@@ -300,6 +343,9 @@ def test_description_carries_the_hash_of_the_tokens():
         "sequence_length": 4,
         "seed": 5,
         "bos": None,
+        "tokens": 12,
+        "documents": "auto",
+        "boundary": None,
         "token_hash": expected,
     }
     json.dumps(drawn.describe())

@@ -65,10 +65,14 @@ def test_every_option_reaches_its_field(told, tmp_path):
     of_run = {
         "model": "opt-125m",
         "calibration": "c4",
+        "documents": "single",
         "samples": 7,
         "sequence_length": 33,
         "seed": 2**63 - 1,
         "eval_windows": 5,
+        "eval_tasks": ("arc_easy", "hellaswag"),
+        "include_path": Path("tasks"),
+        "task_limit": 4,
         "bos": "never",
         "revision": "old",
         "trust_remote_code": True,
@@ -103,12 +107,13 @@ def test_every_option_reaches_its_field(told, tmp_path):
         "distill": 4,
         "distill_rate": 2e-4,
     }
+    joined = {"eval_tasks": "arc_easy, hellaswag"}
     flags = {"calibration": "--calib", "sequence_length": "--seqlen", "verify": "--no-verify"}
     words = ["--sparsity", "0.7", "--preset", "fast", "--eval", " ptb, x.txt ,", "--include", "lm_head"]
     words += ["--recipe", str(tmp_path / "mix.toml")]
     for name, value in (of_run | of_pruning).items():
         words.append(flags.get(name, "--" + name.replace("_", "-")))
-        words += [] if isinstance(value, bool) else [str(value)]
+        words += [] if isinstance(value, bool) else [joined.get(name, str(value))]
     options, settings = told(*words)
     # gpu_memory is for plans, rank_timeout for torchrun: see below
     given = {field.name for field in fields(RunOptions) if option_of(field)}

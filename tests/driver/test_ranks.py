@@ -58,6 +58,7 @@ CASES = {
     "corrected admm": ("llama", "2:4", {}),
     "rotated, with head": ("llama", "2:4", {"rotate": "values", "include_head": True, "preset": "fast"}),
     "integers": ("llama", "2:4", {"quantize": "int4:16", "preset": "paper"}),
+    "scaled inputs": ("llama", "2:4", {"quantize": "int4:16", "quantizer": "awq", "preset": "paper"}),
     "own method": ("llama", "2:4", {"method": Method("own", saliency=by_columns)}),
     "mixture": ("mixtral", "2:4", {}),
     "mixture in block order": ("mixtral", "50%", {"preset": "paper"}),

@@ -14,8 +14,8 @@ from sparsegpt.cli.bench_commands import bench_gpu_command
 from sparsegpt.eval.bench import gpu as bench_gpu
 from sparsegpt.eval.bench import pipeline as bench_pipeline
 from sparsegpt.eval.bench import solver as bench_solver
-from sparsegpt.eval.bench.quality import LADDER, QualityBench, QualityRow, draw
-from sparsegpt.eval.bench.tables import gpu_tables
+from sparsegpt.eval.bench.quality import LADDER, QualityBench, QualityRow, draw, draw_bytes
+from sparsegpt.eval.bench.tables import gpu_tables, integers_table
 from sparsegpt.files.checked_json import write_checked
 from sparsegpt.settings.prune_settings import resolve_settings
 from sparsegpt.sparsity import parse_sparsity
@@ -66,6 +66,26 @@ def test_rows_measured_before_are_kept_and_not_measured_again(llama_folder, text
     write_checked(path, {"perplexity": 1.0})  # as in another command's report
     with refused("rows.json", "give another file"):
         job.read(path)
+
+
+def test_rows_on_grids_know_their_bytes_and_have_a_table_and_a_figure(llama_folder, text_file, tmp_path):
+    job = QualityBench(str(llama_folder), str(text_file), str(text_file), 2, 16)
+    options = {"grids": ("none", "int4:32"), "quantizers": ("rtn", "awq")}
+    rows = list(job.run(("fast",), ("0", "2:4"), **options))
+    assert [row.asked[1:] for row in rows] == [
+        ("-", "none", ""),
+        ("0", "int4:32", "rtn"),
+        ("0", "int4:32", "awq"),
+        ("2:4", "none", ""),
+        ("2:4", "int4:32", "rtn"),
+        ("2:4", "int4:32", "awq"),
+    ]
+    assert [row.bits for row in rows] == [16, 4.5, 4.5, 9, 3.5, 3.5]
+    assert list(job.run(("fast",), ("0", "2:4"), rows, **options)) == []
+    table = integers_table(rows)
+    assert (table.row_count, [column.header for column in table.columns][-2:]) == (2, ["rtn", "awq"])
+    written = draw_bytes(rows, "title", tmp_path / "bytes.png")
+    assert "<svg" in written[1].read_text() and written[0].read_bytes().startswith(b"\x89PNG")
 
 
 def test_figure_has_a_line_a_method(tmp_path):

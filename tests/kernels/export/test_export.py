@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from sparsegpt.files.bits import pack_bits, unpack_bits
 from sparsegpt.files.reported import reported_layers
-from sparsegpt.kernels.export.bits import pack_bits, unpack_bits
+from tests.architectures import CONFIGS
 from tests.support import CHILD_ENVIRONMENT, VOCABULARY, save_model
 
 # Loads folders as somebody without this package does, and prints the perplexity of fixed windows for each.
@@ -136,6 +137,21 @@ def test_weights_that_were_changed_since_are_refused(quantised, run_cli, tmp_pat
     weights["model.layers.0.mlp.up_proj.weight"] += 0.001
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     run_cli("export", folder, tmp_path / "out").refused("model.layers.0.mlp.up_proj", "not on a grid int4:16")
+
+
+def test_experts_in_one_tensor_are_refused(quantised, run_cli, tmp_path):
+    folder = quantised("gpt_oss", **CONFIGS["gpt_oss"])
+    for name in ("compressed-tensors", "gptq"):
+        run_cli("export", folder, tmp_path / "out", "--format", name).refused("one of experts in one tensor", name)
+
+
+def test_a_tied_head_stays_as_it_is(quantised, run_cli, tmp_path):
+    """It is the embedding's weight, which no format keeps in integers."""
+    folder = quantised("llama", tie_word_embeddings=True)
+    assert run_cli("export", folder, tmp_path / "out").code == 0
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in settings["ignore"]
+    assert not any(name.startswith("lm_head") for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
 def test_transposed_weights_are_refused(quantised, run_cli, tmp_path):

@@ -12,12 +12,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def solved(bits, group, dtype):
-    """A 2:4 weight of integers and scales of 8 significant bits; no group's largest value has the largest integer."""
+    """A 2:4 weight of all integers but the largest, scales of 8 significant bits and either sign."""
     generator = torch.Generator().manual_seed(bits)
     most = 2 ** (bits - 1) - 1
-    steps = torch.randint(-most + 1, most, (16, 256), generator=generator)
+    steps = torch.randint(-most - (bits < 8), most, (16, 256), generator=generator)
     steps.masked_fill_(~brute_nm_mask(torch.rand(16, 256, generator=generator), NM(2, 4)), 0)
     scales = torch.randint(128, 256, (16, 256 // group), generator=generator) / 2**14
+    scales[::2] *= -1
     weight = (steps * scales.repeat_interleave(group, 1)).float()
     return weight.to(dtype)
 

@@ -204,15 +204,15 @@ def test_quantised_values(shape: tuple[int, int], bits: int, tolerance: float) -
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_that_a_solver_chose_are_packed_as_they_are(bits: int) -> None:
-    most = 2 ** (bits - 1) - 1
-    integers = (weight24(9, 200) * most / 4).round().clamp(-most, most)
-    scales = torch.rand(9, 4).half()
+    least, most = {4: (-8, 7), 8: (-127, 127)}[bits]
+    integers = (weight24(9, 200) * most / 4).round().clamp(least, most)
+    scales = torch.randn(9, 4).half()
     small = pack_integers24(integers, scales.float(), bits, 64)
     expected = integers * scales.float().repeat_interleave(64, 1)[:, :200]
     assert torch.equal(unpack(dequantize(small, torch.float32)), expected) and small.dtype == torch.bfloat16
     for wrong, chosen, message in (
         (integers + 0.5, scales, "whole numbers"),
-        (integers * 2 + most, scales, f"from {-most} to {most}"),
+        (integers * 2 + most, scales, f"from {least} to {most}"),
         (torch.ones(9, 200), scales, "w: not 2:4"),
         (integers, scales.float() + 1e-6, "float16"),
         (integers, scales / 0, "infinite"),

@@ -1,4 +1,4 @@
-"""Integers of a few bits in 32-bit words, as both formats keep them: one string of bits a row, the lowest first.
+"""Integers of a few bits in 32-bit words, as quantised files keep them: one string of bits a row, the lowest first.
 
 Dimension key: N rows, C numbers of a row, W words of a row.
 """
@@ -21,6 +21,10 @@ def pack_bits(numbers: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(words: Tensor, bits: int, columns: int) -> Tensor:
     """Words int32 [N, W] -> the numbers [N, C], int32, C = `columns`."""
+    return torch.cat([_unpack_rows(words[rows], bits, columns) for rows in strips(len(words), ROWS)])
+
+
+def _unpack_rows(words: Tensor, bits: int, columns: int) -> Tensor:
     each = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
     digits = rearrange(each, "n w d -> n (w d)")[:, : columns * bits].unflatten(1, (columns, bits))
     shifts = torch.arange(bits, dtype=torch.int32, device=words.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.calib_data import TextSource, bos_token, evaluation_tokens, load_text
+from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.errors import SparseGPTError
 
 if TYPE_CHECKING:
@@ -56,31 +57,33 @@ def score(
     batch_size: int | None = None,
     bos: int | None = None,
     max_windows: int | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> Score:
     """Tokens [N] or [1, N] -> Score: cross-entropy of a model on a stream of them.
 
     tokens: LongTensor. sequence_length: tokens a window, the beginning-of-sequence token `bos`, which
     is put before each window where given, not counted. batch_size: windows a forward pass. max_windows: at most these.
+    ranks: who scores this model together; each calls this, and gets the score of all windows.
     Raises SparseGPTError when the stream is shorter than one window or a token lies outside the vocabulary.
     """
     windows = _windows(tokens, sequence_length, model)[:max_windows]
     device = model.get_input_embeddings().weight.device
-    total, count = 0.0, 0
+    nats = []
     was_training = model.training
     model.eval()
     try:
-        for batch in windows.split(batch_size or max(1, TOKENS_PER_STEP // sequence_length)):
+        for batch in ranks.share(windows.split(batch_size or max(1, TOKENS_PER_STEP // sequence_length))):
             inputs = batch.to(device)
             if bos is not None:
                 inputs = torch.cat([inputs.new_full((len(inputs), 1), bos), inputs], dim=1)
             logits = model(input_ids=inputs, use_cache=False).logits[:, -sequence_length:-1]
             targets = batch[:, 1:].to(logits.device)
             # A window at a time: together they would be copied, and logits are the largest tensor of a small model.
-            total += sum(_cross_entropy(*window) for window in zip(logits, targets, strict=True))
-            count += batch.shape[0] * (sequence_length - 1)
+            nats.append(sum(_cross_entropy(*window) for window in zip(logits, targets, strict=True)))
     finally:
         model.train(was_training)
-    return Score(total / count, count, len(windows))
+    count = len(windows) * (sequence_length - 1)
+    return Score(sum(ranks.in_turn(nats)) / count, count, len(windows))
 
 
 def perplexity(model: "PreTrainedModel", tokens: Tensor, sequence_length: int) -> float:
@@ -152,11 +155,12 @@ def score_text(
     batch_size: int | None = None,
     bos: str = "auto",
     max_windows: int | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> TextScore:
     """Score a model on a text, by its name or path (see calib_data.sources), in the source's published protocol.
 
     bos: put the tokenizer's beginning-of-sequence token before every window, never, or where the family needs it.
-    max_windows: score at most these, from the text's start; None: as many as the protocol says.
+    max_windows: score at most these, from the text's start; None: as many as the protocol says. ranks: as in `score`.
     Raises SparseGPTError for a text or `bos` that is not known, and as `score` does.
     """
     source = data if isinstance(data, TextSource) else load_text(data, "evaluation")
@@ -169,6 +173,7 @@ def score_text(
         batch_size=batch_size,
         bos=bos_token(tokenizer, model.config.model_type, bos),
         max_windows=source.evaluation_windows if max_windows is None else max_windows,
+        ranks=ranks,
     )
     return TextScore(
         source.name if isinstance(data, TextSource) else data,

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 refused with one line on stderr, 2 wrong usage, 130 interrupted.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -71,16 +72,26 @@ def main() -> None:
     """Run the command line; every refusal is one line on stderr, with exit code 1, or 2 for wrong usage."""
     try:
         _check_words(sys.argv)
+        _check_ranks(sys.argv)
         with bus_errors_told(say):
             code = app(prog_name=NAME, standalone_mode=False)
     except SparseGPTError as error:
-        say(str(error))
+        if told := str(error):  # else another rank has said it
+            say(told)
         code = 1
     except _UsageError as error:
         _say_usage(error)
         code = WRONG_USAGE
     if code:
         sys.exit(code)
+
+
+def _check_ranks(words: list[str]) -> None:
+    """Of all commands only a run is for several processes. Without torchrun nothing is loaded to know that."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and (words[1:2] != ["run"] or "--plan" in words):
+        from sparsegpt.driver.ranks import refuse_ranks
+
+        refuse_ranks("a plan" if "--plan" in words else " ".join([NAME, *words[1:2]]))
 
 
 def _say_usage(error: Any) -> None:

@@ -24,6 +24,8 @@ from sparsegpt.run.memory import readable
 from sparsegpt.run.memory_plan import Plan
 
 WORST_LAYERS = 5
+# What a plan tells, and how its table calls it.
+KINDS_OF_BYTES = {"memory": "memory", "gpu": "GPU memory", "disk": "disk", "traffic": "sent to other ranks"}
 # Columns of scores: {heading: (letters of a line from which on there is room for it, (entry of the report, form))}.
 SCORES = {
     "perplexity": (0, ("perplexity", "{:.4f}")),
@@ -177,7 +179,7 @@ def new_table(*columns: str, broken: Sequence[str], title: str | None = None) ->
 def print_plan(console: Console, model: str, planned: Plan) -> None:
     """The table of `run --plan`."""
     table = Table("", "part", "at its peak", title=f"{model}: {planned.micro_batch} windows in one forward pass")
-    for kind, name in (("memory", "memory"), ("gpu", "GPU memory"), ("disk", "disk")):
+    for kind, name in KINDS_OF_BYTES.items():
         parts: dict[str, int] = getattr(planned, kind)
         for part, count in parts.items():
             table.add_row("", part, readable(count))

@@ -29,6 +29,10 @@ class RunCall:
     log_json: bool = field(
         default=False, metadata=option("Print what happens as one JSON object a line, and no tables.", Group.OUTPUT)
     )
+    ranks: int | None = field(
+        default=None,
+        metadata=option("With --plan: for each of so many processes.", Group.MACHINE, minimum=1, unset="one process"),
+    )
     quiet: bool = field(default=False, metadata=option("Print nothing but warnings and errors.", Group.OUTPUT))
 
 
@@ -48,7 +52,9 @@ def by_preset(preset: str = "default") -> dict[str, str]:
 def run(**arguments: Any) -> None:
     """Prune a model, score it before and after, and save it with a report."""
     from sparsegpt.cli.display import RunDisplay, print_plan, print_report
+    from sparsegpt.driver.ranks import is_restart, started
     from sparsegpt.listeners.json_log import JsonLog
+    from sparsegpt.run.job import Listener
     from sparsegpt.run.job import run as run_job
     from sparsegpt.run.planning import check_options, plan_run
 
@@ -59,21 +65,28 @@ def run(**arguments: Any) -> None:
     silence_libraries()
     if call.plan:
         check_options(options, settings)
-        print_plan(console, options.model, plan_run(options, settings))
+        print_plan(console, options.model, plan_run(options, settings, call.ranks or 1))
         return
     if options.gpu_memory is not None:
         raise SparseGPTError("--gpu-memory is for planning: add --plan, or leave it out")
+    if call.ranks is not None:
+        raise SparseGPTError("--ranks is for planning: add --plan, or leave it out and start so many with torchrun")
     if call.log_json and call.quiet:
         raise SparseGPTError("--log-json prints what --quiet is to keep silent about: give one of them")
     try:
-        with nullcontext(JsonLog(sys.stdout)) if call.log_json else RunDisplay(console, quiet=call.quiet) as display:
+        with (
+            started(options.rank_timeout) as ranks,
+            nullcontext(JsonLog(sys.stdout)) if call.log_json else RunDisplay(console, quiet=call.quiet) as display,
+        ):
+            listener: Listener = display if ranks.speaks else Listener()
             if doubt := doubtful(arguments["sparsity"]):
-                display.warn(doubt)
-            report = run_job(options, settings, display)
+                listener.warn(doubt)
+            placed = replace(options, device=ranks.place(options.device), resume=options.resume or is_restart())
+            report = run_job(placed, settings, listener, ranks)
     except KeyboardInterrupt:
         _say_what_is_left(options.out)
         raise typer.Exit(INTERRUPTED) from None
-    if not (call.quiet or call.log_json):
+    if ranks.speaks and not (call.quiet or call.log_json):
         print_report(console, report, options.out)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.capture import BlockCall, Course, ModelInputs, follow, run_watched
+from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.routers import mixture_of
 from sparsegpt.model.unfuse import unfused
 from sparsegpt.sparsity import Sparsity, Unstructured
@@ -32,20 +33,21 @@ STEPS = 4
 def allocate(
     pattern: Sparsity,
     allocation: str,
-    blocks: nn.ModuleList,
+    decoder: DecoderModel,
     linears: Sequence[Shapes],
-    inputs: ModelInputs,
+    batches: Sequence[Tensor],
     visit: Visit,
 ) -> list[dict[str, Sparsity]]:
     """The pattern of each linear, block by block; linears[index]: the selected linears of that block.
 
+    batches: calibration tokens [batch, sequence], the same on every rank.
     Raises SparseGPTError when a share would leave [0, 1), and when there is nothing to spread.
     """
     if allocation == "uniform" or not isinstance(pattern, Unstructured):
         return [dict.fromkeys(block, pattern) for block in linears]
     if not any(linears):
         raise SparseGPTError(f"allocation {allocation!r} has no linear to spread {pattern} over: leave it out")
-    outliers = outlier_shares(blocks, linears, inputs, visit)
+    outliers = outlier_shares(decoder, linears, batches, visit)
     sizes = [sum(map(math.prod, block.values())) for block in linears]
     shares = block_shares(outliers, sizes, pattern.fraction)
     return _whole_zeros(shares, linears, round(pattern.fraction * sum(sizes)))
@@ -71,16 +73,18 @@ def block_shares(outliers: list[float], sizes: list[int], target: float) -> list
 
 
 @torch.no_grad()
-def outlier_shares(blocks: nn.ModuleList, linears: Sequence[Shapes], inputs: ModelInputs, visit: Visit) -> list[float]:
-    """Share of weights per block whose |w_ij| ||x_j|| exceeds OUTLIER times the mean of their layer.
+def outlier_shares(
+    decoder: DecoderModel, linears: Sequence[Shapes], batches: Sequence[Tensor], visit: Visit
+) -> list[float]:
+    """Batches [batch, sequence] -> share of weights per block with |w_ij| ||x_j|| > OUTLIER times their layer's mean.
 
     An expert that nothing is sent to in these few micro-batches has none.
     """
-    batches, stream = inputs.batches[:STEPS], inputs.hidden[:STEPS]
-    result = []
-    for index, block in enumerate(blocks):
+    inputs = ModelInputs(decoder, batches[:STEPS])
+    stream, result = inputs.hidden, []
+    for index, block in enumerate(decoder.blocks):
         with visit(block), unfused(block):
-            calls = [inputs.calls(tokens, "allocation")[index] for tokens in batches]
+            calls = [inputs.calls(tokens, "allocation")[index] for tokens in inputs.batches]
             norms, stream = _input_norms(block, list(linears[index]), calls, stream)
             weights = {name: block.get_parameter(f"{name}.weight") for name in linears[index] if name in norms}
             outliers = sum(_outliers(weight, norms[name]) for name, weight in weights.items())

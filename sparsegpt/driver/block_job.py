@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.driver.groups import GroupSolver, scaled_grid
+from sparsegpt.driver.groups import GroupSolver, Task, scaled_grid
 from sparsegpt.driver.reports import LayerReport
 from sparsegpt.driver.stages import Group, plan_stages, waves
 from sparsegpt.model.capture import NOTHING, Behind, BlockCall, Course, follow, remember_outputs, run_watched
@@ -78,7 +78,7 @@ class BlockJob:
         self.solver.tell_of_unscaled(wanted.keys() - {name for place in found for name in place.readers})
 
     def _see_inputs(self, found: Sequence[Place]) -> list[InputStatistics]:
-        """One pass of the pruned stream through the dense block."""
+        """One pass of all ranks' pruned streams through the dense block."""
         watched = frozenset(place.watched for place in found)
         statistics: list[InputStatistics] = []
         for step, hidden in enumerate(self.streams.pruned):
@@ -87,14 +87,14 @@ class BlockJob:
             statistics = statistics or [InputStatistics(tensor.shape[-1], self.device) for tensor in inputs]
             for one, tensor in zip(statistics, inputs, strict=True):
                 one.add(tensor)
+        self.solver.ranks.add_up(*statistics)
         return statistics
 
     def prune_linears(self) -> list[LayerReport]:
         """Prune every selected linear, stage by stage in forward order."""
         with self.solver.timed("capture"):
             self.course = self._follow()
-            shared = self.course.shared_inputs(self.linears, may_rest=lambda name: self.expert_of(name) is not None)
-            in_waves = waves(shared, self.expert_of)
+            in_waves = waves(self._shared_inputs(), self.expert_of)
             groups = [group for wave in in_waves for group in wave]
             stages = plan_stages(
                 in_waves, self.settings.order, lambda name: self.linears[name].in_features, self.expert_of
@@ -108,12 +108,14 @@ class BlockJob:
                 idle, later = _linears_from(idle_from, groups), self._all_compared(stages[number + 1 :])
                 statistics = self._gather(stage, idle, dense_inputs, later)
             with self.solver.timed("solve"):
-                for group in stage:
-                    linears = {self.prefix + name: (self.linears[name], self.choices[name]) for name in group}
-                    layers += self.solver.prune(linears, *statistics.pop(group), routed=bool(self.expert_of(group[0])))
-                    self.pruned_names.update(group)
+                layers += self.solver.prune([self._task(group, *statistics.pop(group)) for group in stage])
+            self.pruned_names.update(name for group in stage for name in group)
         self.solver.tell_of_experts()
         return layers
+
+    def _task(self, group: Group, gram: HessianAccumulator, drift: DriftAccumulator) -> Task:
+        linears = {self.prefix + name: (self.linears[name], self.choices[name]) for name in group}
+        return Task(linears, gram, drift, routed=bool(self.expert_of(group[0])))
 
     def reconstruct(self, ahead: Sequence[nn.Module] = ()) -> Reconstruction:
         """Train the kept weights so that the block on pruned inputs gives the dense outputs after the blocks `ahead`.
@@ -124,12 +126,18 @@ class BlockJob:
             result = reconstruct_block(
                 self.block,
                 list(self.linears),
-                training_batches(self.streams.inputs.batches, self.streams.pruned, self._dense_after(ahead)),
+                training_batches(
+                    self.streams.inputs.batches,
+                    self.streams.pruned,
+                    self._dense_after(ahead),
+                    trainers=self.solver.ranks.world,
+                ),
                 lambda tokens, hidden: self._through(self.index, [self.block, *ahead], tokens, hidden),
                 ahead=ahead,
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
                 rounded=self._rounded(),
+                trainers=self.solver.ranks,
             )
             for parameter in self.block.parameters():
                 parameter.data.copy_(self.solver.as_stored(parameter.data, parameter))
@@ -217,6 +225,11 @@ class BlockJob:
             return Course()
         return follow(self.block, self.streams.call(0, self.index), self.streams.pruned[0].to(self.device))
 
+    def _shared_inputs(self) -> list[Group]:
+        """As rank 0 sees them: experts that rest are groups of their own, and which rest depends on the windows."""
+        found = self.course.shared_inputs(self.linears, may_rest=lambda name: self.expert_of(name) is not None)
+        return self.solver.ranks.gather(found)[0]
+
     def move_dense(self, watched: frozenset[str] = frozenset()) -> DenseInputs:
         """Move the dense stream through the block, which must be dense still; keep the inputs of what is watched."""
         assert self.streams.dense is not None
@@ -253,7 +266,7 @@ class BlockJob:
     def _gather(
         self, stage: list[Group], unused: Group, dense_inputs: DenseInputs, later: frozenset[str]
     ) -> dict[Group, tuple[HessianAccumulator, DriftAccumulator]]:
-        """One pass of the pruned stream for all shared inputs of a stage; `unused` linears need not be computed.
+        """One pass of all ranks' pruned streams for the inputs of a stage; `unused` linears need not be computed.
 
         Of the dense inputs only what is compared `later` is held on to.
         """
@@ -278,6 +291,7 @@ class BlockJob:
                 dense_inputs[step] = {name: tensor for name, tensor in dense_inputs[step].items() if name in later}
             if outlet is not None:
                 self.kept[step][outlet] = pruned[outlet].to(self.streams.pruned[step].device)
+        self.solver.ranks.add_up(*(part for pair in statistics.values() for part in pair))
         return statistics
 
     def _outlet(self, stage: list[Group]) -> str | None:

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsegpt.driver.accounting import Accounting, Survey, account, in_braces, survey, unasked_note
 from sparsegpt.driver.allocation import Shapes, Visit, allocate
 from sparsegpt.driver.refusals import check_weights
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.mapped import chunks
-from sparsegpt.model.capture import ModelInputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import prunable_linears
 from sparsegpt.model.unfuse import unfused
@@ -134,10 +133,13 @@ def spread(
     pruned: Mapping[str, LinearSettings],
     decoder: DecoderModel,
     shapes: Sequence[Shapes],
-    inputs: ModelInputs,
+    batches: Sequence[Tensor],
     visit: Visit,
 ) -> dict[str, LinearSettings]:
-    """`pruned` with the run's sparsity spread over the linears to which no rule gives one; shapes: block by block."""
+    """`pruned` with the run's sparsity spread over the linears to which no rule gives one.
+
+    shapes: block by block. batches: calibration tokens [batch, sequence].
+    """
     if settings.allocation == "uniform":
         return dict(pruned)
     prefixes = [prefix for prefix, _ in decoder.by_prefix()]
@@ -145,7 +147,7 @@ def spread(
         {name: shape for name, shape in block.items() if not sets_sparsity(settings, prefix + name)}
         for prefix, block in zip(prefixes, shapes, strict=True)
     ]
-    patterns = allocate(settings.sparsity, settings.allocation, decoder.blocks, free, inputs, visit)
+    patterns = allocate(settings.sparsity, settings.allocation, decoder, free, batches, visit)
     found = dict(pruned)
     for prefix, by_name in zip(prefixes, patterns, strict=True):
         for name, pattern in by_name.items():

@@ -6,27 +6,29 @@ With correction or reconstruction the dense model's activations flow beside the 
 stream once, before anything in it is pruned; its inputs inside the block are kept until they have been compared.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.driver.accounting import UNREACHED
+from sparsegpt.driver.accounting import UNREACHED, in_braces
 from sparsegpt.driver.allocation import Shapes, Visit
 from sparsegpt.driver.block_job import BlockJob
 from sparsegpt.driver.choices import HEAD, Choices, check_block, check_linear, choose_linears, spread
-from sparsegpt.driver.groups import GroupSolver, scaled_grid
-from sparsegpt.driver.listener import Listener
+from sparsegpt.driver.groups import GroupSolver, Task, scaled_grid
 from sparsegpt.driver.progress import Progress
-from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport
+from sparsegpt.driver.ranks import ONE_RANK, Ranks
+from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, Listener, PruneReport
 from sparsegpt.driver.rotating import rotate_first
 from sparsegpt.driver.verification import WINDOWS, check_boundaries, verify_blocks
-from sparsegpt.driver.windows import Windows, micro_batches
+from sparsegpt.driver.windows import Windows, micro_batches, share_of
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.capture import ModelInputs
 from sparsegpt.model.decoder import DecoderModel, evaluating
@@ -63,12 +65,14 @@ def prune_model(
     """Prune a transformers causal language model in place.
 
     windows: calibration tokens, LongTensor [samples, sequence_length]. Lists, dicts with an attention_mask and a
-    DataLoader are taken too. sparsity: "2:4", 0.5, "50%" or a pattern. Presets but `paper` write the model in other
-    bases first (rotate="off" keeps its own), where a head that was the embedding's weight may get one of its own.
-    select(name): whether to prune the linear of this full name. only_blocks: prune in these decoder blocks alone, as
-    "0:12". include_head: prune lm_head too. boundary: the token with which each of several documents in a window
-    begins: attention does not cross it. options: fields of `PruneSettings`, which win over the preset, such as
-    method=..., recipe=read_recipe("mix.toml"), and keyword arguments of `prune_blocks`.
+    DataLoader are taken too. Ranks of a process group all call this, each with the model and with windows of its own,
+    and prune it together, on the windows of all: the weights end alike on each. sparsity: "2:4", 0.5, "50%" or a
+    pattern. Presets but `paper` write the model in other bases first (rotate="off" keeps its own), where a head that
+    was the embedding's weight may get one of its own. select(name): whether to prune the linear of this full name.
+    only_blocks: prune in these decoder blocks alone, as "0:12". include_head: prune lm_head too. boundary: the token
+    with which each of several documents in a window begins: attention does not cross it. options: fields of
+    `PruneSettings`, which win over the preset, such as method=..., recipe=read_recipe("mix.toml"), and keyword
+    arguments of `prune_blocks`.
     Raises SparseGPTError, naming the layer, for input that cannot be pruned; the blocks before it are pruned by then.
     """
     names = {setting.name for setting in fields(PruneSettings)}
@@ -76,7 +80,25 @@ def prune_model(
     settings = resolve_settings(sparsity, preset, **given)
     decoder = DecoderModel.of(model, boundary)
     choices = choose_linears(decoder, settings, select, only_blocks, include_head=include_head)
-    return prune_blocks(decoder, windows, choices, **options)
+    ranks = Ranks.here()
+    ranks.agree(lambda: _facts(decoder, settings, choices))
+    rows = ranks.in_turn([row for batch in micro_batches(windows, decoder) for row in batch])
+    return prune_blocks(decoder, rows, choices, ranks=ranks, **options)
+
+
+def _facts(decoder: DecoderModel, settings: PruneSettings, choices: Choices) -> dict[str, str]:
+    """What must be the same wherever a model is pruned together. Of its weights a few stand for all."""
+    weights = hashlib.sha256()
+    for parameter in decoder.model.parameters():
+        flat = parameter.detach().reshape(-1)
+        weights.update(flat[:: max(1, len(flat) // 16)].double().cpu().numpy().tobytes())
+    return {
+        "sparsegpt": version("sparsegpt"),
+        "torch": torch.__version__,
+        "settings": f"{settings.as_dict()}, {'; '.join(map(str, settings.recipe))}",
+        "linears": ", ".join(in_braces(choices.pruned)),
+        "weights": weights.hexdigest(),
+    }
 
 
 @torch.no_grad()
@@ -93,37 +115,39 @@ def prune_blocks(
     report: PruneReport | None = None,
     listener: Listener | None = None,
     verify: bool = True,
+    ranks: Ranks = ONE_RANK,
 ) -> PruneReport:
     """`prune_model` for a model that is known and choices that are made.
 
-    windows: as for `prune_model`. device: where one block computes at a time, by default where the
+    windows: as for `prune_model`, those of all ranks. device: where one block computes at a time, by default where the
     blocks are; the activations between blocks stay on the embedding's device. micro_batch: windows of one forward pass.
     scratch: folder for files that hold the activations. residence: where the model's weights are and where they
     compute; by default, in place. progress: keeps finished blocks and knows those finished before, which are not
     pruned again; `report` then holds what was reported of them. listener: is told of every new report. verify: compare
-    blocks run one by one with the whole model, before and after (see verification.py).
+    blocks run one by one with the whole model, before and after (see verification.py). ranks: who prunes it together.
     Raises SparseGPTError, naming the layer, for input that cannot be pruned.
     """
-    batches = micro_batches(windows, decoder, micro_batch)
+    everything = micro_batches(windows, decoder, micro_batch)
+    batches = share_of(everything, ranks, trained=bool(choices.settings.reconstruct + choices.settings.distill))
     work = prepare(decoder, choices, finite=residence is not None)
     computing = decoder.model.dtype
     progress, in_place = progress or Progress(), residence is None
     residence = residence or Residence(torch.device(device) if device else None, computing, computing)
     report = report or PruneReport(choices.settings)
     report.begin(choices.settings, choices.linears, choices.notes)
-    solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored)
+    solver = GroupSolver(choices.settings, report, listener or Listener(), residence.as_stored, ranks)
     with evaluating(decoder.model):
-        check_boundaries(decoder, batches)
-        _rotate(work, solver, batches, residence, progress, in_place=in_place)
+        check_boundaries(decoder, everything)
+        _rotate(work, solver, everything, residence, progress, in_place=in_place)
         if verify:
-            unreached = _verify("before", work, solver, batches[0][:WINDOWS], residence)
+            unreached = _verify("before", work, solver, everything[0][:WINDOWS], residence)
             choices, work = choices.without(unreached, UNREACHED), work.without(unreached)
             report.begin(choices.settings, choices.linears, choices.notes)
         report.parameters = choices.accounting
         with solver.timed("capture"):
             store = ActivationStore(scratch)
             inputs = ModelInputs(decoder, batches, store.keep)
-            work = work.spread(inputs, residence.visit)
+            work = work.spread(everything, residence.visit)
             streams = Streams.begin(inputs, store, with_dense=work.settings.needs_dense_stream)
         driver = _Driver(solver, streams, work, residence, progress)
         for index in range(len(decoder.blocks)):
@@ -133,7 +157,7 @@ def prune_blocks(
         if work.head is not None:
             driver.prune_head(work.head, batches)
         if verify:
-            _verify("after", work, solver, batches[0][:WINDOWS], residence)
+            _verify("after", work, solver, everything[0][:WINDOWS], residence)
     return report
 
 
@@ -180,9 +204,9 @@ class Work:
         linears = {name: choice for name, choice in self.linears.items() if name not in names}
         return replace(self, linears=linears, shapes=shapes)
 
-    def spread(self, inputs: ModelInputs, visit: Visit) -> "Work":
+    def spread(self, batches: Sequence[Tensor], visit: Visit) -> "Work":
         """The same with a share of zeros of its own for each linear, where the allocation says so."""
-        return replace(self, linears=spread(self.settings, self.linears, self.decoder, self.shapes, inputs, visit))
+        return replace(self, linears=spread(self.settings, self.linears, self.decoder, self.shapes, batches, visit))
 
     def is_last(self, index: int) -> bool:
         """Whether nobody reads the streams after this block."""
@@ -309,8 +333,17 @@ class _Driver:
         assert self.streams.dense is not None
         with self.solver.timed("distill"):
             trained, store = self.work.trained, self.streams.store
-            student = Distiller(self.work.decoder, self.streams.inputs, self.residence, store, trained, self.work.grids)
-            if not self._train(student, training_batches(batches, self.streams.dense)):
+            student = Distiller(
+                self.work.decoder,
+                self.streams.inputs,
+                self.residence,
+                store,
+                trained,
+                self.work.grids,
+                trainers=self.solver.ranks,
+            )
+            pairs = training_batches(batches, self.streams.dense, trainers=self.solver.ranks.world)
+            if not self._train(student, pairs):
                 return
             for index in trained:
                 self.residence.settle_all(
@@ -354,8 +387,9 @@ class _Driver:
                 statistics[0].add(pruned)
                 if choice.corrects and self.streams.dense is not None:
                     statistics[1].add_inputs(head_inputs(decoder, batch, self.streams.dense[step]), pruned)
+            self.solver.ranks.add_up(*statistics)
         with self.solver.timed("solve"):
-            self.solver.prune({HEAD: (head, choice)}, *statistics)
+            self.solver.prune([Task({HEAD: (head, choice)}, *statistics)])
 
     @property
     def _blocks(self) -> nn.ModuleList:

@@ -1,4 +1,4 @@
-"""What the driver tells about its work, as plain values."""
+"""What the driver tells about its work, as plain values, and who is told: by default nobody."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -165,6 +165,22 @@ class PruneReport:
                 for choice, names in linears.items()
             ],
         }
+
+
+class Listener:
+    """Override what you want to hear: this one listens in silence."""
+
+    def rotated(self, report: RotationReport) -> None:
+        """The model is written in bases in which less is dropped; none where its own are best."""
+
+    def layer(self, report: LayerReport) -> None:
+        """One linear is pruned."""
+
+    def block(self, report: BlockReport) -> None:
+        """One decoder block is finished."""
+
+    def epoch(self, report: EpochReport) -> None:
+        """One epoch of distillation is finished."""
 
 
 def share_of_zeros(weight: Tensor) -> float:

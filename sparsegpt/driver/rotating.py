@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.driver.choices import choose_linears
-from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.progress import Progress
-from sparsegpt.driver.reports import PruneReport, RotationReport
+from sparsegpt.driver.reports import Listener, PruneReport, RotationReport
 from sparsegpt.driver.verification import SHARE_WITH_EXPERTS, TOLERANCE, token_differences
 from sparsegpt.driver.windows import Windows, micro_batches
 from sparsegpt.errors import SparseGPTError

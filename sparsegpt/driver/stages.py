@@ -1,12 +1,14 @@
-"""In which order the linears of a block are gathered and solved: shared inputs, and how many of them in one pass.
+"""In which order the linears of a block are gathered and solved, how many of them in one pass, and by which rank.
 
 The experts of a mixture do not feed one another, so one pass gathers the Hessians of all their up projections, the
 next those of their down projections; as many at a time as fit EXPERT_BYTES.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+from sparsegpt.driver.ranks import Ranks, Share
 from sparsegpt.model.routers import ExpertLinear, expert_of
 from sparsegpt.settings.prune_settings import Order
 
@@ -69,3 +71,72 @@ def _within_budget(groups: list[Group], width_of: Callable[[str], int]) -> list[
         chunks[-1].append(group)
         left -= size
     return chunks
+
+
+class Matrix(NamedTuple):
+    """A weight [rows, columns] to be solved; by_rows: rows can be solved apart."""
+
+    rows: int
+    columns: int
+    by_rows: bool
+
+
+# The matrices of each shared input, by the full names of their linears.
+Stage = Sequence[Mapping[str, Matrix]]
+
+
+def share_out(stage: Stage, ranks: Ranks) -> dict[str, Share]:
+    """Who solves what: whole shared inputs, or rows of each (whole matrices where rows are bound together).
+
+    Whichever ends sooner. To share the rows of one input every rank must factor its Hessian.
+    """
+    return min(_by_inputs(stage, ranks), _by_rows(stage, ranks), key=lambda shares: _longest(stage, shares, ranks))
+
+
+def _by_inputs(stage: Stage, ranks: Ranks) -> dict[str, Share]:
+    owners = _balanced([_cost(group.values()) for group in stage], ranks)
+    return {
+        name: ranks.whole(matrix.rows, owner)
+        for group, owner in zip(stage, owners, strict=True)
+        for name, matrix in group.items()
+    }
+
+
+def _by_rows(stage: Stage, ranks: Ranks) -> dict[str, Share]:
+    matrices = {name: matrix for group in stage for name, matrix in group.items()}
+    bound = {name: matrix for name, matrix in matrices.items() if not matrix.by_rows}
+    owners = dict(zip(bound, _balanced([_cost([matrix]) for matrix in bound.values()], ranks), strict=True))
+    return {
+        name: ranks.whole(matrix.rows, owners[name]) if name in owners else ranks.split(matrix.rows)
+        for name, matrix in matrices.items()
+    }
+
+
+def _balanced(costs: Sequence[int], ranks: Ranks) -> list[int]:
+    """A rank for each piece of work, the dearest first, each to the rank that has least to do."""
+    loads, owners = [0] * ranks.world, [0] * len(costs)
+    for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
+        owners[piece] = loads.index(min(loads))
+        loads[owners[piece]] += costs[piece]
+    return owners
+
+
+def _longest(stage: Stage, shares: Mapping[str, Share], ranks: Ranks) -> int:
+    """The cost of the rank that has most to do."""
+    return max(
+        sum(
+            _cost(
+                matrix._replace(rows=rows)
+                for name, matrix in group.items()
+                if (rows := shares[name].parts[rank].stop - shares[name].parts[rank].start)
+            )
+            for group in stage
+        )
+        for rank in range(ranks.world)
+    )
+
+
+def _cost(matrices: Iterable[Matrix]) -> int:
+    """Of matrices that share an input: a factor costs about what as many rows cost as there are columns."""
+    found = list(matrices)
+    return sum(matrix.rows * matrix.columns**2 for matrix in found) + max((m.columns**3 for m in found), default=0)

@@ -1,11 +1,12 @@
 """Calibration windows in whatever form people hold them, as micro-batches of equal length."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsegpt.driver.ranks import Ranks
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.decoder import DecoderModel
 
@@ -42,6 +43,33 @@ def micro_batches(windows: Windows, decoder: DecoderModel, size: int | None = No
     for group in groups:
         _check(group, decoder)
     return tuple(batch for group in groups for batch in group.split(size or max(1, TOKENS_PER_STEP // group.shape[1])))
+
+
+def share_of(batches: Sequence[Tensor], ranks: Ranks, *, trained: bool) -> tuple[Tensor, ...]:
+    """Micro-batches [batch, sequence] of all ranks -> this rank's, of as many windows each, as far as they go.
+
+    trained: steps of a training go with them, of which every rank takes as many.
+    Raises SparseGPTError for fewer windows than ranks, and for a training on unequal shares.
+    """
+    windows = [row for batch in batches for row in batch]
+    if len(windows) < ranks.world:
+        raise SparseGPTError(
+            f"{ranks.world} ranks have {len(windows)} calibration windows: give each at least one, or start fewer",
+            settings=("samples",),
+        )
+    by_length: dict[int, list[Tensor]] = {}
+    for row in ranks.share(windows):
+        by_length.setdefault(len(row), []).append(row)
+    sizes = {batch.shape[1]: len(batch) for batch in reversed(batches)}
+    share = tuple(part for length, rows in by_length.items() for part in torch.stack(rows).split(sizes[length]))
+    shapes = ranks.gather([part.shape for part in share])
+    if trained and any(others != shapes[0] for others in shapes):
+        raise SparseGPTError(
+            f"training by {ranks.world} ranks needs equal shares: expected calibration windows, of each length, whose "
+            f"number is a multiple of {ranks.world}; give other samples, or do not train",
+            settings=("samples", "reconstruct", "distill"),
+        )
+    return share
 
 
 def _rows(windows: Windows) -> Iterator[Tensor]:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from sparsegpt.driver.listener import Listener
-from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport
+from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, Listener
 from sparsegpt.listeners.time_left import TimeLeft, in_words
 
 

@@ -27,8 +27,10 @@ from sparsegpt.model.unfuse import unfused
 from sparsegpt.quantization import Grid
 from sparsegpt.recovery.training import (
     BETAS,
+    ONE_TRAINER,
     Batch,
     GridWeight,
+    Trainers,
     autocast,
     held_out_count,
     in_float32,
@@ -55,8 +57,9 @@ class Distiller:
 
     Its batches pair tokens [batch, sequence] with the dense model's hidden states [batch, sequence, features] after the
     last block. pruned: for each block that is trained, the names of its pruned linears, whose zeros stay zeros. grids:
-    of those among them whose integers stay too, and whose scales are trained. The states lie on the device of the
-    blocks' parameters, in files if the store keeps activations there.
+    of those among them whose integers stay too, and whose scales are trained. trainers: who trains the same student at
+    the same time, each on batches of its own. The states lie on the device of the blocks' parameters, in files if the
+    store keeps activations there.
     """
 
     def __init__(
@@ -67,9 +70,10 @@ class Distiller:
         store: ActivationStore,
         pruned: Mapping[int, Sequence[str]],
         grids: Mapping[int, Mapping[str, Grid]] | None = None,
+        trainers: Trainers = ONE_TRAINER,
     ) -> None:
         self.decoder, self.blocks = decoder, decoder.blocks
-        self.inputs, self.residence = inputs, residence
+        self.inputs, self.residence, self.trainers = inputs, residence, trainers
         self.masked = {index: {f"{name}.weight" for name in names} for index, names in pruned.items()}
         self.rounded: dict[int, dict[str, GridWeight]] = {}
         self.states: dict[int, dict[str, Trained]] = {}
@@ -131,7 +135,7 @@ class Distiller:
         for tokens, dense in batches:
             *_, hidden = self._forward(tokens)
             total += tokens.numel() * self._compare(tokens, hidden, dense, with_gradient=False)[0]
-        return total / sum(tokens.numel() for tokens, _ in batches)
+        return self.trainers.mean(total / sum(tokens.numel() for tokens, _ in batches))
 
     @torch.no_grad()
     def hidden_after(self, tokens: Tensor) -> Tensor:
@@ -191,7 +195,7 @@ class Distiller:
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 output, [leaf, *trained.values()], gradient, allow_unused=True
             )
-        for name, of_parameter in zip(trained, found[1:], strict=True):
+        for name, of_parameter in zip(trained, self.trainers.average(found[1:], list(trained.values())), strict=True):
             if of_parameter is None:
                 continue  # an expert to which nothing was sent
             state = self.states[index][name]

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from sparsegpt.recovery.training import (
     BETAS,
+    ONE_TRAINER,
     Batch,
     GridWeight,
+    Trainers,
     autocast,
     counting_windows,
     held_out_count,
@@ -55,6 +57,7 @@ def reconstruct_block(
     epochs: int,
     learning_rate: float,
     rounded: Mapping[str, GridWeight] | None = None,
+    trainers: Trainers = ONE_TRAINER,
 ) -> Reconstruction:
     """Batches [batch, sequence, ...] -> held-out losses; trains `block` in place.
 
@@ -63,6 +66,7 @@ def reconstruct_block(
     and the modules `ahead`, which are not trained, make of it. Adam with the learning rate falling to 0 along a cosine;
     weights in float32, products in bfloat16 where the hardware has them. If the loss stops being finite the block is
     rolled back. rounded: weights whose integers stay, of which the scales are trained, by their linears' names.
+    trainers: who trains the same block at the same time, each on batches of its own.
     """
     device = next(block.parameters()).device
     with in_float32([block, *ahead]), remembering_gradient_switches([block, *ahead]):
@@ -82,7 +86,7 @@ def reconstruct_block(
 
         with counting_windows("reconstruction", batches):
             by_weight = {f"{name}.weight": weight for name, weight in (rounded or {}).items()}
-            return _train(_Leaves(trained, masks, by_weight), batches, loss_of, epochs, learning_rate)
+            return _train(_Leaves(trained, masks, by_weight), batches, loss_of, epochs, learning_rate, trainers)
 
 
 class _Leaves:
@@ -97,8 +101,12 @@ class _Leaves:
             for name, parameter in parameters.items()
         }
 
-    def take_gradients(self) -> None:
-        """After a backward pass: gradients of zeros go, those of rounded weights become those of their scales."""
+    def take_gradients(self, trainers: Trainers) -> None:
+        """After a backward pass: the trainers' mean gradients; those of zeros go, of rounded weights come scales'."""
+        parameters = list(self.parameters.values())
+        means = trainers.average([parameter.grad for parameter in parameters], parameters)
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.grad = mean
         for name, mask in self.masks.items():
             gradient = self.parameters[name].grad
             if gradient is None:
@@ -122,6 +130,7 @@ def _train(
     loss_of: Callable[[Batch], Tensor],
     epochs: int,
     learning_rate: float,
+    trainers: Trainers,
 ) -> Reconstruction:
     """Leave those values in the trained parameters whose held-out loss was the lowest."""
     held_out = batches[-held_out_count(len(batches)) :]
@@ -130,18 +139,18 @@ def _train(
     optimizer = torch.optim.Adam(trained.leaves.values(), lr=learning_rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
-    before = best = _mean_loss(loss_of, held_out)
+    before = best = trainers.mean(_mean_loss(loss_of, held_out))
     best_state, best_epoch, diverged, losses = _copy(trained.leaves), 0, False, [before]
     for epoch in range(1, epochs + 1):
         for index in torch.randperm(len(training), generator=generator).tolist():
             loss = loss_of(training[index])
             optimizer.zero_grad()
             loss.backward()
-            trained.take_gradients()
+            trained.take_gradients(trainers)
             optimizer.step()
             trained.show()
             schedule.step()
-        after = _mean_loss(loss_of, held_out)
+        after = trainers.mean(_mean_loss(loss_of, held_out))
         losses.append(after)
         if not math.isfinite(after):
             diverged = True

@@ -20,6 +20,21 @@ BETAS = (0.9, 0.95)
 Batch = tuple[Tensor, ...]
 
 
+class Trainers:
+    """Who trains together, each on a part of every batch; here it is one, who has nobody to ask."""
+
+    def average(self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        """[...] each -> their means over all trainers, None where none has one. like: tensors of their shapes."""
+        return list(gradients)
+
+    def mean(self, value: float) -> float:
+        """The mean over all trainers of a number."""
+        return value
+
+
+ONE_TRAINER = Trainers()
+
+
 class GridWeight:
     """A weight [R, C] on a grid in training: its integers stay, its scales [R, G] move.
 
@@ -69,17 +84,18 @@ def counting_windows(training: str, batches: Sequence[Batch]) -> Iterator[None]:
         raise TrainingOutOfMemory(training, len(batches[0][0])) from error
 
 
-def training_batches(tokens: Sequence[Tensor], *others: Sequence[Tensor]) -> list[Batch]:
-    """Micro-batches [batch, sequence, ...] of the same windows -> batches of one training step, cut from them."""
+def training_batches(tokens: Sequence[Tensor], *others: Sequence[Tensor], trainers: int = 1) -> list[Batch]:
+    """Micro-batches [batch, sequence, ...] of the same windows -> a trainer's batches of one step, cut from them."""
     return [
         together
         for micro_batch in zip(tokens, *others, strict=True)
-        for together in zip(*(part.split(_windows_a_step(micro_batch[0])) for part in micro_batch), strict=True)
+        for size in [_windows_a_step(micro_batch[0], trainers)]
+        for together in zip(*(part.split(size) for part in micro_batch), strict=True)
     ]
 
 
-def _windows_a_step(tokens: Tensor) -> int:
-    return max(1, TOKENS_PER_BATCH // tokens.shape[1])
+def _windows_a_step(tokens: Tensor, trainers: int) -> int:
+    return max(1, TOKENS_PER_BATCH // tokens.shape[1] // trainers)
 
 
 def held_out_count(batches: int) -> int:

@@ -69,6 +69,11 @@ class InputStatistics:
         self._hessian.add(inputs)
         self._sum_C += inputs.detach().float().abs().flatten(0, -2).sum(0)
 
+    def over(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Become the sum of what several have gathered. total: [...] -> the sum of theirs, in the same memory."""
+        self._hessian.over(total)
+        total(self._sum_C)
+
     def scales(self, linears: Sequence[tuple[Tensor, Grid]], tie: Callable[[Tensor], Tensor]) -> Tensor:
         """Weights [R, C] with their grids -> the scales [C] with which they lose least by rounding to nearest."""
         return find_scales(linears, self._hessian.take(), self._sum_C / max(1, self._hessian.tokens), tie)

@@ -3,13 +3,19 @@
 import hashlib
 import json
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from sparsegpt.model.loading import LoadedModel
+from sparsegpt.run.options import RunOptions
+from sparsegpt.settings.prune_settings import PruneSettings
 from sparsegpt.solvers.products import QUICK_WIDTH, quick_dtype
 
+# Options that may be each rank's own.
+OF_ONE_RANK = ("device", "scratch")
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 # Those of them that compute: another version may end with other bits.
 COMPUTING = ("sparsegpt", "torch", "transformers")
@@ -25,6 +31,18 @@ def surroundings() -> dict[str, str]:
     found = {name: version(name) for name in COMPUTING}
     found |= {"threads": str(torch.get_num_threads()), "instructions": torch.backends.cpu.get_cpu_capability()}
     return found | {"products": str(quick_dtype(torch.eye(QUICK_WIDTH))).removeprefix("torch.")}
+
+
+def facts(options: RunOptions, settings: PruneSettings) -> dict[str, Any]:
+    """What must be the same on every rank of a run before anything is loaded."""
+    told = {name: value for name, value in asdict(options).items() if name not in OF_ONE_RANK}
+    return {
+        **versions(),
+        **surroundings(),
+        **told,
+        **settings.as_dict(),
+        "recipe": "; ".join(map(str, settings.recipe)),
+    }
 
 
 def fingerprint(loaded: LoadedModel) -> str:

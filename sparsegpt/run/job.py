@@ -13,6 +13,7 @@ import torch
 
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
+from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.eval.generation import Openings, openings_of
@@ -28,7 +29,7 @@ from sparsegpt.kernels.layers.linear import explain, set_kernels
 from sparsegpt.model.loading import auto_class, load_model, source_folders
 from sparsegpt.model.source import Source
 from sparsegpt.recovery.training import TrainingOutOfMemory
-from sparsegpt.run.identity import fingerprint, surroundings, versions
+from sparsegpt.run.identity import facts, fingerprint, surroundings, versions
 from sparsegpt.run.memory import PeakWatch, give_back_freed_memory, peak_memory, readable
 from sparsegpt.run.memory_plan import Plan, check_fits
 from sparsegpt.run.model_card import Card
@@ -53,39 +54,52 @@ class Listener(JobListener):
         """The model was scored by one metric of a task."""
 
 
-def run(options: RunOptions, settings: PruneSettings, listener: Listener | None = None) -> dict[str, Any]:
+def run(
+    options: RunOptions, settings: PruneSettings, listener: Listener | None = None, ranks: Ranks = ONE_RANK
+) -> dict[str, Any]:
     """Prune a model as told, write the folder `options.out`, return the report that was written with it.
 
-    Raises SparseGPTError for anything refused. An old result stays as it was until the new one is whole; finished
-    blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on. What the Hub refuses is whole here.
+    ranks: who runs it together, of whom rank 0 writes. An old result stays as it was until the new one is whole;
+    finished blocks stay in the work folder (`work.WorkFolder`), from which `resume` goes on. What the Hub refuses is
+    whole here.
+    Raises SparseGPTError for anything refused.
     """
     listener = listener or Listener()
-    report = _result(options, settings, listener)
+    report = _result(options, settings, listener, ranks)
     if options.push_to_hub is not None:
         listener.stage(f"pushing {options.out} to {options.push_to_hub}")
-        try:
-            push_folder(options.out, options.push_to_hub)
-        except SparseGPTError as error:
-            command = f"`sparsegpt push {options.out} {options.push_to_hub}`"
-            raise SparseGPTError(f"{error}; the result is whole in {options.out}, {command} tries again") from error
+        ranks.first(lambda: _push(options.out, str(options.push_to_hub)))
     return report
 
 
-def _result(options: RunOptions, settings: PruneSettings, listener: Listener) -> dict[str, Any]:
+def _push(folder: Path, repository: str) -> None:
+    try:
+        push_folder(folder, repository)
+    except SparseGPTError as error:
+        command = f"`sparsegpt push {folder} {repository}`"
+        raise SparseGPTError(f"{error}; the result is whole in {folder}, {command} tries again") from error
+
+
+def _result(options: RunOptions, settings: PruneSettings, listener: Listener, ranks: Ranks) -> dict[str, Any]:
     """The report of the folder that is written."""
+    ranks.agree(lambda: facts(options, settings))
     check_options(options, settings)
     with (
         WorkFolder(
-            options.out, resume=options.resume, overwrite=options.overwrite, sources=source_folders(options.model)
+            options.out,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            sources=source_folders(options.model),
+            ranks=ranks,
         ) as work,
         PeakWatch() as memory,
     ):
         check_inputs(options)
-        planned = plan_run(options, settings)
+        planned = plan_run(options, settings, ranks.world)
         if memory_is_scarce(options, planned):
             give_back_freed_memory()
-        check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out)
-        job = _Job(options, settings, work, planned.micro_batch, listener)
+        check_fits(planned, free_gpu_memory(options), options.out, options.scratch or options.out, ranks.neighbours)
+        job = _Job(options, settings, work, planned.micro_batch, listener, ranks)
         needs = ", ".join(f"{readable(count)} of {kind}" for kind, count in planned.totals().items() if count)
         job.listener.stage(f"needs at most about {needs}")
         with memory.during("load"):
@@ -94,28 +108,16 @@ def _result(options: RunOptions, settings: PruneSettings, listener: Listener) ->
             report = read_checked(options.out / REPORT_NAME)
             job.warn_of_unscored(report["perplexity"])
             return report
-        rehearse(job.loaded, job.waiting, job.card())
+        ranks.first(lambda: rehearse(job.loaded, job.waiting, job.card()))
         with memory.during("eval"):
-            job.score("dense")
-            job.write_samples("dense")
+            job.score("dense", ranks)
+            ranks.first(lambda: job.write_samples("dense"))
         with memory.during("prune"):
             job.prune()
         with memory.during("eval"):
-            job.score("pruned")
-            job.write_samples("pruned")
-        job.listener.stage(f"saving {options.out}")
-        with work.new_result() as draft:
-            with memory.during("save"):
-                save(job.loaded, job.waiting, draft)
-            if options.kernels is not None:
-                job.score_through_kernels(options.kernels, draft)
-            (draft / CARD_NAME).write_bytes(job.card().added_to(job.source.card))
-            page = job.page({**job.report(), **_of_memory(planned, memory)})
-            report = {**job.report(), **_of_memory(planned, memory)}  # by now with what a page may have had against it
-            write_checked(draft / REPORT_NAME, report)
-            if page is not None:
-                write_atomically(draft / PAGE_NAME, page)
-    return report
+            job.score("pruned", ranks)
+            ranks.first(lambda: job.write_samples("pruned"))
+        return ranks.first(lambda: job.write(planned, memory))
 
 
 def _of_memory(planned: Plan, memory: PeakWatch) -> dict[str, Any]:
@@ -136,10 +138,16 @@ class _Job(ScoredJob):
     choices: Choices
 
     def __init__(
-        self, options: RunOptions, settings: PruneSettings, work: WorkFolder, micro_batch: int, listener: Listener
+        self,
+        options: RunOptions,
+        settings: PruneSettings,
+        work: WorkFolder,
+        micro_batch: int,
+        listener: Listener,
+        ranks: Ranks,
     ) -> None:
         super().__init__(options, listener)
-        self.settings, self.work = settings, work
+        self.settings, self.work, self.ranks = settings, work, ranks
         self.micro_batch = micro_batch
         self.scratch = options.scratch or work.folder
         self.waiting = work.folder / "beside"
@@ -166,6 +174,7 @@ class _Job(ScoredJob):
 
     def begin(self) -> bool:
         """Take up what an unfinished run has done; False when there is nothing left to do."""
+        self.ranks.agree(lambda: {**self.identity(), **self.evaluation})
         if self.work.begin(self.identity(), self.pruned):
             self.listener.stage(f"{self.options.out} is finished already")
             return False
@@ -174,8 +183,8 @@ class _Job(ScoredJob):
             self.listener.stage(f"going on after block {blocks}" if blocks else "nothing to resume: starting anew")
         self._compare_surroundings()
         # What a GPU's free memory allowed then: other steps would end with other bits.
-        self.micro_batch = self.work.state.get("micro_batch", self.micro_batch)
-        self.work.save_state(micro_batch=self.micro_batch)
+        self.work.save_state(micro_batch=self.work.state.get("micro_batch", self.micro_batch))
+        self.micro_batch = self.work.state["micro_batch"]
         self.seconds = self.work.state.get("run_seconds", self.seconds)
         if self.work.state.get("evaluation") == self.evaluation:
             for data, by_model in self.work.state.get("scores", {}).items():
@@ -222,8 +231,8 @@ class _Job(ScoredJob):
 
     def _compare_surroundings(self) -> None:
         """Warn when finished blocks were computed otherwise than those to come, and keep the warning with them."""
-        now = surroundings()
-        then = self.work.state.get("surroundings", now) if self.work.finished else now
+        now = {**surroundings(), "ranks": str(self.ranks.world)}
+        then = {"ranks": "1", **self.work.state.get("surroundings", now)} if self.work.finished else now
         self.work.save_state(surroundings=then)
         if changed := [name for name in now if then.get(name) != now[name]]:
             text = ", ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in changed)
@@ -270,9 +279,9 @@ class _Job(ScoredJob):
             **({"tasks": [*options.eval_tasks], "task limit": options.task_limit} if options.eval_tasks else {}),
         }
 
-    def score(self, which: str) -> None:
+    def score(self, which: str, ranks: Ranks) -> None:
         """Score the model as it now is on every evaluation text and task."""
-        self.score_texts(which, self.loaded)
+        self.score_texts(which, self.loaded, ranks)
         if self.options.eval_tasks:
             self._score_tasks(which)
         if which == "dense":
@@ -339,6 +348,7 @@ class _Job(ScoredJob):
                 self._prune_blocks()
                 break
             except torch.OutOfMemoryError as error:
+                self.ranks.give_up(error)
                 self._halve_micro_batch(error)
         for warning in self.pruned.warnings:
             if warning not in self.warnings:
@@ -385,7 +395,25 @@ class _Job(ScoredJob):
             report=self.pruned,
             listener=self.listener,
             verify=self.options.verify,
+            ranks=self.ranks,
         )
+
+    def write(self, planned: Plan, memory: PeakWatch) -> dict[str, Any]:
+        """Write the result, which takes its place once it is whole; its report."""
+        options = self.options
+        self.listener.stage(f"saving {options.out}")
+        with self.work.new_result() as draft:
+            with memory.during("save"):
+                save(self.loaded, self.waiting, draft)
+            if options.kernels is not None:
+                self.score_through_kernels(options.kernels, draft)
+            (draft / CARD_NAME).write_bytes(self.card().added_to(self.source.card))
+            page = self.page({**self.report(), **_of_memory(planned, memory)})
+            report = {**self.report(), **_of_memory(planned, memory)}  # by now with what a page may have had against it
+            write_checked(draft / REPORT_NAME, report)
+            if page is not None:
+                write_atomically(draft / PAGE_NAME, page)
+        return report
 
     def score_through_kernels(self, kernels: str, folder: Path) -> None:
         """Load the saved model whole, pack its pruned linears in memory and score once more."""
@@ -397,7 +425,7 @@ class _Job(ScoredJob):
             pack_linears(self.loaded.model, kernels=kernels)
             set_kernels(self.loaded.model, kernels)
             self.listener.stage(explain(self.loaded.model))
-            self.score("kernels")
+            self.score("kernels", self.ranks.alone)
         except SparseGPTError as error:
             self.warn(f"not scored through kernels: {error}")
 
@@ -423,6 +451,7 @@ class _Job(ScoredJob):
             **peak_memory(),
             "stored_dtype": str(self.loaded.stored_dtype).removeprefix("torch."),
             "warnings": self.warnings,
+            "ranks": self.ranks.world,
             "surroundings": surroundings(),
             "versions": versions(),
         }

@@ -9,7 +9,7 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,13 +22,15 @@ from sparsegpt.driver.windows import TOKENS_PER_STEP
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.loading import without_weights
-from sparsegpt.recovery.training import TOKENS_PER_BATCH
+from sparsegpt.recovery.training import HELD_OUT, TOKENS_PER_BATCH
 from sparsegpt.rotation.rotatable import Rotatable
 from sparsegpt.rotation.search import BLOCKS, LINES
 from sparsegpt.run.memory import available_memory, readable
 from sparsegpt.settings.prune_settings import CORRECTIONS, PruneSettings
+from sparsegpt.solvers.hessian import GRAM_BLOCK
 from sparsegpt.solvers.methods import Copies, parse_method
 from sparsegpt.solvers.products import PIECE, PIECE_ON_GPU
+from sparsegpt.strips import strips
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -84,11 +86,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class SharedInput(NamedTuple):
-    """Inputs C, outputs R of the widest linear, and how many linears read them."""
+    """Inputs C, outputs R of the widest linear, how many linears read them, and how many experts have such inputs."""
 
     inputs: int
     outputs: int
     linears: int
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Workload:
     """How much is calibrated and where; gpu_memory: bytes of the GPU that computes, None for the CPU.
 
     packed: windows hold several documents, and each has a mask of its own. writes: the model writes the text itself.
+    ranks: how many processes share the windows.
     """
 
     samples: int
@@ -127,24 +131,34 @@ class Workload:
     scored: bool = True
     packed: bool = False
     writes: bool = False
+    ranks: int = 1
+
+    @property
+    def windows(self) -> int:
+        """Calibration windows of one rank, at most."""
+        return math.ceil(self.samples / self.ranks)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the peak, each with its parts by name. micro_batch: windows of one forward pass."""
+    """Bytes of one rank at the peak, each with its parts by name. micro_batch: windows of one forward pass.
+
+    traffic: bytes that a rank sends to the others in the whole run; empty where it has none.
+    """
 
     memory: dict[str, int]
     gpu: dict[str, int]
     disk: dict[str, int]
     micro_batch: int
+    traffic: dict[str, int] = field(default_factory=dict)
 
     def total(self, kind: str) -> int:
-        """Sum of the parts of "memory", "gpu" or "disk"."""
+        """Sum of the parts of "memory", "gpu", "disk" or "traffic"."""
         parts: dict[str, int] = getattr(self, kind)
         return sum(parts.values())
 
     def totals(self) -> dict[str, int]:
-        """All three sums."""
+        """What there must be room for."""
         return {kind: self.total(kind) for kind in ("memory", "gpu", "disk")}
 
 
@@ -183,7 +197,7 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
     block = shape.block_parameters * width
     rotation, outside, added = _rotation_bytes(shape, settings, width)
     solve, gathered = _solve_bytes(shape, settings, on_gpu=on_gpu), _gathered_bytes(shape, settings)
-    batch = min(work.samples, work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered)))
+    batch = min(work.windows, work.micro_batch or _micro_batch(shape, work, block + max(solve, gathered)))
     tokens = batch * work.sequence_length
     widest = max(group.inputs for group in shape.groups)
     forward = tokens * width * (FORWARD_COPIES[0] * shape.hidden + FORWARD_COPIES[1] * widest)
@@ -217,11 +231,11 @@ def plan(shape: ModelShape, settings: PruneSettings, work: Workload) -> Plan:
         (disk if work.activations == "disk" else memory)["weights in training"] = DISTILLED_BYTES * trained
         disk["epochs of distillation"] = KEPT_EPOCHS * DISTILLED_BYTES * trained
         disk["distilled blocks"] = trained * shape.stored.itemsize
-    return Plan(memory, gpu, disk, batch)
+    return Plan(memory, gpu, disk, batch, _traffic(shape, settings, work))
 
 
-def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) -> None:
-    """Refuse a run that this machine cannot hold, naming the switch that would make it fit."""
+def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path, ranks: int = 1) -> None:
+    """Refuse a run that this machine cannot hold, so many ranks together, naming the switch that would make it fit."""
     if gpu_memory is not None and planned.total("gpu") > gpu_memory:
         raise SparseGPTError(
             f"the run needs {readable(planned.total('gpu'))} of GPU memory and {readable(gpu_memory)} are free: "
@@ -229,11 +243,11 @@ def check_fits(planned: Plan, gpu_memory: int | None, out: Path, scratch: Path) 
         )
     without = " or --distill 0" if "epochs of distillation" in planned.disk else ""
     free = available_memory()
-    if free is not None and planned.total("memory") > free:
+    if free is not None and ranks * planned.total("memory") > free:
         saved = sum(planned.memory.get(part, 0) for part in SCRATCH_PARTS)
-        way_out = "--activations disk" if planned.total("memory") - saved < free else "fewer --samples"
+        way_out = "--activations disk" if ranks * (planned.total("memory") - saved) < free else "fewer --samples"
         raise SparseGPTError(
-            f"the run needs {readable(planned.total('memory'))} of memory and {readable(free)} are available: "
+            f"the run needs {readable(ranks * planned.total('memory'))} of memory and {readable(free)} are available: "
             f"give {way_out}{without}"
         )
     kept = ("finished blocks", "rotated embedding and head", "epochs of distillation", "distilled blocks", "result")
@@ -256,6 +270,7 @@ def _parameters(module: nn.Module) -> int:
 def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[SharedInput]:
     """Each shared input: a projection into the residual stream has its own, siblings of one width share."""
     shared: dict[tuple[str, int], list[int]] = defaultdict(list)
+    experts: dict[tuple[str, int], int] = {}
     for name, parameter in block.named_parameters():
         if parameter.ndim < 2:
             continue
@@ -263,8 +278,9 @@ def _groups(block: nn.Module, own_input: frozenset[str]) -> Iterator[SharedInput
         linear, _, _ = name.rpartition(".")
         reader = linear if linear in own_input else linear.rpartition(".")[0]
         shared[reader, inputs].append(outputs)
-    for (_, inputs), found in shared.items():
-        yield SharedInput(inputs, max(found), len(found))
+        experts[reader, inputs] = len(parameter) if parameter.ndim == 3 else 1
+    for (reader, inputs), found in shared.items():
+        yield SharedInput(inputs, max(found), len(found), experts[reader, inputs])
 
 
 def _solve_bytes(shape: ModelShape, settings: PruneSettings, *, on_gpu: bool) -> int:
@@ -330,6 +346,27 @@ def _gathered_bytes(shape: ModelShape, settings: PruneSettings) -> int:
     return 4 * copies * (sum(widths) if settings.order == "block" else max(widths))
 
 
+def _traffic(shape: ModelShape, settings: PruneSettings, work: Workload) -> dict[str, int]:
+    """What a rank sends: twice a sum's bytes when it is all-reduced in a ring, once those of what is passed on.
+
+    The share (W - 1) / W of it, for W ranks. A Hessian goes as its upper half, by blocks of columns.
+    """
+    corrects, streams = _corrects(settings), max(settings.values_of("residual_correction")) > 0
+    sums = 0
+    for inputs, outputs, linears, experts in shape.groups:
+        halves = sum(block.stop * (block.stop - block.start) for block in strips(inputs, GRAM_BLOCK))
+        drift = inputs**2 if corrects and experts == 1 else 0
+        stream = inputs * outputs if streams and linears == 1 and outputs == shape.hidden else 0
+        sums += 4 * (experts * halves + drift + stream)
+    a_step = work.ranks * max(1, TOKENS_PER_BATCH // work.sequence_length // work.ranks)
+    steps = math.ceil((1 - HELD_OUT) * work.samples / a_step)
+    gradients = 4 * shape.block_parameters * steps * (settings.reconstruct + settings.distill)
+    sent = {"sums": 2 * sums, "solved weights": shape.block_parameters * work.computing.itemsize}
+    sent["gradients"] = 2 * gradients
+    others = work.ranks - 1
+    return {name: shape.blocks * count * others // work.ranks for name, count in sent.items() if count * others}
+
+
 def _corrects(settings: PruneSettings) -> bool:
     return any(max(settings.values_of(share)) > 0 for share in CORRECTIONS)
 
@@ -347,7 +384,7 @@ def _activation_bytes(shape: ModelShape, settings: PruneSettings, work: Workload
         features += shape.residual_projections * shape.hidden
     if settings.order != "block" and work.activations == "memory":
         features += shape.hidden
-    return work.samples * work.sequence_length * features * work.computing.itemsize
+    return work.windows * work.sequence_length * features * work.computing.itemsize
 
 
 def _writing_bytes(shape: ModelShape, work: Workload) -> int:

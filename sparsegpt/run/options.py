@@ -158,6 +158,10 @@ class RunOptions:
         default=None,
         metadata=option("With --plan: for a GPU with so many GB.", MACHINE, minimum=1, unset="what --device has free"),
     )
+    rank_timeout: float | None = field(
+        default=None,
+        metadata=option("With torchrun: minutes that a process waits for the others.", MACHINE, minimum=1, unset="30"),
+    )
     overwrite: bool = field(default=False, metadata=option("Replace what is there, once the new is whole.", OUTPUT))
     resume: bool = field(default=False, metadata=option("Go on with the unfinished run of this folder.", OUTPUT))
     kernels: str | None = field(

@@ -111,8 +111,8 @@ def memory_is_scarce(options: RunOptions, planned: Plan) -> bool:
     return options.activations == "disk" or (available is not None and planned.total("memory") > SCARCE * available)
 
 
-def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
-    """What the run will need, from the model's configuration alone; nothing is loaded."""
+def plan_run(options: RunOptions, settings: PruneSettings, ranks: int = 1) -> Plan:
+    """What each of so many ranks will need, from the model's configuration alone; nothing is loaded."""
     found = None
     if options.model in PUBLISHED:
         config = published_config(options.model)
@@ -134,6 +134,7 @@ def plan_run(options: RunOptions, settings: PruneSettings) -> Plan:
         scored=bool(options.evaluate),
         packed=options.documents == "pack",
         writes=OWN_TEXT in {share.name for share in shares_of(options.calibration)},
+        ranks=ranks,
     )
     shape = shape_of(config, stored, trust_remote_code=options.trust_remote_code)
     parse_blocks(options.blocks).indices(shape.blocks)  # refused if there are none of these numbers

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sparsegpt.calib_data import Calibration, TextSource, draw_mixture, load_text, load_texts
 from sparsegpt.calib_data.sources import OWN_TEXT
-from sparsegpt.driver import listener as driver
+from sparsegpt.driver import reports as driver
+from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.eval.perplexity import TextScore, score_text
 from sparsegpt.model.loading import LoadedModel, load_model
 from sparsegpt.run.options import RunOptions
@@ -92,8 +93,11 @@ class ScoredJob:
                 loaded.model,
             )
 
-    def score_texts(self, which: str, loaded: LoadedModel) -> None:
-        """Score a model on every evaluation text that it was not scored on; an absurd dense score is an alarm."""
+    def score_texts(self, which: str, loaded: LoadedModel, ranks: Ranks = ONE_RANK) -> None:
+        """Score a model on every evaluation text that it was not scored on; an absurd dense score is an alarm.
+
+        ranks: who shares the windows out.
+        """
         for data, text in self.texts.items():
             found = self.scores[data].get(which)
             if found is None:
@@ -107,6 +111,7 @@ class ScoredJob:
                         batch_size=self.options.batch_size,
                         bos=self.options.bos,
                         max_windows=self.options.eval_windows,
+                        ranks=ranks,
                     )
                 self.scores[data][which] = found
             self.listener.scored(which, found)

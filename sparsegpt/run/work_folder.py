@@ -18,15 +18,16 @@ after its last finished block. When the output folder is there, this one goes.
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Any, Required, TypedDict, TypeVar
 
 from torch import Tensor
 
 from sparsegpt.driver.progress import Progress
+from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, PruneReport, RotationReport
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.eval.perplexity import TextScore
@@ -39,6 +40,7 @@ from sparsegpt.files.tensor_files import WEIGHTS, OpenTensors, ShardedWriter, he
 from sparsegpt.files.typed_json import misfit
 from sparsegpt.incoming.dequantise import MADE
 
+T = TypeVar("T")
 VERSION = 1
 STATE = "state.json"
 # Names of what runs write into this folder.
@@ -78,11 +80,21 @@ class ResumeError(SparseGPTError):
 class WorkFolder(Progress):
     """Keeps finished blocks for `target`. Use as a context manager: it holds the lock.
 
-    What an earlier run has finished stays until a run that may replace it has begun.
+    What an earlier run has finished stays until a run that may replace it has begun. Among several ranks, rank 0 writes
+    and all of them read.
     """
 
-    def __init__(self, target: Path, *, resume: bool, overwrite: bool, sources: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        resume: bool,
+        overwrite: bool,
+        sources: Sequence[Path] = (),
+        ranks: Ranks = ONE_RANK,
+    ) -> None:
         """sources: folders that the run reads."""
+        self.ranks = ranks
         self.target, self.resume, self.overwrite, self.sources = target.absolute(), resume, overwrite, sources
         self.folder = unfinished_folder(target)
         self.state: dict[str, Any] = {}
@@ -91,6 +103,11 @@ class WorkFolder(Progress):
         self._claim = ExitStack()
 
     def __enter__(self) -> "WorkFolder":
+        self._by_first(self._open)
+        self.ranks.check_sees(self.folder)
+        return self
+
+    def _open(self) -> None:
         check_target(self.target, overwrite=self.overwrite or self.resume, sources=self.sources)
         self._claim.enter_context(claimed(self.target))
         try:
@@ -98,14 +115,17 @@ class WorkFolder(Progress):
         except BaseException:
             self._claim.close()
             raise
-        return self
+        self._claim.callback(self._tidy)
+
+    def _tidy(self) -> None:
+        """Whoever holds the lock clears up where nothing is to be kept."""
+        if self._done or not unfinished_blocks(self.target):
+            with suppress(OSError):
+                self._clear()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # As the disk has it: a state can arrive whose writing was refused.
         kept = 0 if self._done else unfinished_blocks(self.target)
-        if not kept:
-            with suppress(OSError):
-                self._clear()
         self._claim.close()
         if isinstance(error, SparseGPTError) and kept and self.state and not isinstance(error, ResumeError):
             raise SparseGPTError(f"{error}; {kept} finished blocks are kept, go on with --resume") from error
@@ -121,7 +141,17 @@ class WorkFolder(Progress):
         Finished blocks do not depend on identity["distillation"]: where it alone is another, its epochs begin anew.
         Returns whether the target is the finished result of this very run already.
         """
-        identity = json.loads(json.dumps(identity))
+        if self._by_first(lambda: self._begin(json.loads(json.dumps(identity)))):
+            return True
+        report.layers += [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in self.state.get("layers", [])]
+        report.blocks += [BlockReport(**row) for row in self.state.get("blocks", [])]
+        report.epochs += [EpochReport(**row) for row in self.state.get("epochs", [])]
+        report.rotation = self._rotation
+        report.seconds.update(self.state.get("seconds", {}))
+        report.warnings += self.state.get("warnings", [])
+        return False
+
+    def _begin(self, identity: dict[str, Any]) -> bool:
         known = self.state.get("identity")
         if known != identity:
             same_blocks = known is not None and {**known, "distillation": None} == {**identity, "distillation": None}
@@ -140,14 +170,13 @@ class WorkFolder(Progress):
         with writing(self.folder):
             if not self.state:
                 self._clear(loaded=True)
-        self.save_state(identity=identity, replaces=self.replaces)
-        report.layers += [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in self.state.get("layers", [])]
-        report.blocks += [BlockReport(**row) for row in self.state.get("blocks", [])]
-        report.epochs += [EpochReport(**row) for row in self.state.get("epochs", [])]
-        report.rotation = self._rotation
-        report.seconds.update(self.state.get("seconds", {}))
-        report.warnings += self.state.get("warnings", [])
+        self._save(identity=identity, replaces=self.replaces)
         return False
+
+    def _by_first(self, act: Callable[[], T]) -> T:
+        """What rank 0 does with the folder; every rank then knows the state as it is."""
+        found, self.state = self.ranks.first(lambda: (act(), self.state))
+        return found
 
     def load_bases(self) -> dict[str, Tensor] | None:
         """The bases of the unfinished run, mapped from their file."""
@@ -157,14 +186,18 @@ class WorkFolder(Progress):
 
     def keep_bases(self, tensors: dict[str, Tensor], report: PruneReport) -> None:
         """Write bases, if there are any, then say that they are known."""
-        if tensors:
-            self._write(self._bases, tensors)
-        self._save_report(report)
+
+        def keep() -> None:
+            if tensors:
+                self._write(self._bases, tensors)
+            self._save_report(report)
+
+        self._by_first(keep)
 
     def keep_outside(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write a rotated module that is in no block; returns its tensors mapped from the file."""
         path = self.folder / f"outside-{name}.safetensors"
-        self._write(path, tensors)
+        self._by_first(lambda: self._write(path, tensors))
         return _mapped(path)
 
     def load(self, index: int) -> dict[str, Tensor]:
@@ -173,8 +206,12 @@ class WorkFolder(Progress):
 
     def keep(self, index: int, tensors: dict[str, Tensor], report: PruneReport) -> dict[str, Tensor]:
         """Write a finished block, then say that it is finished; returns its tensors mapped from the file."""
-        self._write(self._block(index), tensors)
-        self._save_report(report)
+
+        def keep() -> None:
+            self._write(self._block(index), tensors)
+            self._save_report(report)
+
+        self._by_first(keep)
         return self.load(index)
 
     def load_training(self) -> dict[str, Tensor]:
@@ -184,15 +221,19 @@ class WorkFolder(Progress):
 
     def keep_training(self, epoch: int, tensors: dict[str, Tensor], report: PruneReport) -> None:
         """Write the state after an epoch, then say that the epoch is finished; the one before has served."""
-        self._write(self._training(epoch), tensors)
-        self._save_report(report)
-        with writing(self.folder):
-            self._training(epoch - 1).unlink(missing_ok=True)
+
+        def keep() -> None:
+            self._write(self._training(epoch), tensors)
+            self._save_report(report)
+            with writing(self.folder):
+                self._training(epoch - 1).unlink(missing_ok=True)
+
+        self._by_first(keep)
 
     def keep_distilled(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Write a block as distillation left it; returns its tensors mapped from the file."""
         path = self.folder / f"distilled-{index:05d}.safetensors"
-        self._write(path, tensors)
+        self._by_first(lambda: self._write(path, tensors))
         return _mapped(path)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -208,7 +249,7 @@ class WorkFolder(Progress):
             draft.rmdir()
 
     def _save_report(self, report: PruneReport) -> None:
-        self.save_state(
+        self._save(
             layers=[asdict(layer) for layer in report.layers],
             blocks=[asdict(block) for block in report.blocks],
             epochs=[asdict(epoch) for epoch in report.epochs],
@@ -218,7 +259,10 @@ class WorkFolder(Progress):
         )
 
     def save_state(self, **changes: Any) -> None:
-        """Write the state with these entries changed."""
+        """Write the state with these entries changed, as rank 0 has them."""
+        self._by_first(lambda: self._save(**changes))
+
+    def _save(self, **changes: Any) -> None:
         state = {**self.state, "version": VERSION, **changes}
         with writing(self.folder):
             write_checked(self.folder / STATE, state)

@@ -17,7 +17,7 @@ from sparsegpt.model.head import logits_after
 from sparsegpt.model.unfuse import unfused
 from sparsegpt.recovery.distill import divergence
 from sparsegpt.shrinking.shapes import Anatomy
-from sparsegpt.solvers.correction import DriftAccumulator, corrected_target, drift_pull, hold_back
+from sparsegpt.solvers.correction import DriftAccumulator, corrected_target, drift_pull, hold_back, mean_length
 from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
 
 # Blocks that the search tries at every step: those that turn the stream least.
@@ -134,7 +134,7 @@ def _correct(
         hessian = DampedHessian(gram.take(), damping, name=walk.decoder.prefix(index) + name)
         weight = linear.weight.contiguous()
         target = corrected_target(weight, hessian, drift_pull(weight.float(), drift, 0.0, share) / scale)
-        hold_back(weight, target)
+        hold_back(weight, target, mean_length(weight))
         linear.weight.copy_(target)
     return 1
 

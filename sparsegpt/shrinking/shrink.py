@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from sparsegpt.driver.accounting import survey
 from sparsegpt.driver.choices import Choices
-from sparsegpt.driver.listener import Listener
 from sparsegpt.driver.pipeline import prune_blocks
 from sparsegpt.driver.refusals import check_weights
-from sparsegpt.driver.reports import LayerReport
+from sparsegpt.driver.reports import LayerReport, Listener
 from sparsegpt.driver.verification import SHARE_WITH_EXPERTS, token_differences
 from sparsegpt.driver.windows import Windows, micro_batches
 from sparsegpt.errors import SparseGPTError

@@ -13,7 +13,8 @@ target appears in Qronos and GPTAQ for quantisation (arXiv:2505.11695, arXiv:250
 Dimension key: T tokens, R out_features, C in_features.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -42,6 +43,18 @@ class DriftAccumulator:
         """[..., R], [..., R], [..., C]: add sum (r - r') x'^T for the residual streams and the pruned inputs."""
         self.residual = _add_drift(self.residual, dense, pruned, inputs)
 
+    def over(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Become the sum of what several have gathered. total: [...] -> the sum of theirs, in the same memory."""
+        for part in (self.inputs, self.residual):
+            if part is not None:
+                total(part)
+
+    def of_rows(self, rows: slice) -> "DriftAccumulator":
+        """What of the sums concerns these rows of the weight, in the same memory."""
+        part = DriftAccumulator()
+        part.inputs, part.residual = self.inputs, None if self.residual is None else self.residual[rows]
+        return part
+
     def release(self) -> None:
         """Free the sums: every pull that they give is known."""
         self.inputs = self.residual = None
@@ -68,14 +81,20 @@ def corrected_target(weight: Tensor, hessian: DampedHessian, pull: Tensor) -> Te
     return pull
 
 
-def hold_back(weight: Tensor, target: Tensor) -> tuple[int, float]:
+def mean_length(weight: Tensor) -> float:
+    """Weight [R, C] -> the mean length of its rows."""
+    return float(torch.cat([weight[rows].float().norm(dim=1) for rows in pieces(weight)]).mean())
+
+
+def hold_back(weight: Tensor, target: Tensor, usual: float) -> tuple[int, float]:
     """Weight [R, C], target [R, C] -> (rows held back, largest growth asked); the target is changed in place.
 
-    A row moves by at most GROWTH times its length, or the mean length of all rows where that is more. A correction
-    beyond that is no repair: the layer cannot undo drift of another scale than its own outputs.
+    usual: the mean length of the layer's rows, of which these may be some. A row moves by at most GROWTH times its
+    length, or the usual one where that is more. A correction beyond that is no repair: the layer cannot undo drift of
+    another scale than its own outputs.
     """
     lengths_R = torch.cat([weight[rows].to(target.dtype).norm(dim=1) for rows in pieces(target)])
-    bound_R = lengths_R.clamp_min(float(lengths_R.mean())).clamp_min(torch.finfo(target.dtype).tiny)
+    bound_R = lengths_R.clamp_min(usual).clamp_min(torch.finfo(target.dtype).tiny)
     held, most = 0, 0.0
     for rows in pieces(target):
         original_RC = weight[rows].to(target.dtype)
@@ -92,12 +111,22 @@ def hold_back(weight: Tensor, target: Tensor) -> tuple[int, float]:
 class Remainder:
     """What a layer leaves of drift and its own error together, less what the dense weight leaves; see `remainder`.
 
-    found: of the weights that were found. plain: what plain pruning would leave, estimated from how much of the target
-    was lost.
+    found: of the weights that were found. lost: of the target's energy, of_target; of_weight: the weight's energy. The
+    sum of two is that of their rows together.
     """
 
-    found: float
-    plain: float
+    found: float = 0.0
+    lost: float = 0.0
+    of_target: float = 0.0
+    of_weight: float = 0.0
+
+    @property
+    def plain(self) -> float:
+        """What plain pruning would leave, estimated from how much of the target was lost; no weights leave it all."""
+        return min(1.0, self.lost / self.of_target) * self.of_weight if self.of_target > 0 else 0.0
+
+    def __add__(self, other: "Remainder") -> "Remainder":
+        return Remainder(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def remainder(weight: Tensor, target: Tensor, pruned: Tensor, hessian: DampedHessian) -> Remainder:
@@ -122,8 +151,7 @@ def remainder(weight: Tensor, target: Tensor, pruned: Tensor, hessian: DampedHes
         energy = float(row_losses(original_RC, hessian.raw).sum())
         of_weight += energy
         of_target += energy + 2 * float((product_RC * original_RC).sum()) + asked
-    # No weights at all leave the share 1.
-    return Remainder(found, min(1.0, lost / of_target) * of_weight if of_target > 0 else 0.0)
+    return Remainder(found, lost, of_target, of_weight)
 
 
 def _add_drift(total: Tensor | None, dense: Tensor, pruned: Tensor, inputs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Dimension key: T tokens, C in_features, R out_features, K some of the columns.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,6 +42,12 @@ class HessianAccumulator:
         self.tokens += x_TC.shape[0]
         for block in strips(x_TC.shape[1], GRAM_BLOCK):
             self._gram[: block.stop, block] += exact_product(x_TC[:, : block.stop].T, x_TC[:, block])
+
+    def over(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Become the sum of what several have gathered. total: [...] -> the sum of theirs, in the same memory."""
+        for block in strips(self.width, GRAM_BLOCK):
+            self._gram[: block.stop, block] = total(self._gram[: block.stop, block].contiguous())
+        self.tokens = int(total(torch.tensor(self.tokens)))
 
     @property
     def hessian(self) -> Tensor:

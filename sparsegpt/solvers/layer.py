@@ -40,16 +40,21 @@ class Rounding:
 class Pruned:
     """One pruned layer: weight [R, C], exactly zero where mask, bool [R, C], is False. True = kept.
 
-    weight: in the dtype it came in. loss: tr((W - W') H (W - W')^T). relative_error: loss / tr(W H W^T), without unit.
-    damping: what the Hessian really needed. integers: what the weight is made of, where it is on a grid.
+    weight: in the dtype it came in. loss: tr((W - W') H (W - W')^T). energy: tr(W H W^T). damping: what the Hessian
+    really needed. integers: what the weight is made of, where it is on a grid.
     """
 
     weight: Tensor
     mask: Tensor
     loss: float
-    relative_error: float
+    energy: float
     damping: float
     integers: Integers | None = None
+
+    @property
+    def relative_error(self) -> float:
+        """loss / energy, without unit."""
+        return self.loss / self.energy if self.energy > 0 else 0.0
 
 
 @torch.no_grad()
@@ -132,7 +137,7 @@ def prune_layer(
             settings=("dtype",),
         )
     energy = float(row_losses(original_RC, hessian.raw).sum())
-    return Pruned(result, mask, loss, loss / energy if energy > 0 else 0.0, hessian.damping, integers)
+    return Pruned(result, mask, loss, energy, hessian.damping, integers)
 
 
 def _prune(

@@ -66,6 +66,8 @@ class Method:
     refit: the kept weights are fitted anew on the mask.
     joint: on a grid of integers its sweep can choose mask and integers together (solvers/rounding.py).
     whole: inputs leave as a whole, also in an expert that too few tokens reached: its Hessian is the identity then.
+    by_rows: a row is solved without a look at the others, wherever the pattern is of groups or rows: several processes
+    may then solve parts of a layer.
     copies: memory at its worst moments.
     Raises SparseGPTError unless exactly one of the two functions is given.
     """
@@ -78,6 +80,7 @@ class Method:
     refit: bool = False
     joint: bool = False
     whole: bool = False
+    by_rows: bool = False
     copies: tuple[Copies, ...] = (Copies(2.3, 5.0),)
 
     def __post_init__(self) -> None:
@@ -134,6 +137,11 @@ class Method:
             copies=(*self.copies, REFIT_COPIES),
         )
 
+    def parts_rows(self, pattern: Sparsity) -> bool:
+        """Whether each row of a layer can be solved without the others."""
+        row_by_row = isinstance(pattern, NM) or pattern.per_row or self.per_row or not pattern.zeros
+        return self.by_rows and row_by_row
+
     @property
     def is_known(self) -> bool:
         """Whether it is a row of METHODS."""
@@ -175,11 +183,11 @@ class Method:
 
 
 _ROWS = (
-    Method("magnitude", saliency=magnitude, copies=(Copies(1.0, 3.0),)),
-    Method("wanda", saliency=wanda, per_row=True, copies=(Copies(1.0, 3.0),)),
-    Method("sparsegpt", solve=sparsegpt, updates_weights=True, joint=True, copies=(Copies(2.3, 4.0),)),
+    Method("magnitude", saliency=magnitude, by_rows=True, copies=(Copies(1.0, 3.0),)),
+    Method("wanda", saliency=wanda, per_row=True, by_rows=True, copies=(Copies(1.0, 3.0),)),
+    Method("sparsegpt", solve=sparsegpt, updates_weights=True, joint=True, by_rows=True, copies=(Copies(2.3, 4.0),)),
     # The two moments are the resolvent and the refit.
-    Method("admm", solve=admm, updates_weights=True, copies=(Copies(2.5, 2.0, 2), Copies(2.0, 5.0, 5))),
+    Method("admm", solve=admm, updates_weights=True, by_rows=True, copies=(Copies(2.5, 2.0, 2), Copies(2.0, 5.0, 5))),
 )
 # admm refits already.
 METHODS: dict[str, Method] = {

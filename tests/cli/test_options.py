@@ -40,7 +40,7 @@ def told(run_cli, monkeypatch):
 
     def call(*arguments: object) -> tuple[RunOptions, PruneSettings]:
         found = []
-        monkeypatch.setattr(job, "run", lambda options, settings, display: found.append((options, settings)))
+        monkeypatch.setattr(job, "run", lambda options, settings, display, ranks: found.append((options, settings)))
         outcome = run_cli("run", "--quiet", *arguments)
         assert outcome.code == 0, outcome.err
         [values] = found
@@ -117,9 +117,9 @@ def test_every_option_reaches_its_field(told, tmp_path):
         words.append(flags.get(name, "--" + name.replace("_", "-")))
         words += [] if isinstance(value, bool) else [joined.get(name, str(value))]
     options, settings = told(*words)
-    # gpu_memory is for plans: see below
+    # gpu_memory is for plans, rank_timeout for torchrun: see below
     given = {field.name for field in fields(RunOptions) if option_of(field)}
-    assert given == {*of_run, "evaluate", "include_head", "gpu_memory"}
+    assert given == {*of_run, "evaluate", "include_head", "gpu_memory", "rank_timeout"}
     typed = {"preset": "fast", "command": shlex.join(["sparsegpt", "run", "--quiet", *words])}
     assert options == RunOptions(evaluate=("ptb", "x.txt"), include_head=True, **of_run, **typed)
     given = {field.name for field in fields(PruneSettings) if option_of(field)}
@@ -128,17 +128,22 @@ def test_every_option_reaches_its_field(told, tmp_path):
     assert set(settings.asked) == {*of_pruning, "recipe"}
 
 
+def test_what_is_for_ranks_is_refused_where_there_are_none(run_cli):
+    run_cli("run", "--sparsity", "2:4", "--ranks", 8).refused("--ranks is for planning", "torchrun")
+    run_cli("run", "--sparsity", "2:4", "--rank-timeout", 5).refused("started by torchrun", "--rank-timeout")
+
+
 def test_a_plan_is_told_of_a_gpu_that_is_not_there(run_cli, monkeypatch):
     found = []
 
-    def plan_run(options, settings):
-        found.append((options, settings))
+    def plan_run(options, settings, ranks):
+        found.append((options, settings, ranks))
         raise SparseGPTError("seen")
 
     monkeypatch.setattr(planning, "plan_run", plan_run)
-    run_cli("run", "--sparsity", "2:4", "--preset", "paper", "--plan", "--gpu-memory", 80).refused("seen")
-    [(options, settings)] = found
-    assert options.gpu_memory == 80
+    run_cli("run", "--sparsity", "2:4", "--preset", "paper", "--plan", "--gpu-memory", 80, "--ranks", 8).refused("seen")
+    [(options, settings, ranks)] = found
+    assert (options.gpu_memory, ranks) == (80, 8)
     assert settings == resolve_settings("2:4", "paper")
     run_cli("run", "--sparsity", "2:4", "--gpu-memory", 80).refused("--gpu-memory", "--plan")
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sparsegpt.driver import groups
+from sparsegpt.driver.ranks import Ranks
 from sparsegpt.solvers import METHODS, prune_layer
-from sparsegpt.solvers.correction import GROWTH, hold_back, remainder
+from sparsegpt.solvers.correction import GROWTH, hold_back, mean_length, remainder
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.sparsity import NM
 from tests.support import prune_model, random_windows, tiny_model
@@ -48,7 +49,7 @@ def test_a_row_moves_by_a_few_lengths_at_most():
     moves = torch.tensor([[100.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     target = weight + moves
     mean = float(weight.norm(dim=1).mean())
-    held, most = hold_back(weight, target)
+    held, most = hold_back(weight, target, mean_length(weight))
     assert held == 1
     assert most == pytest.approx(100 / max(5.0, mean))
     expected = torch.tensor([[GROWTH * max(5.0, mean), 0.0], [0.0, 1.0], [0.0, 1.0]])
@@ -84,8 +85,6 @@ def test_of_a_harmful_correction_the_share_that_leaves_least_is_taken(monkeypatc
         error = weight - ruined
         return groups.Pruned(ruined, plain.mask, float((error @ hessian.raw * error).sum()), 1.0, 0.0)
 
-    settings = groups.PruneSettings(NM(2, 4))
-    solver = groups.GroupSolver(settings, groups.PruneReport(settings), groups.Listener())
-    found = solver._solve_corrected(weight, hessian, weight + 0.2 * weight.flip(0), solve)
-    assert found is plain
-    assert "0% of it was taken" in solver.report.warnings[0]
+    found = groups._fit_target(weight, hessian, weight + 0.2 * weight.flip(0), solve, Ranks())
+    assert found.weight is plain.weight
+    assert "0% of it was taken" in found.warnings[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt import NM, HessianAccumulator, SparseGPTError
-from sparsegpt.driver.listener import Listener
+from sparsegpt.driver.reports import Listener
 from sparsegpt.settings.prune_settings import DAMPING_PER_SHARE, DAMPING_RANGE, PruneSettings, resolve_settings
 from sparsegpt.settings.selection import name_filter
 from sparsegpt.solvers import admm, hessian

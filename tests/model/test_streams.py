@@ -9,8 +9,7 @@ import torch
 
 from sparsegpt.driver.block_job import BlockJob
 from sparsegpt.driver.groups import GroupSolver
-from sparsegpt.driver.listener import Listener
-from sparsegpt.driver.reports import PruneReport
+from sparsegpt.driver.reports import Listener, PruneReport
 from sparsegpt.model.capture import ModelInputs, run_watched
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import FAMILIES, family_of, prunable_linears

@@ -104,3 +104,18 @@ def test_what_does_not_fit_is_refused_with_the_switch_that_helps(tmp_path, monke
         check_fits(Plan({"part": 1}, {}, {"result": 1 << 60}, 1), None, tmp_path / "not" / "there", tmp_path)
     with refused("disk", "--scratch"):
         check_fits(Plan({"part": 1}, {}, {"activations": 1 << 60}, 1), None, tmp_path, tmp_path)
+
+
+def test_ranks_share_activations_and_send_sums_and_weights():
+    """The traffic of a ring by hand: 2 (W - 1) / W of what is all-reduced, (W - 1) / W of what is passed on."""
+    shape = shape_of(tiny_model("llama").config, torch.float32)
+    settings = resolve_settings("2:4", "paper")
+    alone, four = (plan(shape, settings, Workload(8, 16, torch.float32, ranks=ranks)) for ranks in (1, 4))
+    assert four.memory["activations"] * 4 == alone.memory["activations"]
+    assert alone.traffic == {}
+    # Inputs of width 32 for q, k, v; for o; for gate, up; and of width 64 for down. Two blocks.
+    sums, weights = 4 * (3 * 32**2 + 64**2), 4 * shape.block_parameters
+    assert four.traffic == {"sums": 2 * 2 * sums * 3 // 4, "solved weights": 2 * weights * 3 // 4}
+    trained = plan(shape, resolve_settings("2:4", "paper", distill=2), Workload(80, 16, torch.float32, ranks=4))
+    # 64 windows of 16 tokens a step, 72 of 80 windows: 2 steps an epoch.
+    assert trained.traffic["gradients"] == 2 * 2 * 2 * 2 * weights * 3 // 4

@@ -234,7 +234,7 @@ def test_a_finished_result_that_is_damaged_is_not_taken_for_finished(options):
 
 def test_a_kill_between_the_result_and_the_clearing_up_is_finished_on_resume(options, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "_clear", lambda self, loaded=False: None)
+        patch.setattr(WorkFolder, "_clear", lambda self, **how: None)
         run(options, SETTINGS)
     assert unfinished_blocks(options.out) == 2
     before = weights(options.out)

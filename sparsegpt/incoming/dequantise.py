@@ -88,7 +88,7 @@ def read_as_plain(folder: Path, target: Path) -> str:
     """Write a folder of integers to the empty folder `target` with plain weights; returns what to tell the user.
 
     Weights come in the dtype that the configuration names, else in that of their scales.
-    Raises SparseGPTError, naming the linear, where its parts are missing or do not fit.
+    Raises SparseGPTError where there are none, and, naming the linear, where its parts are missing or do not fit.
     """
     config = read_config(folder)
     form = _format_of(config)
@@ -96,6 +96,11 @@ def read_as_plain(folder: Path, target: Path) -> str:
     settings = config.pop(_KEY)
     files = weight_files(folder)
     linears = [name.removesuffix(f".{form.sign}") for name in files if name.endswith(f".{form.sign}")]
+    if not linears:
+        raise SparseGPTError(
+            f"{folder}: {CONFIG} says that weights are quantised by {form.called}, and no tensor is called "
+            f"*.{form.sign}: fetch the folder again, or take {_KEY} out of {CONFIG} if its weights are plain"
+        )
     parts = {f"{linear}.{part}" for linear in linears for part in form.parts}
     said = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
     names = [*files, *(f"{linear}.weight" for linear in linears)]

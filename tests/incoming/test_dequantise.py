@@ -165,3 +165,10 @@ def test_other_formats_are_refused_with_what_to_install(quantised, change):
         load_config(str(folder), to_prune=True)
     assert not can_read({"quantization_config": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}})
     shutil.rmtree(folder)
+
+
+def test_a_configuration_that_speaks_of_integers_where_there_are_none_is_refused(quantised):
+    _, settings, weight = gptq(4, version="gptq")
+    folder = quantised({"weight": weight.float()}, settings)
+    with refused("quantised by GPTQ", "no tensor is called *.qweight", "quantization_config"):
+        load_model(str(folder), to_prune=True)

@@ -1,12 +1,15 @@
 """One thread, no network, no chance: the tests run beside other work and give the same bits everywhere."""
 
+import functools
 import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for processes that a test starts
 
 import pytest
 import torch
+import typer.main
 from hypothesis import settings
 
 from sparsegpt.cli import commands as cli
@@ -35,6 +38,14 @@ def _nothing_remembered(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path_factory.mktemp("cache") / "measured.json"
         patch.setattr(measured, "measured_file", lambda: place)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_command_line():
+    """All its options are made once, and not for each of a thousand commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 

@@ -46,15 +46,19 @@ class Forked:
 
     def start(self, *words: object, cwd: Path | str = "/") -> int:
         """Begin `python WORDS`, with "-c", "-m" or a script in front; its process id. One `finish` follows."""
+        Path(self.files["out"]).write_text("")  # of a child before
         job = {"words": [str(word) for word in words], "cwd": str(cwd), **self.files}
         print(json.dumps(job), file=self.server.stdin)
         return self._answer()
 
+    def printed(self) -> str:
+        """What the child has printed so far."""
+        return Path(self.files["out"]).read_text()
+
     def finish(self) -> subprocess.CompletedProcess[str]:
         """Wait for its end."""
         code = self._answer()
-        out, err = (Path(self.files[name]).read_text() for name in ("out", "err"))
-        return subprocess.CompletedProcess(self.modules, code, out, err)
+        return subprocess.CompletedProcess(self.modules, code, self.printed(), Path(self.files["err"]).read_text())
 
     def _answer(self) -> int:
         line = self.server.stdout.readline()
@@ -94,6 +98,7 @@ def child(job: dict[str, Any]) -> None:
     try:
         for stream, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        sys.stdout.reconfigure(line_buffering=True)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(job["cwd"])
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typecheck
+# Tests start a hundred processes: modules are compiled once, also where the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist loadgroup

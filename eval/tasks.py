@@ -4,6 +4,7 @@ The model is given as it is loaded, dense, pruned or packed. Each task's own dat
 """
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -115,7 +116,15 @@ def _manager(names: tuple[str, ...], include_path: Path | None) -> Any:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+        return TaskManager(include_path=str(include_path))
+    return _harness_tasks()
+
+
+@functools.cache
+def _harness_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _check_known(names: Sequence[str], known: Sequence[str]) -> None:

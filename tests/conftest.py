@@ -4,6 +4,7 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for processes that a test starts
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from hypothesis import settings
 
 from sparsegpt.cli import commands as cli
 from sparsegpt.kernels.dispatch import measured
-from tests.support import Outcome, look_for_bases_quickly, save_model, write_text
+from tests.forked import Forked
+from tests.support import (
+    CHILD_ENVIRONMENT,
+    Outcome,
+    look_for_bases_quickly,
+    make_commands_once,
+    save_model,
+    write_text,
+)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -21,6 +30,7 @@ settings.load_profile("repeatable")
 def _one_thread():
     torch.set_num_threads(1)
     look_for_bases_quickly()
+    make_commands_once()
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +58,21 @@ def llama_folder(tmp_path_factory):
 def text_file(tmp_path_factory):
     """Text that the tiny tokenizer knows."""
     return write_text(tmp_path_factory.mktemp("text") / "prose.txt")
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """Python in a process of its own, with the libraries imported that load a model, and nothing of this package."""
+    modules = ("torch", "typer", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")
+    with Forked(tmp_path_factory.mktemp("forked"), CHILD_ENVIRONMENT, *modules) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def forked_light(tmp_path_factory):
+    """The same with torch alone."""
+    with Forked(tmp_path_factory.mktemp("forked"), CHILD_ENVIRONMENT, "torch") as server:
+        yield server
 
 
 @pytest.fixture

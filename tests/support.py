@@ -1,5 +1,6 @@
 """Problems, oracles and tiny models shared by the tests. Everything here comes from the definitions, in float64."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import TypeVar
 import pytest
 import safetensors.torch
 import torch
+import typer.main
 from torch import Tensor, nn
 
 import sparsegpt
@@ -55,6 +57,12 @@ def prune_model(model: nn.Module, windows: object, sparsity: object, **options: 
 def look_for_bases_quickly() -> None:
     """A few steps of learning in every run of this process: in any basis at all a run must do what is tested."""
     search.STREAM, search.VALUES = Schedule(4, 0.03), Schedule(3, 0.02)
+
+
+def make_commands_once() -> None:
+    """The options of all commands are made at the first of this process, and not for each of a thousand."""
+    if not hasattr(typer.main.get_command, "cache_clear"):
+        typer.main.get_command = functools.cache(typer.main.get_command)
 
 
 # Layer problems

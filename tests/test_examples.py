@@ -1,12 +1,8 @@
 """The scripts of examples/ run as they are, on the demo."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-from tests.support import CHILD_ENVIRONMENT
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # What each prints, in its own lines.
@@ -22,8 +18,6 @@ def test_every_example_is_here():
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_an_example_runs(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / name)]
-    result = subprocess.run(command, cwd=tmp_path, env=CHILD_ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert all(text in result.stdout for text in SAID[name])
+def test_an_example_runs(name, forked, tmp_path):
+    said = forked.python(EXAMPLES / name, cwd=tmp_path)
+    assert all(text in said for text in SAID[name])

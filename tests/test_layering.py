@@ -186,33 +186,26 @@ def test_only_the_top_prints_or_exits(name):
     assert not calls & {"print", "exit", "sys.exit", "quit", "warnings.warn"}
 
 
-def python(code: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=CHILD_ENVIRONMENT, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_pruning_one_layer_loads_no_transformers():
+def test_pruning_one_layer_loads_no_transformers(forked_light):
     code = """
 import sys, torch, sparsegpt
 layer = sparsegpt.prune_weight(torch.randn(4, 8), torch.eye(8), "2:4")
 heavy = ["transformers", "datasets", "typer", "rich", "safetensors", "tokenizers", "huggingface_hub", "triton"]
 print([name for name in heavy if name in sys.modules], int((layer.weight == 0).sum()))
 """
-    assert python(code) == "[] 16\n"
+    assert forked_light.python("-c", code) == "[] 16\n"
 
 
-def test_every_module_imports_and_everything_public_is_there():
+def test_every_module_imports_and_everything_public_is_there(forked):
     names = [name for name in MODULES if not name.endswith("__main__")]
-    python(f"""
+    code = f"""
 import importlib, sparsegpt
 for name in {names}:
     importlib.import_module(name)
 for name in sparsegpt.__all__:
     getattr(sparsegpt, name)
-""")
+"""
+    assert forked.python("-c", code) == ""
 
 
 def test_no_top_level_package_takes_the_name_of_another():
@@ -224,7 +217,7 @@ def test_no_top_level_package_takes_the_name_of_another():
     assert result.stdout == "[]\n"
 
 
-def test_a_run_on_local_text_loads_no_datasets(tmp_path):
+def test_a_run_on_local_text_loads_no_datasets(forked, tmp_path):
     """With pandas behind it, that library takes 55 MB of private memory."""
     text = write_text(tmp_path / "text.txt")
     options = f"['run', '--sparsity', '2:4', '--calib', '{text}', '--eval', 'none', '--samples', '2', '--seqlen', '16']"
@@ -234,4 +227,4 @@ from sparsegpt.cli.commands import app
 app({options} + ['--out', '{tmp_path / "out"}', '--preset', 'paper', '--quiet'], standalone_mode=False)
 print([name for name in ("datasets", "pandas", "pyarrow") if name in sys.modules])
 """
-    assert python(code).splitlines()[-1] == "[]"
+    assert forked.python("-c", code).splitlines()[-1] == "[]"

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import typer.main
 
 from sparsegpt.cli import commands as cli
 from tests.architectures import architecture_table
-from tests.support import CHILD_ENVIRONMENT
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 # In the order in which they are read: what one page writes, a later one may use.
@@ -72,8 +71,8 @@ one_reader = pytest.mark.xdist_group("reader")
 class Reader:
     """Does in one folder what the pages say, block by block."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, forked: Forked) -> None:
+        self.folder, self.forked = folder, forked
         self.read: set[Path] = set()
 
     def read_up_to(self, page: Path) -> None:
@@ -95,9 +94,7 @@ class Reader:
 
     def execute(self, arguments: list[str]) -> None:
         """Python in a process of its own, as the block's imports may be what it shows."""
-        options = {"cwd": self.folder, "env": CHILD_ENVIRONMENT, "capture_output": True, "text": True}
-        result = subprocess.run([sys.executable, *arguments], check=False, **options)
-        assert result.returncode == 0, result.stderr
+        self.forked.python(*arguments, cwd=self.folder)
 
     def command(self, words: list[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -110,8 +107,8 @@ class Reader:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    return Reader(tmp_path_factory.mktemp("reader"))
+def reader(tmp_path_factory, forked):
+    return Reader(tmp_path_factory.mktemp("reader"), forked)
 
 
 @one_reader

@@ -1,10 +1,11 @@
 """What decides a result besides the settings: the model to its last bit, and the versions and machine that compute."""
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ OF_ONE_RANK = ("device", "scratch")
 PACKAGES = ("sparsegpt", "torch", "transformers", "datasets", "safetensors")
 # Those of them that compute: another version may end with other bits.
 COMPUTING = ("sparsegpt", "torch", "transformers")
+version = functools.cache(importlib.metadata.version)
 
 
 def versions() -> dict[str, str]:

@@ -5,8 +5,6 @@ import hashlib
 import json
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -384,9 +382,9 @@ def test_evaluation_counts_bytes_not_characters():
     assert size == len(tokens) == 7
 
 
-def test_importing_the_package_costs_no_heavy_library():
+def test_importing_the_package_costs_no_heavy_library(forked_light):
     code = (
         "import sys, sparsegpt; before = set(sys.modules); import sparsegpt.calib_data; "
         "print(*(set(sys.modules) - before) & {'transformers', 'datasets', 'pyarrow', 'tokenizers', 'pydoc_data'})"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    assert forked_light.python("-c", code) == "\n"

@@ -88,11 +88,13 @@ def test_what_is_wrong_or_does_not_run_is_reported_and_not_timed(monkeypatch: py
 
 
 def test_a_trial_is_a_process_of_its_own() -> None:
+    """Asked of the small shapes first, and then of those that are given."""
     cpu = torch.device("cpu")
-    assert trial.trial("dense", cpu) is None
-    assert str(trial.trial("missing", cpu)).endswith("missing: no table has such a route")
-    assert "in_features divisible by 4" in str(trial.trial("dense", cpu, [(8, 6)]))
+    assert trial.trial("dense", cpu, [(8, 12)]) is None
+    assert "in_features divisible by 4" in str(trial.trial("portable", cpu, [(8, 6)]))
     assert trial.trial("dense", cpu, seconds=0.01) == "not done after 0 s"
+    with pytest.raises(SparseGPTError, match="missing: no table has such a route"):
+        trial.try_route("missing", cpu)
 
 
 def test_the_error_of_a_process_is_the_exception_and_not_the_advice_after_it() -> None:

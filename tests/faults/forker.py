@@ -10,6 +10,7 @@ below `root` count.
 
 import builtins
 import errno
+import gc
 import io
 import json
 import os
@@ -143,10 +144,11 @@ def main() -> None:
     import torch
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from tests.support import look_for_bases_quickly
+    from tests.support import look_for_bases_quickly, make_commands_once
 
     torch.set_num_threads(1)
     look_for_bases_quickly()
+    make_commands_once()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     codes = [command(arguments) for arguments in json.loads(sys.stdin.readline())]
@@ -154,6 +156,8 @@ def main() -> None:
     while (others := other_threads()) and time.monotonic() < until:
         time.sleep(0.05)  # a pool that is going takes its time on a busy machine
     assert (set(codes), others) == ({0}, []), (codes, others)
+    gc.collect()
+    gc.freeze()  # what is here for good need not be copied into a child that looks for what can go
     print(0, file=answers)
     for line in sys.stdin:
         process = os.fork()

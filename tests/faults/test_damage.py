@@ -133,8 +133,9 @@ def test_a_damaged_result_is_noticed_by_resume_and_breaks_no_command(tiny_job, f
         done = damage(out / names[case % len(names)], chance)
         try:
             for command in (["inspect", out], ["eval", "--model", out, "--data", text, "--eval-windows", 2]):
-                seen[f"{command[0]} {forker.run(command).code}"] += 1
-                forker.run(command).refused_or_done()
+                outcome = forker.run(command)
+                seen[f"{command[0]} {outcome.code}"] += 1
+                outcome.refused_or_done()
             outcome = tiny_job.run(out, "--resume")
             if is_whole(out):  # weights of their old length: their checksums tell
                 outcome.refused("not empty", "--overwrite")

@@ -13,7 +13,7 @@ from tests.faults.jobs import OLD, everything, finished_blocks, put_old_result
 PAGE = 4096
 
 
-@pytest.mark.parametrize("step", [25, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("activations", ["memory", "disk"])
 def test_a_disk_full_at_each_write_is_one_line_and_loses_nothing(tiny_job, tmp_path, step, activations):
     out, calls = tmp_path / "out", tmp_path / "calls"

@@ -86,7 +86,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(demo_jobs, tmp
         assert stages.keys() >= set(STAGES[:-2]) | {"saving"}
 
 
-@pytest.mark.parametrize("step", [25, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_run_killed_before_each_of_its_writes_resumes_to_the_same_bits(tiny_job, tmp_path, step):
     out, calls = tmp_path / "out", tmp_path / "calls"
     fault = {"root": str(tmp_path), "calls": str(calls)}

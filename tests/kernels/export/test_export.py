@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from sparsegpt.files.bits import pack_bits, unpack_bits
 from sparsegpt.files.reported import reported_layers
 from tests.architectures import CONFIGS
-from tests.support import CHILD_ENVIRONMENT, VOCABULARY, save_model
+from tests.support import VOCABULARY, save_model
 
 # Loads folders as somebody without this package does, and prints the perplexity of fixed windows for each.
 LOADER = """
@@ -32,11 +30,8 @@ print(json.dumps(found))
 """
 
 
-def perplexities_of(folders):
-    command = [sys.executable, "-c", LOADER.format(vocabulary=VOCABULARY), *map(str, folders)]
-    result = subprocess.run(command, capture_output=True, text=True, env=CHILD_ENVIRONMENT, check=False, cwd="/")
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+def perplexities_of(folders, forked):
+    return json.loads(forked.python("-c", LOADER.format(vocabulary=VOCABULARY), *folders))
 
 
 @pytest.fixture
@@ -91,7 +86,7 @@ CASES = {
 }
 
 
-def test_plain_transformers_scores_exports_as_the_run_does(quantised, run_cli, tmp_path):
+def test_plain_transformers_scores_exports_as_the_run_does(quantised, run_cli, forked, tmp_path):
     pytest.importorskip("compressed_tensors")
     runs, exports = [], []
     for name, (model_type, sparsity, grid, options) in CASES.items():
@@ -99,7 +94,7 @@ def test_plain_transformers_scores_exports_as_the_run_does(quantised, run_cli, t
         exports.append(tmp_path / f"{name}-export")
         result = run_cli("export", runs[-1], exports[-1])
         assert result.code == 0, result.err
-    found = perplexities_of([*runs, *exports])
+    found = perplexities_of([*runs, *exports], forked)
     assert found[len(runs) :] == found[: len(runs)]
     settings = json.loads((exports[-1] / "config.json").read_text())["quantization_config"]
     assert {group["weights"]["num_bits"] for group in settings["config_groups"].values()} == {4, 8}

@@ -1,8 +1,6 @@
 """The packed format against its definition, written out group by group."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from sparsegpt.kernels.format.pack import pack, words_to_nibbles
 from sparsegpt.kernels.format.quantized import pack_integers24, unpack_integers
 from sparsegpt.kernels.layers.forms import read_form, samples
 from sparsegpt.sparsity import NM
+from tests.forked import Forked
 from tests.kernels.helpers import relative_error, weight24
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -241,8 +240,7 @@ def test_nibbles_of_words() -> None:
         assert torch.equal(nibbles[:, g].int(), (packed.meta[:, g // 8] >> (4 * (g % 8))) & 15)
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(forked_light: Forked) -> None:
     heavy = ("triton", "transformers", "safetensors")
     code = f"import sys, sparsegpt.kernels; print([name for name in {heavy} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert forked_light.python("-c", code).strip() == "[]"

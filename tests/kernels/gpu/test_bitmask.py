@@ -1,6 +1,7 @@
 """The Triton kernels for weights of any pattern without a GPU: run in the interpreter, compiled ahead of time."""
 
 import re
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,11 @@ def test_kernels_in_the_interpreter() -> None:
     interpret(Path(__file__).with_name("bitmask_cases.py"), "ignore:overflow encountered:RuntimeWarning")
 
 
-@pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("name", KERNELS)
+# Every kernel at every kind of values, and for both architectures.
+COMPILED = [(*pair, target) for pair, target in zip(product(KERNELS, (None, 8, 4)), cycle((80, 90)), strict=False)]
+
+
+@pytest.mark.parametrize(("name", "bits", "target"), COMPILED)
 def test_compiled_without_spills(name: str, bits: int | None, target: int) -> None:
     kernel, tile = KERNELS[name]
     weight = sparse_weight(4, 128, 0.5, torch.bfloat16)

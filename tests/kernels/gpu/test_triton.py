@@ -19,7 +19,8 @@ from tests.kernels.gpu.gluon_emulator import emulate
 from tests.kernels.helpers import relative_error, weight24
 from tests.kernels.interpreter import interpret, interpreter_runs
 
-TARGETS = (80, 90)
+# Both dtypes take the same registers: for every kernel each dtype and each architecture, but not their product.
+COMPILED = pytest.mark.parametrize(("dtype", "target"), [("fp16", 80), ("bf16", 90)])
 
 
 @interpreter_runs
@@ -47,8 +48,7 @@ PORTABLE = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@COMPILED
 @pytest.mark.parametrize("name", PORTABLE)
 def test_portable_kernels_compile_without_spills(name: str, dtype: str, target: int) -> None:
     kernel, floating, tile = PORTABLE[name]
@@ -67,8 +67,7 @@ def test_portable_kernels_compile_without_spills(name: str, dtype: str, target: 
         assert "mma.sync" in built.ptx or "wgmma" in built.ptx
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@COMPILED
 @pytest.mark.parametrize(("blocks", "gated"), mma_sp.TILES)
 def test_sparse_tensor_cores_are_used_without_spills(blocks: int, gated: bool, dtype: str, target: int) -> None:
     tile = mma_sp.TILES[blocks, gated]
@@ -91,8 +90,7 @@ def test_sparse_tensor_cores_are_used_without_spills(blocks: int, gated: bool, d
         assert loads_in_flight(built.sass) >= 2 * tile.steps * (2 if gated else 1)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@COMPILED
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_int4_on_sparse_tensor_cores_without_spills(blocks: int, dtype: str, target: int) -> None:
     types = {

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -26,8 +24,8 @@ from sparsegpt.kernels.checkpoint.archive import pack_folder, unpack_folder
 from sparsegpt.kernels.hf.quantizer import Sparse24Quantizer, load_packed, name_patterns, register
 from sparsegpt.kernels.layers.linear import packed_layers
 from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
+from tests.forked import Forked
 from tests.kernels.helpers import weight24
-from tests.support import CHILD_ENVIRONMENT
 
 LLAMA = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4,
@@ -203,19 +201,12 @@ except Exception as error:  # the pipeline's own, after it has tried several cla
 """
 
 
-def test_without_sparsegpt_loading_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_without_sparsegpt_loading_is_an_error(folders: tuple[Path, Path], tmp_path: Path, forked: Forked) -> None:
     """In a process that has not imported it: transformers knows no such quantizer, and goes on without one.
 
     Not in this repository's folder, where transformers takes `kernels` for the package of that name.
     """
-    found = subprocess.run(
-        [sys.executable, "-c", ALONE, str(folders[1])],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=CHILD_ENVIRONMENT,
-        cwd=tmp_path,
-    )
+    found = forked.run("-c", ALONE, folders[1], cwd=tmp_path)
     expected = [
         "AutoModelForCausalLM refused",
         "LlamaForCausalLM refused",
@@ -274,7 +265,7 @@ def test_names_alike_but_for_their_numbers_have_one_pattern() -> None:
 
 
 @pytest.mark.parametrize("first", ["transformers.quantizers", "sparsegpt.kernels.hf.quantizer"])
-def test_registering_waits_for_transformers(first: str, folders: tuple[Path, Path]) -> None:
+def test_registering_waits_for_transformers(first: str, folders: tuple[Path, Path], forked_light: Forked) -> None:
     """Before transformers is imported nothing of it is loaded; an import afterwards finds the quantizer registered."""
     code = f"""
 import sys
@@ -288,5 +279,4 @@ assert "sparsegpt" in auto.AUTO_QUANTIZER_MAPPING and auto.__spec__.loader is au
 from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_pretrained({str(folders[1])!r}).model.layers[0].mlp.up_proj).__name__)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.stdout.strip() == "Sparse24Linear", found.stderr
+    assert forked_light.python("-c", code).strip() == "Sparse24Linear"

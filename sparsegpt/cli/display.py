@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
 from sparsegpt.eval.perplexity import TextScore
-from sparsegpt.eval.report.texts import short_names
+from sparsegpt.eval.report.texts import short_names, with_error
 from sparsegpt.eval.tasks import TaskScore
 from sparsegpt.listeners.time_left import TimeLeft, in_words
 from sparsegpt.run import shrink_job
@@ -161,8 +161,7 @@ def print_task_scores(console: Console, scores: Sequence[TaskScore]) -> None:
 
 def task_line(score: TaskScore) -> str:
     """A metric with its standard error."""
-    error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-    return f"{score.task}: {score.metric} {score.value:.4f}{error}"
+    return f"{score.task}: {score.metric} {with_error(score.value, score.stderr)}"
 
 
 def new_table(*columns: str, broken: Sequence[str], title: str | None = None) -> Table:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.calib_data import TextSource, bos_token, evaluation_tokens, load_text
+from sparsegpt.counting import Counted, unheard
 from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.errors import SparseGPTError
 
@@ -58,21 +59,25 @@ def score(
     bos: int | None = None,
     max_windows: int | None = None,
     ranks: Ranks = ONE_RANK,
+    counted: Counted = unheard,
 ) -> Score:
     """Tokens [N] or [1, N] -> Score: cross-entropy of a model on a stream of them.
 
     tokens: LongTensor. sequence_length: tokens a window, the beginning-of-sequence token `bos`, which
     is put before each window where given, not counted. batch_size: windows a forward pass. max_windows: at most these.
     ranks: who scores this model together; each calls this, and gets the score of all windows.
+    counted: is told of every forward pass, in windows of this rank.
     Raises SparseGPTError when the stream is shorter than one window or a token lies outside the vocabulary.
     """
     windows = _windows(tokens, sequence_length, model)[:max_windows]
     device = model.get_input_embeddings().weight.device
-    nats = []
+    batches = ranks.share(windows.split(batch_size or max(1, TOKENS_PER_STEP // sequence_length)))
+    nats, done, total = [], 0, sum(map(len, batches))
+    counted(done, total)
     was_training = model.training
     model.eval()
     try:
-        for batch in ranks.share(windows.split(batch_size or max(1, TOKENS_PER_STEP // sequence_length))):
+        for batch in batches:
             inputs = batch.to(device)
             if bos is not None:
                 inputs = torch.cat([inputs.new_full((len(inputs), 1), bos), inputs], dim=1)
@@ -80,6 +85,8 @@ def score(
             targets = batch[:, 1:].to(logits.device)
             # A window at a time: together they would be copied, and logits are the largest tensor of a small model.
             nats.append(sum(_cross_entropy(*window) for window in zip(logits, targets, strict=True)))
+            done += len(batch)
+            counted(done, total)
     finally:
         model.train(was_training)
     count = len(windows) * (sequence_length - 1)
@@ -156,11 +163,13 @@ def score_text(
     bos: str = "auto",
     max_windows: int | None = None,
     ranks: Ranks = ONE_RANK,
+    counted: Counted = unheard,
 ) -> TextScore:
     """Score a model on a text, by its name or path (see calib_data.sources), in the source's published protocol.
 
     bos: put the tokenizer's beginning-of-sequence token before every window, never, or where the family needs it.
-    max_windows: score at most these, from the text's start; None: as many as the protocol says. ranks: as in `score`.
+    max_windows: score at most these, from the text's start; None: as many as the protocol says. ranks, counted: as in
+    `score`.
     Raises SparseGPTError for a text or `bos` that is not known, and as `score` does.
     """
     source = data if isinstance(data, TextSource) else load_text(data, "evaluation")
@@ -174,6 +183,7 @@ def score_text(
         bos=bos_token(tokenizer, model.config.model_type, bos),
         max_windows=source.evaluation_windows if max_windows is None else max_windows,
         ranks=ranks,
+        counted=counted,
     )
     return TextScore(
         source.name if isinstance(data, TextSource) else data,

@@ -7,11 +7,12 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsegpt.counting import Counted, unheard
 from sparsegpt.errors import SparseGPTError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 # Whether lm-eval puts a beginning-of-sequence token first, by our setting; None: as it does itself.
 _BOS = {"auto": None, "always": True, "never": False}
 _WINDOWS_AT_ONCE = 8
+# What the harness asks of a model.
+_REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,10 @@ def score_tasks(
     *,
     batch_size: int | None = None,
     bos: str = "auto",
+    counted: Counted = unheard,
 ) -> tuple[TaskScore, ...]:
     """Every metric of every task, groups included. batch_size: questions a forward pass; bos: as for perplexity.
+    counted: is told of every answer that a task asks for, of each kind of them in turn.
 
     Raises SparseGPTError where the harness or the model fails on a task.
     """
@@ -87,7 +92,7 @@ def score_tasks(
     with _quiet():
         try:
             wrapped = _wrapped(model, tokenizer, batch_size or _WINDOWS_AT_ONCE, _BOS[bos])
-            found = evaluate(wrapped, tasks.loaded, limit=tasks.limit, log_samples=False)
+            found = evaluate(_Counting(wrapped, counted), tasks.loaded, limit=tasks.limit, log_samples=False)
         except (SparseGPTError, MemoryError):
             raise
         except Exception as error:
@@ -102,6 +107,34 @@ def _wrapped(model: "PreTrainedModel", tokenizer: Any, batch_size: int, add_bos:
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos)
+
+
+class _Counting:
+    """The harness's model, as the harness wraps it to remember answers: it hears of each answer, and counts it."""
+
+    def __init__(self, wrapped: Any, counted: Counted) -> None:
+        self._wrapped, self._counted = wrapped, counted
+        self._done = self._total = 0
+        wrapped.set_cache_hook(self)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._wrapped, name)
+        return functools.partial(self._ask, found) if name in _REQUESTS else found
+
+    def _ask(self, answer: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+        self._count(0, len(requests))
+        answers = answer(requests)
+        self._count(len(requests), len(requests))
+        return answers
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """An answer is known, those to the same question at once."""
+        self._count(min(self._done + 1, self._total), self._total)
+
+    def _count(self, done: int, total: int) -> None:
+        if (done, total) != (self._done, self._total):
+            self._done, self._total = done, total
+            self._counted(done, total)
 
 
 def _manager(names: tuple[str, ...], include_path: Path | None) -> Any:

@@ -16,6 +16,7 @@ FOLDERS["calib_data"] = "sparsegpt.calib_data"
 # From the ground up, one row a room: it may import from the rows above it in this table, and from itself.
 ROOMS = (
     "errors",
+    "counting",
     "sparsity",
     "strips",
     "quantization",

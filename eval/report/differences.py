@@ -61,7 +61,7 @@ class Model:
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         run, report = self.run, self.run.report if self.run else None
-        kept = ("sparsity", "method", "perplexity", "bits_per_byte", "seconds")
+        kept = ("sparsity", "method", "perplexity", "bits_per_byte", "tasks", "seconds")
         return {
             "name": self.name,
             "folder": str(self.folder),

@@ -65,6 +65,13 @@ class Sample(TypedDict, total=False):
     pruned: str
 
 
+class Figure(TypedDict, total=False):
+    """A model's score in a metric of a task, with its standard error, if the task gives one."""
+
+    value: Required[float]
+    stderr: float | None
+
+
 class Dense(TypedDict, total=False):
     """Weights that stay dense, and why."""
 
@@ -107,7 +114,7 @@ class Report(TypedDict, total=False):
     bits_per_byte: dict[str, dict[str, float]]
     tokens_per_second: dict[str, dict[str, float]]
     samples: list[Sample]
-    tasks: dict[str, Any]
+    tasks: dict[str, dict[str, dict[str, Figure]]]
     seconds: dict[str, float]
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int
@@ -142,6 +149,16 @@ class Run:
     def score(self, data: str, which: str = "pruned") -> float | None:
         """A perplexity; None where it was not measured."""
         return self.scores.get(data, {}).get(which)
+
+    @cached_property
+    def metrics(self) -> dict[str, dict[str, Figure]]:
+        """{"task metric": {model: score}}, of every task."""
+        tasks = self.report.get("tasks", {})
+        return {f"{task} {metric}": found for task, metrics in tasks.items() for metric, found in metrics.items()}
+
+    def metric(self, name: str, which: str = "pruned") -> float | None:
+        """A score in a metric of a task; None where it was not measured."""
+        return number(self.metrics.get(name, {}).get(which, {}), "value")
 
     @property
     def change(self) -> str | None:
@@ -211,10 +228,10 @@ def run_of(report: dict[str, Any], name: str, file_bytes: int | None = None) -> 
     if version != VERSION:
         raise SparseGPTError(f"is of version {str(version)[:20]}, this program reads {VERSION}: update sparsegpt")
     plain = _as_in_json(report)
+    if isinstance(scores := plain.get(BEFORE), dict):  # a change moves them there
+        plain |= {name: scores[name] for name in MEASURED if name in scores}
     if wrong := misfit(plain, Report, "report", more=True):
         raise SparseGPTError(f"is damaged or of another version ({wrong})")
-    if scores := plain.get(BEFORE):  # a change moves them there
-        plain |= {name: scores[name] for name in MEASURED if isinstance(scores.get(name), dict)}
     return Run(name, plain, file_bytes)
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sparsegpt.eval.report import texts
+from sparsegpt.eval.report import tasks, texts
 from sparsegpt.eval.report.charts import Chart, Point, Series, chart
 from sparsegpt.eval.report.reading import Run, number
 
@@ -15,6 +15,7 @@ TEXTS = 3
 # Entries beside "settings" that decide what a run does.
 CHOICES = ("model", "sparsity", "method", "preset", "seed", "stored_dtype")
 CALIBRATION = ("source", "samples", "sequence_length", "seed")
+EVALUATION = ("length", "windows", "bos", "task limit")
 
 
 class Value(NamedTuple):
@@ -75,6 +76,7 @@ def view(runs: list[Run]) -> dict[str, Any]:
         "runs": ordered,
         "best": best(ordered, data[0]) if data else None,
         "results": results(ordered, data),
+        "tasks": scores_in_tasks(ordered),
         "differences": _differences(ordered, differing),
         "alike": alike,
         "plots": [plots(ordered, name) for name in data[:TEXTS]],
@@ -125,6 +127,16 @@ def results(runs: list[Run], data: list[str]) -> Table:
     return Table([column.title for column in columns], rows)
 
 
+def scores_in_tasks(runs: list[Run]) -> Table | None:
+    """Of every metric the score of each run's pruned and dense model; None where there is none."""
+    columns = [(name, which) for name in tasks.names(runs) for which in ("pruned", "dense")]
+    rows = [
+        Row(place, run, [Value(tasks.figure(run, *column), run.metric(*column)) for column in columns])
+        for place, run in enumerate(runs, 1)
+    ]
+    return Table([f"{which} on {name}" for name, which in columns], rows) if columns else None
+
+
 def _scored(data: str, name: str) -> Iterator[Column]:
     """Of a text, called so."""
     yield Column(f"pruned on {name}", lambda run: run.score(data), texts.perplexity, scored=data)
@@ -158,7 +170,7 @@ def settings_of(runs: list[Run]) -> tuple[dict[str, list[str]], dict[str, str]]:
 
 def _choices(run: Run) -> dict[str, Any]:
     report = run.report
-    calibration = report.get("calibration", {})
+    calibration, evaluation = report.get("calibration", {}), report.get("evaluation", {})
     versions = {f"version of {name}": value for name, value in report.get("versions", {}).items()}
     recipe = report.get("recipe")
     return {
@@ -166,6 +178,7 @@ def _choices(run: Run) -> dict[str, Any]:
         **report.get("settings", {}),
         **({"rules of the recipe": [str(rule) for rule in recipe["rules"]]} if recipe and "rules" in recipe else {}),
         **{f"calibration {name}": calibration.get(name) for name in CALIBRATION},
+        **{f"evaluation {name}": evaluation.get(name) for name in EVALUATION},
         **versions,
     }
 

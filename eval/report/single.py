@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sparsegpt.eval.report import texts
+from sparsegpt.eval.report import tasks, texts
 from sparsegpt.eval.report.charts import Chart, Point, Series, chart
 from sparsegpt.eval.report.layers import Layers
 from sparsegpt.eval.report.reading import Run, number
@@ -52,6 +52,7 @@ def view(run: Run) -> dict[str, Any]:
         "layers": layers,
         "headline": headline(run, layers),
         "tiles": tiles(run),
+        "tasks": tasks.lines(run),
         "kinds": bars([(kind, error) for kind, error in layers.by_kind], texts.error),
         "by_block": by_block(run),
         "curves": curves(run),

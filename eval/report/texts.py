@@ -51,6 +51,11 @@ def error(value: float | None) -> str:
     return f"{value:.2%}" if value < 0.1 else f"{value:.1%}"
 
 
+def with_error(value: float, stderr: float | None) -> str:
+    """A score with its standard error, if there is one."""
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
 def bits(value: float | None) -> str:
     """Bits of a weight."""
     return UNKNOWN if value is None or not math.isfinite(value) else f"{value:.2f}"

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from sparsegpt.cli.display import new_table, print_line
-from sparsegpt.eval.report import texts
+from sparsegpt.eval.report import tasks, texts
 from sparsegpt.eval.report.differences import Comparison, Difference, Model
 
 WORST = 10
@@ -13,6 +13,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
     """What models cost and brought, in which settings they differ, and where their zeros do."""
     names = texts.short_names([model.name for model in found.models])
     _print_models(console, found, names)
+    _print_tasks(console, found, names)
     if found.settings:
         known = [names[model.name] for model in found.models if model.run]
         table = new_table("setting", *known, broken=("setting", *known), title="settings that differ")
@@ -38,6 +39,17 @@ def _print_models(console: Console, found: Comparison, names: dict[str, str]) ->
     console.print(table)
     if data:
         print_line(console, "perplexity: dense -> pruned")
+
+
+def _print_tasks(console: Console, found: Comparison, names: dict[str, str]) -> None:
+    runs = {names[model.name]: model.run for model in found.models if model.run}
+    metrics = tasks.names(list(runs.values()))
+    table = new_table("task", *runs, broken=("task", *runs), title="tasks: dense -> pruned, with their standard errors")
+    for metric in metrics:
+        pairs = ([tasks.figure(run, metric, which) for which in ("dense", "pruned")] for run in runs.values())
+        table.add_row(metric, *map(" -> ".join, pairs))
+    if metrics:
+        console.print(table)
 
 
 def _scored(model: Model, text: str) -> str:

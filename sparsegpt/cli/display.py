@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sparsegpt.counting import StepReport
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
 from sparsegpt.eval.perplexity import TextScore
-from sparsegpt.eval.report.texts import short_names
+from sparsegpt.eval.report.texts import short_names, with_error
 from sparsegpt.eval.tasks import TaskScore
-from sparsegpt.listeners.time_left import TimeLeft, in_words
+from sparsegpt.listeners.time_left import StepsLeft, TimeLeft, in_words
 from sparsegpt.run import shrink_job
 from sparsegpt.run.inspection import TensorFinding
 from sparsegpt.run.job import Listener
@@ -41,18 +42,19 @@ class RunDisplay(Listener):
         self.console, self.quiet = console, quiet
         self.live = console.is_terminal and not quiet
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            _plain("description", "bold"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("error {task.fields[error]:.4f}"),
+            _plain("fields[note]"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[linear]}"),
+            _plain("fields[left]"),
+            _plain("fields[at_work]"),
             console=console,
             disable=not self.live,
         )
         self.task: Any = None
-        self.left = TimeLeft()
+        self.steps: Any = None
+        self.left, self.steps_left = TimeLeft(), StepsLeft()
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -63,6 +65,7 @@ class RunDisplay(Listener):
 
     def stage(self, text: str) -> None:
         """Name the part of the work that begins."""
+        self._end_steps()
         if not self.quiet:
             print_line(self.console, text)
 
@@ -87,9 +90,11 @@ class RunDisplay(Listener):
         """Move the bar, or print a line where there is none."""
         left = f"{in_words(self.left.after(report))} left"
         if self.live:
+            self._end_steps()
             if self.task is None:
-                self.task = self.progress.add_task("blocks", total=report.blocks, error=0.0, left="", linear="")
-            self.progress.update(self.task, completed=report.index + 1, error=report.relative_error, left=left)
+                self.task = self._bar("blocks", report.blocks)
+            note = f"error {report.relative_error:.4f}"
+            self.progress.update(self.task, completed=report.index + 1, note=note, left=left)
         elif not self.quiet:
             print_line(
                 self.console,
@@ -108,7 +113,28 @@ class RunDisplay(Listener):
         if self.live and self.task is not None:
             speed = report.tokens / max(report.seconds, 1e-9)
             name = report.name.split(".", 3)[-1]
-            self.progress.update(self.task, linear=f"{name} ({speed:.0f} tokens/s)")
+            self.progress.update(self.task, at_work=f"{name} ({speed:.0f} tokens/s)")
+
+    def step(self, report: StepReport) -> None:
+        """Move a bar of its own, which goes with its part of the work; elsewhere steps are not told."""
+        if not self.live:
+            return
+        left = self.steps_left.after(report)
+        if left is None:
+            self._end_steps()
+            self.steps = self._bar(report.part, report.total, report.unit)
+        text = "" if left is None else f"{in_words(left)} left"
+        self.progress.update(self.steps, completed=report.done, left=text)
+        if report.done == report.total:
+            self._end_steps()
+
+    def _bar(self, name: str, total: int, note: str = "") -> Any:
+        return self.progress.add_task(name, total=total, note=note, left="", at_work="")
+
+    def _end_steps(self) -> None:
+        if self.steps is not None:
+            self.progress.remove_task(self.steps)
+            self.steps = None
 
     def warn(self, text: str) -> None:
         """Loud, even with --quiet."""
@@ -121,6 +147,11 @@ class ShrinkDisplay(RunDisplay, shrink_job.Listener):
     def trained(self, epoch: int, epochs: int, loss: float) -> None:
         """Print what the held-out windows say."""
         self.epoch(EpochReport(epoch, epochs, loss))
+
+
+def _plain(entry: str, style: str = "none") -> TextColumn:
+    """A column of a bar with an entry of its task as it is: a name is no markup."""
+    return TextColumn(f"{{task.{entry}}}", style=style, markup=False)
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
@@ -161,8 +192,7 @@ def print_task_scores(console: Console, scores: Sequence[TaskScore]) -> None:
 
 def task_line(score: TaskScore) -> str:
     """A metric with its standard error."""
-    error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-    return f"{score.task}: {score.metric} {score.value:.4f}{error}"
+    return f"{score.task}: {score.metric} {with_error(score.value, score.stderr)}"
 
 
 def new_table(*columns: str, broken: Sequence[str], title: str | None = None) -> Table:

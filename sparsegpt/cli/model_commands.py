@@ -70,7 +70,8 @@ def evaluate_model(
 ) -> None:
     """Perplexity and bits per byte of a model, dense, pruned or packed, by the published protocol; tasks by lm-eval."""
     from sparsegpt.calib_data import load_text
-    from sparsegpt.cli.display import print_evaluation
+    from sparsegpt.cli.display import RunDisplay, print_evaluation
+    from sparsegpt.counting import Counted, counting
     from sparsegpt.eval.perplexity import score_text
     from sparsegpt.eval.tasks import load_tasks, score_tasks
     from sparsegpt.model import loading
@@ -94,9 +95,15 @@ def evaluate_model(
         say(use_kernels(loaded.model, kernels))
     scored: tuple[Any, Any] = loaded.model, loaded.tokenizer
     steps: dict[str, Any] = {"batch_size": batch_size, "bos": bos}
-    with loaded.source.files.meanwhile():
-        scores = [score_text(*scored, text, length, max_windows=eval_windows, **steps) for text in texts]
-        task_scores = score_tasks(*scored, loaded_tasks, **steps)
+    protocol = {"max_windows": eval_windows, **steps}
+    with loaded.source.files.meanwhile(), RunDisplay(open_console(), quiet=as_json) as display:
+
+        def told(name: str, unit: str) -> Counted:
+            return counting(display.step, f"scoring on {name}", unit)
+
+        scores = [score_text(*scored, text, length, counted=told(text.name, "windows"), **protocol) for text in texts]
+        counted = told(", ".join(task_names), "answers")
+        task_scores = score_tasks(*scored, loaded_tasks, counted=counted, **steps)
     if as_json:
         print(json.dumps([*map(asdict, scores), *map(asdict, task_scores)]))
     else:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.counting import counting
 from sparsegpt.driver.groups import GroupSolver, Task, scaled_grid
 from sparsegpt.driver.reports import LayerReport
 from sparsegpt.driver.stages import Group, plan_stages, waves
@@ -138,6 +139,7 @@ class BlockJob:
                 learning_rate=self.settings.learning_rate,
                 rounded=self._rounded(),
                 trainers=self.solver.ranks,
+                counted=counting(self.solver.listener.step, f"training {self.prefix[:-1]}", "steps"),
             )
             for parameter in self.block.parameters():
                 parameter.data.copy_(self.solver.as_stored(parameter.data, parameter))

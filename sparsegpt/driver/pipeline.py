@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.counting import counting
 from sparsegpt.driver.accounting import UNREACHED, in_braces
 from sparsegpt.driver.allocation import Shapes, Visit
 from sparsegpt.driver.block_job import BlockJob
@@ -360,8 +361,9 @@ class _Driver:
         report, settings = self.solver.report, self.solver.settings
         student.restore(self.progress.load_training())
         known = [epoch.loss for epoch in report.epochs]
+        counted = counting(self.solver.listener.step, "training the model", "steps")
         with counting_windows("distillation", pairs):
-            for epoch, loss in distill(student, pairs, settings.distill, settings.distill_rate, known):
+            for epoch, loss in distill(student, pairs, settings.distill, settings.distill_rate, known, counted):
                 report.epochs.append(EpochReport(epoch, settings.distill, loss))
                 if epoch:
                     self.progress.keep_training(epoch, student.tensors(), report)

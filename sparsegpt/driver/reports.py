@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsegpt.counting import StepReport
 from sparsegpt.driver.accounting import Accounting
 from sparsegpt.driver.verification import Agreement
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
@@ -181,6 +182,9 @@ class Listener:
 
     def epoch(self, report: EpochReport) -> None:
         """One epoch of distillation is finished."""
+
+    def step(self, report: StepReport) -> None:
+        """A part of the work that is counted begins, or has got one further."""
 
 
 def share_of_zeros(weight: Tensor) -> float:

@@ -14,7 +14,7 @@ from sparsegpt.files.checked_json import REPORT_NAME, read_checked, read_json, w
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- sparsegpt: figures -->", "<!-- sparsegpt: end of figures -->"
 # Entries of the report that tell how good the very weights are that were pruned, or which run they are the result of.
-MEASURED = ("perplexity", "bits_per_byte", "tokens_per_second")
+MEASURED = ("perplexity", "bits_per_byte", "tokens_per_second", "tasks")
 BEFORE = "before_change"
 # The code in the card that loads the model begins after this; for packed weights with one more line.
 LOADING = "<!-- sparsegpt: loading -->"

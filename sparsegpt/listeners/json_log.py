@@ -4,18 +4,23 @@ import json
 from dataclasses import asdict
 from typing import Any, TextIO
 
+from sparsegpt.counting import StepReport
 from sparsegpt.driver.reports import BlockReport, EpochReport, LayerReport, RotationReport
 from sparsegpt.eval.perplexity import TextScore
 from sparsegpt.eval.tasks import TaskScore
-from sparsegpt.listeners.time_left import TimeLeft
+from sparsegpt.listeners.time_left import StepsLeft, TimeLeft
 from sparsegpt.run.job import Listener
+
+# Seconds between two lines on the steps of one part of the work.
+PAUSE = 1.0
 
 
 class JsonLog(Listener):
     """Writes every event at once: {"event": "block", "index": 0, ...}. file: where to."""
 
     def __init__(self, file: TextIO) -> None:
-        self._file, self._left = file, TimeLeft()
+        self._file, self._left, self._steps_left = file, TimeLeft(), StepsLeft()
+        self._told: StepReport | None = None
 
     def stage(self, text: str) -> None:
         """A new part of the work."""
@@ -44,6 +49,14 @@ class JsonLog(Listener):
     def epoch(self, report: EpochReport) -> None:
         """One epoch of distillation."""
         self._tell("epoch", **asdict(report))
+
+    def step(self, report: StepReport) -> None:
+        """Where a part of the work begins and ends, and about every second how far it is."""
+        left, last = self._steps_left.after(report), self._told
+        goes_on = last is not None and last.part == report.part and last.done < report.done < report.total
+        if last is None or not goes_on or report.seconds - last.seconds >= PAUSE:
+            self._told = report
+            self._tell("step", **asdict(report), seconds_left=left)
 
     def warn(self, text: str) -> None:
         """A warning."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.counting import Counted, unheard
 from sparsegpt.model.capture import BlockCall, ModelInputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.head import logits_after
@@ -227,16 +228,23 @@ class Distiller:
 
 
 def distill(
-    distiller: Distiller, batches: list[Batch], epochs: int, rate: float, known: Sequence[float]
+    distiller: Distiller,
+    batches: list[Batch],
+    epochs: int,
+    rate: float,
+    known: Sequence[float],
+    counted: Counted = unheard,
 ) -> Iterator[tuple[int, float]]:
     """Batches as in `Distiller.step`, [batch, ...] -> each epoch with its held-out loss in nats a token.
 
     Epoch 0 is before the first step. known: the losses of the epochs that are finished already, after which the
-    training goes on; `distiller` holds their weights. A tenth of the batches is held out and judges.
+    training goes on; `distiller` holds their weights. A tenth of the batches is held out and judges. counted: is told
+    of every step.
     """
     held_out = batches[-held_out_count(len(batches)) :]
     training = batches[: -len(held_out)] or held_out
-    losses = list(known)
+    losses, steps = list(known), epochs * len(training)
+    counted(max(0, len(losses) - 1) * len(training), steps)
     if not losses:
         losses.append(distiller.loss(held_out))
         yield 0, losses[0]
@@ -246,7 +254,8 @@ def distill(
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(epoch))
         for index, chosen in enumerate(order.tolist()):
             number = (epoch - 1) * len(training) + index + 1
-            distiller.step(training[chosen], number, rate * _schedule(number, epochs * len(training)))
+            distiller.step(training[chosen], number, rate * _schedule(number, steps))
+            counted(number, steps)
         losses.append(distiller.loss(held_out))
         yield epoch, losses[-1]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.counting import Counted, unheard
 from sparsegpt.recovery.training import (
     BETAS,
     ONE_TRAINER,
@@ -58,6 +59,7 @@ def reconstruct_block(
     learning_rate: float,
     rounded: Mapping[str, GridWeight] | None = None,
     trainers: Trainers = ONE_TRAINER,
+    counted: Counted = unheard,
 ) -> Reconstruction:
     """Batches [batch, sequence, ...] -> held-out losses; trains `block` in place.
 
@@ -66,7 +68,8 @@ def reconstruct_block(
     and the modules `ahead`, which are not trained, make of it. Adam with the learning rate falling to 0 along a cosine;
     weights in float32, products in bfloat16 where the hardware has them. If the loss stops being finite the block is
     rolled back. rounded: weights whose integers stay, of which the scales are trained, by their linears' names.
-    trainers: who trains the same block at the same time, each on batches of its own.
+    trainers: who trains the same block at the same time, each on batches of its own. counted: is told of
+    every step.
     """
     device = next(block.parameters()).device
     with in_float32([block, *ahead]), remembering_gradient_switches([block, *ahead]):
@@ -86,7 +89,8 @@ def reconstruct_block(
 
         with counting_windows("reconstruction", batches):
             by_weight = {f"{name}.weight": weight for name, weight in (rounded or {}).items()}
-            return _train(_Leaves(trained, masks, by_weight), batches, loss_of, epochs, learning_rate, trainers)
+            leaves = _Leaves(trained, masks, by_weight)
+            return _train(leaves, batches, loss_of, epochs, learning_rate, trainers, counted)
 
 
 class _Leaves:
@@ -131,11 +135,13 @@ def _train(
     epochs: int,
     learning_rate: float,
     trainers: Trainers,
+    counted: Counted,
 ) -> Reconstruction:
     """Leave those values in the trained parameters whose held-out loss was the lowest."""
     held_out = batches[-held_out_count(len(batches)) :]
     training = batches[: -len(held_out)] or held_out
-    steps = epochs * len(training)
+    steps, done = epochs * len(training), 0
+    counted(done, steps)
     optimizer = torch.optim.Adam(trained.leaves.values(), lr=learning_rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
@@ -150,6 +156,8 @@ def _train(
             optimizer.step()
             trained.show()
             schedule.step()
+            done += 1
+            counted(done, steps)
         after = trainers.mean(_mean_loss(loss_of, held_out))
         losses.append(after)
         if not math.isfinite(after):

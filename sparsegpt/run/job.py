@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparsegpt.counting import counting
 from sparsegpt.driver.choices import Choices, choose_linears
 from sparsegpt.driver.pipeline import prune_blocks
 from sparsegpt.driver.ranks import ONE_RANK, Ranks
@@ -295,7 +296,8 @@ class _Job(ScoredJob):
 
     def _score_tasks(self, which: str) -> None:
         if which not in self.task_scores:
-            self.listener.stage(f"scoring the {which} model on {', '.join(self.options.eval_tasks)}")
+            part = f"scoring the {which} model on {', '.join(self.options.eval_tasks)}"
+            self.listener.stage(part)
             with self.measure("eval"):
                 self.task_scores[which] = score_tasks(
                     self.loaded.model,
@@ -303,6 +305,7 @@ class _Job(ScoredJob):
                     self.tasks,
                     batch_size=self.options.batch_size,
                     bos=self.options.bos,
+                    counted=counting(self.listener.step, part, "answers"),
                 )
         for score in self.task_scores[which]:
             self.listener.scored_task(which, score)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparsegpt.calib_data import Calibration, TextSource, draw_mixture, load_text, load_texts
 from sparsegpt.calib_data.sources import OWN_TEXT
+from sparsegpt.counting import counting
 from sparsegpt.driver import reports as driver
 from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.eval.perplexity import TextScore, score_text
@@ -101,7 +102,8 @@ class ScoredJob:
         for data, text in self.texts.items():
             found = self.scores[data].get(which)
             if found is None:
-                self.listener.stage(f"scoring the {which} model on {data}")
+                part = f"scoring the {which} model on {data}"
+                self.listener.stage(part)
                 with self.measure("eval"):
                     found = score_text(
                         loaded.model,
@@ -112,6 +114,7 @@ class ScoredJob:
                         bos=self.options.bos,
                         max_windows=self.options.eval_windows,
                         ranks=ranks,
+                        counted=counting(self.listener.step, part, "windows"),
                     )
                 self.scores[data][which] = found
             self.listener.scored(which, found)

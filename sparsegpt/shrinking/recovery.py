@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsegpt.counting import StepReport, counting
 from sparsegpt.model.capture import ModelInputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import prunable_linears
@@ -23,7 +24,7 @@ from sparsegpt.shrinking.settings import ShrinkSettings
 class Recovery:
     """Trains `smaller` on `dense`, with micro-batches [batch, sequence] of tokens.
 
-    kept: which of the dense model's blocks those of the smaller one were.
+    kept: which of the dense model's blocks those of the smaller one were. tell: hears of every step.
     """
 
     dense: DecoderModel
@@ -31,6 +32,7 @@ class Recovery:
     kept: Sequence[int]
     batches: Sequence[Tensor]
     settings: ShrinkSettings
+    tell: Callable[[StepReport], None]
 
     @torch.no_grad()
     def reconstruct(self) -> list[float]:
@@ -58,6 +60,7 @@ class Recovery:
                 lambda tokens, states: walk.inputs.calls(tokens, "training")[index].run(block, states),
                 epochs=self.settings.reconstruct,
                 learning_rate=self.settings.learning_rate,
+                counted=counting(self.tell, f"training {self.smaller.prefix(index)[:-1]}", "steps"),
             )
         return result.after / result.before if result.before else 1.0
 
@@ -73,7 +76,9 @@ class Recovery:
         residence = Residence(None, self.smaller.model.dtype, self.smaller.model.dtype)
         inputs, trained = ModelInputs(self.smaller, self.batches), dict(enumerate(map(_linears, self.smaller.blocks)))
         student = Distiller(self.smaller, inputs, residence, ActivationStore(), trained)
-        for epoch, loss in distill(student, pairs, self.settings.distill, self.settings.distill_rate, losses):
+        epochs, rate = self.settings.distill, self.settings.distill_rate
+        counted = counting(self.tell, "training the model", "steps")
+        for epoch, loss in distill(student, pairs, epochs, rate, losses, counted):
             losses.append(loss)
             tell(epoch, loss)
         if losses[-1] < losses[0]:

@@ -298,7 +298,8 @@ class _Job:
         )
 
     def _recover(self, smaller: DecoderModel) -> None:
-        recovery = Recovery(self.anatomy.decoder, smaller, self.report.shape.blocks, self.batches, self.settings)
+        models, kept = (self.anatomy.decoder, smaller), self.report.shape.blocks
+        recovery = Recovery(*models, kept, self.batches, self.settings, self.listener.step)
         if self.settings.reconstruct:
             self.listener.stage("training block by block")
             self.report.reconstruction = self._timed("reconstruct", recovery.reconstruct)

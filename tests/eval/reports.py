@@ -45,6 +45,7 @@ def report(blocks: int = 3, **changes: Any) -> dict[str, Any]:
         "calibration": {"source": "pydoc", "samples": 8, "sequence_length": 64, "seed": 0},
         "seed": 0,
         "perplexity": {"held-out": {"dense": 10.0, "pruned": 12.5}},
+        "tasks": {"arc_easy": {"acc": {"dense": {"value": 0.5, "stderr": 0.0158}, "pruned": {"value": 0.46875}}}},
         "samples": [{"data": "held-out", "opening": "Once", "text": "upon", "dense": "more", "pruned": "less"}],
         "seconds": {"load": 1.0, "capture": 20.0, "solve": 40.0, "total": 65.0},
         "peak_memory_bytes": 1 << 30,

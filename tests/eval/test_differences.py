@@ -11,6 +11,7 @@ from sparsegpt.kernels.checkpoint.archive import pack_folder
 from sparsegpt.run.job import run
 from sparsegpt.run.options import RunOptions
 from sparsegpt.settings.prune_settings import resolve_settings
+from tests.eval.reports import folder
 from tests.support import refused, save_model
 
 
@@ -66,6 +67,19 @@ def test_the_command_prints_scores_settings_and_layers(folders, run_cli):
     assert found["models"][2]["perplexity"] is None
     assert found["settings"]["method"] == ["magnitude", "wanda"]
     assert len(found["differences"]) == 2
+
+
+def test_scores_in_tasks_are_compared(tmp_path, run_cli):
+    """Read from the reports alone: the folders hold no weights."""
+    tasks = {"arc_easy": {"acc": {"dense": {"value": 0.5, "stderr": 0.0158}, "pruned": {"value": 0.25}}}}
+    names = [folder(tmp_path / name, tasks=found) for name, found in (("a", tasks), ("b", {}))]
+    shown = run_cli("compare", *names, "--no-masks").out
+    assert "arc_easy acc" in shown
+    assert "0.5000 ± 0.0158 -> 0.2500" in shown
+    assert "– -> –" in shown
+    found = json.loads(run_cli("compare", *names, "--no-masks", "--json").out)
+    assert [model["tasks"] for model in found["models"]] == [tasks, {}]
+    assert "tasks:" not in run_cli("compare", names[1], names[1], "--no-masks").out
 
 
 def test_what_cannot_be_compared_is_refused(folders, run_cli, tmp_path):

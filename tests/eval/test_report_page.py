@@ -10,7 +10,7 @@ from sparsegpt.eval.report.charts import Axis, Point, Series, chart
 from sparsegpt.eval.report.layers import Layers, place_of
 from sparsegpt.eval.report.page import page
 from sparsegpt.eval.report.reading import read_runs, run_of
-from sparsegpt.eval.report.several import settings_of
+from sparsegpt.eval.report.several import settings_of, view
 from sparsegpt.files.results import write_marker
 from tests.eval.browser import CHROMIUM, Browser
 from tests.eval.reports import KINDS, folder, report
@@ -45,6 +45,11 @@ def many(count, tmp_path):
     return read_runs(places)[0]
 
 
+def in_tasks(dense, pruned, stderr=0.01):
+    scores = {which: {"value": value, "stderr": stderr} for which, value in (("dense", dense), ("pruned", pruned))}
+    return {"arc_easy": {"acc": scores}}
+
+
 # What it says
 
 
@@ -66,6 +71,17 @@ def test_a_page_of_one_run_says_what_its_report_says():
     ):
         assert said in found.text
     assert found.tags.count("polyline") == 1 + 1 + 3 + 1  # errors, epochs, a line a block, what training left
+
+
+def test_a_page_of_one_run_has_its_tasks_with_their_errors():
+    found = " ".join(one().text.split())
+    assert "task and metric dense pruned change" in found
+    assert "arc_easy acc 0.5000 ± 0.0158 0.4688 -0.0312" in found  # of the pruned model no error is known
+    packed = {**in_tasks(0.5, 0.25)["arc_easy"]["acc"], "kernels": {"value": 0.75, "stderr": None}}
+    found = " ".join(one(tasks={"arc_easy": {"acc": packed}}).text.split())
+    assert "dense pruned kernels change" in found
+    assert "0.2500 ± 0.0100 0.7500 -0.2500" in found
+    assert "task and metric" not in one(tasks={}).text
 
 
 def test_sizes_are_those_of_the_definition():
@@ -143,6 +159,21 @@ def test_the_best_of_as_many_zeros_is_named(tmp_path):
     assert found.tags.count("svg") >= 3
 
 
+def test_scores_in_tasks_stand_side_by_side_and_sort_as_numbers(tmp_path):
+    other = {"boolq": {"f1": {"pruned": {"value": 0.9, "stderr": None}}}}
+    both = [folder(tmp_path / "a", tasks=in_tasks(0.5, 0.25)), folder(tmp_path / "b", tasks=other)]
+    table = view(read_runs([*both, folder(tmp_path / "c", tasks={})])[0])["tasks"]
+    assert table.heads == ["pruned on arc_easy acc", "dense on arc_easy acc", "pruned on boolq f1", "dense on boolq f1"]
+    assert [value.text for value in table.rows[0].values] == ["0.2500 ± 0.0100", "0.5000 ± 0.0100", "–", "–"]
+    assert [value.key for value in table.rows[1].values] == [None, None, 0.9, None]
+    assert view(read_runs([folder(tmp_path / "none", tasks={})])[0])["tasks"] is None
+
+
+def test_what_scores_depend_on_is_among_the_settings_that_differ():
+    runs = [run_of(report(evaluation={"task limit": limit}), str(limit)) for limit in (None, 100)]
+    assert settings_of(runs)[0] == {"evaluation task limit": ["none", "100"]}
+
+
 def test_two_hundred_runs_are_one_page(tmp_path):
     runs = many(200, tmp_path)
     found = page(runs)
@@ -172,6 +203,7 @@ def test_markup_is_text_everywhere():
         return value + MARKUP if isinstance(value, str) else value
 
     free = {"perplexity": {MARKUP: {"dense": 10.0, "pruned": 12.5}}, "seconds": {MARKUP: 4.0, "total": 5.0}}
+    free |= {"tasks": {MARKUP: {MARKUP: {MARKUP: {"value": 0.5}}}}}
     dirty = {**spoilt(report()), **free, "stored_dtype": MARKUP}
     clean = one(seconds={"else": 4.0, "total": 5.0})
     found = Read(page([run_of(dirty, MARKUP)], (MARKUP,)))
@@ -216,9 +248,11 @@ def test_a_damaged_report_is_named_and_skipped(tmp_path, spoil, said):
         ({"layers": "none"}, "report.layers"),
         ({"layers": [{"name": "a"}]}, "lacks"),
         ({"perplexity": {"a": 3}}, "report.perplexity.a"),
+        ({"tasks": {"arc_easy": {"acc": {"dense": 0.5}}}}, "report.tasks.arc_easy.acc.dense"),
+        ({"before_change": {"perplexity": {"a": 3}}}, "report.perplexity.a"),
         ({"peak_memory_bytes": 10**300}, "beyond all bounds"),
     ],
-    ids=["newer", "no layers", "no shape", "no scores", "huge"],
+    ids=["newer", "no layers", "no shape", "no scores", "no task scores", "no scores before", "huge"],
 )
 def test_a_report_of_another_version_is_named_and_skipped(tmp_path, changes, said):
     good, other = folder(tmp_path / "good"), folder(tmp_path / "other", **changes)
@@ -228,7 +262,9 @@ def test_a_report_of_another_version_is_named_and_skipped(tmp_path, changes, sai
     assert said in line
 
 
-@pytest.mark.parametrize("left", ["perplexity", "samples", "seconds", "blocks", "epochs", "parameters", "calibration"])
+@pytest.mark.parametrize(
+    "left", ["perplexity", "tasks", "samples", "seconds", "blocks", "epochs", "parameters", "calibration"]
+)
 def test_an_older_report_has_a_page_without_what_it_lacks(left):
     full = report()
     del full[left]
@@ -241,7 +277,7 @@ def test_an_older_report_has_a_page_without_what_it_lacks(left):
 
 
 def test_a_run_without_a_score_says_so():
-    assert "was not scored" in one(perplexity={}).text
+    assert "was not scored" in one(perplexity={}, tasks={}).text
     assert "nothing says which is best" in Read(page([run_of(report(perplexity={}), name) for name in "ab"])).text
 
 
@@ -254,9 +290,11 @@ def test_infinite_and_missing_numbers_are_shown_as_such():
 
 def test_scores_of_changed_weights_are_those_before():
     scores = report()["perplexity"]
-    found = one(perplexity={}, before_change={"change": "values rounded to int4", "perplexity": scores})
+    before = {"change": "values rounded to int4", "perplexity": scores, "tasks": in_tasks(0.5, 0.25)}
+    found = one(perplexity={}, tasks={}, before_change=before)
     assert "values rounded to int4" in found.text
     assert "10.00 → 12.50" in found.text
+    assert "0.2500 ± 0.0100" in found.text
 
 
 def test_a_page_never_replaces_what_it_must_not(tmp_path, run_cli):

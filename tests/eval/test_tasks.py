@@ -96,10 +96,13 @@ def test_packed_scores_as_unpacked(pruned, task_folder, run_cli):
     assert rows[0][0]["task"] == "how-it-goes-on"
 
 
-def test_a_limit_takes_the_first_questions(task_folder):
+def test_a_limit_takes_the_first_questions_and_every_answer_is_told(task_folder):
     loaded = load_model("demo")
     tasks = load_tasks(["how-it-goes-on"], task_folder, 4)
-    (score,) = score_tasks(loaded.model, loaded.tokenizer, tasks, batch_size=3)
+    told = []
+    steps = {"batch_size": 3, "counted": lambda *counts: told.append(counts)}
+    (score,) = score_tasks(loaded.model, loaded.tokenizer, tasks, **steps)
+    assert told == [(done, 4 * 3) for done in range(4 * 3 + 1)]  # three ends each
     assert score.value in (0, 0.25, 0.5, 0.75, 1)
     assert load_tasks([]) is None
     assert score_tasks(loaded.model, loaded.tokenizer, None) == ()

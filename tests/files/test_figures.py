@@ -11,6 +11,7 @@ REPORT = {
     "perplexity": {"text": {"dense": 10.0, "pruned": float("inf"), "kernels": 12.5}},
     "bits_per_byte": {"text": {"dense": 1.0}},
     "tokens_per_second": {},
+    "tasks": {"arc_easy": {"acc": {"pruned": {"value": 0.5, "stderr": 0.1}}}},
     "identity": {"model": "abc"},
 }
 CARD = f"# T\n\n{BEGIN}\n\n| perplexity | pruned |\n\n{END}\n\nmore {BEGIN}{END} end\r\n".encode() + b"\xff"
@@ -20,7 +21,8 @@ def test_no_score_is_the_folders_own_and_what_was_measured_says_on_what(tmp_path
     write_checked(tmp_path / "report.json", REPORT)
     retell(tmp_path, "values rounded to int4")
     report = read_checked(tmp_path / "report.json")  # its checksum holds
-    assert report["perplexity"] == report["bits_per_byte"] == {}
+    assert report["perplexity"] == report["bits_per_byte"] == report["tasks"] == {}
+    assert report["before_change"]["tasks"] == REPORT["tasks"]
     assert report["before_change"]["change"] == "values rounded to int4"
     assert report["before_change"]["perplexity"] == REPORT["perplexity"]
     assert "layers.relative_error" in report["before_change"]["measured_before"]

@@ -199,17 +199,20 @@ def recover(weight: Tensor, grid: Grid, name: str = "weight") -> Integers:
     largest_N = values_NK.float().abs().amax(1)
     scale_N, steps_NK = torch.full_like(largest_N, LEAST_SCALE), torch.zeros_like(values_NK, dtype=torch.int16)
     left = largest_N.nonzero()[:, 0]
-    for count in range(max(grid.most, -grid.least), 0, -1):
-        for nudge in _NUDGES:
-            if not len(left):
-                break
-            tried_N = _nudged(representable(largest_N[left] / count), nudge)
-            part_NK = values_NK[left]
-            found_NK = (part_NK.float() / tried_N[:, None]).round_()
-            exact_N = ((found_NK * tried_N[:, None]).to(weight.dtype) == part_NK).all(1) & _fits(found_NK, grid)
-            done = left[exact_N]
-            scale_N[done], steps_NK[done] = tried_N[exact_N], found_NK[exact_N].to(torch.int16)
-            left = left[~exact_N]
+    counts = range(max(grid.most, -grid.least), 0, -1)
+    tries_T2 = torch.cartesian_prod(torch.tensor(counts), torch.tensor(_NUDGES)).to(weight.device)
+    for part in strips(len(tries_T2), max(1, _SEARCHED // max(1, values_NK.numel()))):
+        if not len(left):
+            break
+        count_T, nudge_T = tries_T2[part].unbind(1)
+        part_NK = values_NK[left]
+        tried_TN = _nudged(representable(largest_N[left] / count_T[:, None]), nudge_T[:, None].to(torch.int16))
+        found_TNK = (part_NK.float() / tried_TN[..., None]).round_()
+        exact_TN = ((found_TNK * tried_TN[..., None]).to(weight.dtype) == part_NK).all(-1) & _fits(found_TNK, grid)
+        exact_N, first_N = exact_TN.any(0), exact_TN.to(torch.uint8).argmax(0)
+        done, chosen = left[exact_N], (first_N[exact_N], exact_N.nonzero()[:, 0])
+        scale_N[done], steps_NK[done] = tried_TN[chosen], found_TNK[chosen].to(torch.int16)
+        left = left[~exact_N]
     if len(left):
         raise SparseGPTError(
             f"{name}: {len(left)} of {len(largest_N)} groups are not on a grid {grid}: the weights were changed after "
@@ -277,14 +280,14 @@ def _either(first_RG: Tensor, one: Scales, other: Scales) -> Scales:
     return Scales(one.grid, scale, torch.where(first_RG, one.zero, other.zero))
 
 
-def _nudged(scale_N: Tensor, units: int) -> Tensor:
+def _nudged(scale_N: Tensor, units: Tensor) -> Tensor:
     """Scales moved by so many units of bfloat16's last place."""
     return representable((scale_N.bfloat16().view(torch.int16) + units).view(torch.bfloat16).float())
 
 
 def _fits(steps_NK: Tensor, grid: Grid) -> Tensor:
-    """[N, K] -> whether a group's steps lie on one grid, bool [N]."""
+    """[..., N, K] -> whether a group's steps lie on one grid, bool [..., N]."""
     if grid.symmetric:
         # Either end may reach further, as the scale has either sign.
-        return torch.minimum(steps_NK.amax(1), -steps_NK.amin(1)) <= grid.most
-    return steps_NK.amax(1).clamp_min(0) - steps_NK.amin(1).clamp_max(0) <= grid.most
+        return torch.minimum(steps_NK.amax(-1), -steps_NK.amin(-1)) <= grid.most
+    return steps_NK.amax(-1).clamp_min(0) - steps_NK.amin(-1).clamp_max(0) <= grid.most

@@ -11,6 +11,7 @@ from sparsegpt.calib_data import check_text, check_texts, draw_mixture, load_tex
 from sparsegpt.driver.pipeline import prune_model
 from sparsegpt.driver.reports import LayerReport
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.eval.drawing import new_figure, saved
 from sparsegpt.eval.perplexity import score_text
 from sparsegpt.files.checked_json import read_checked, write_checked
 from sparsegpt.model.loading import LoadedModel, load_config, load_model, sequence_length
@@ -180,12 +181,7 @@ def _bits(layers: list[LayerReport], kept: float) -> float:
 
 def draw_bytes(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
     """Perplexity against bytes a weight: a line for each pattern, of the best row for each grid. PNG and SVG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, ((axes,),) = new_figure(1, 1, figsize=(7, 4.5))
     best: dict[tuple[str, str], QualityRow] = {}
     for row in sorted(rows, key=lambda row: -row.perplexity):
         best["dense" if row.pattern in ("0", "-") else row.pattern, row.grid] = row
@@ -196,7 +192,7 @@ def draw_bytes(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
             axes.annotate("16 bits" if grid == NO_GRID else grid, (x, y), (3, 4), textcoords="offset points", size=7)
     axes.set(xscale="log", yscale="log", xlabel="bytes a weight of the linears", ylabel="perplexity", title=title)
     axes.legend()
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def draw(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
@@ -204,17 +200,10 @@ def draw(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
 
     Rows on a grid are left out.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     dense = next(row.perplexity for row in rows if row.method == "dense")
     pruned = [row for row in rows if row.method != "dense" and row.grid == NO_GRID]
     groups = sorted({row.pattern for row in pruned if ":" in row.pattern})
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 4.5), layout="constrained", sharey=True, width_ratios=(max(1, len(groups)), 4)
-    )
+    figure, ((left, right),) = new_figure(1, 2, figsize=(9, 4.5), sharey=True, width_ratios=(max(1, len(groups)), 4))
     for axes in (left, right):
         axes.axhline(dense, color="grey", linestyle=":", label=f"dense ({dense:.2f})")
     for method in dict.fromkeys(row.method for row in pruned):
@@ -228,14 +217,4 @@ def draw(rows: list[QualityRow], title: str, path: Path) -> list[Path]:
     right.set(xlabel="share of zeros")
     right.legend()
     figure.suptitle(title)
-    return _saved(figure, path)
-
-
-def _saved(figure: Any, path: Path) -> list[Path]:
-    import matplotlib.pyplot as plt
-
-    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for target in written:
-        figure.savefig(target, dpi=150)
-    plt.close(figure)
-    return written
+    return saved(figure, path)

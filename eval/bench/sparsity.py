@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from sparsegpt.eval.bench.kernels import time_in_turns
 from sparsegpt.eval.bench.trial import failure, random_dense
+from sparsegpt.eval.drawing import new_figure, saved
 from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.dispatch.route import RESIDENT
 from sparsegpt.kernels.layers.forms import layer_class, usual_forms
@@ -146,15 +147,8 @@ def _prepared(route: Any, weight: Any) -> Callable[[Tensor], Tensor]:
 
 def draw_sparsity(rows: Sequence[SparsityRow], title: str, path: Path) -> list[Path]:
     """Times faster than dense against the share of zeros, a panel a number of tokens, with what was claimed."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     counts = sorted({row.tokens for row in rows})
-    figure, panels = plt.subplots(
-        1, len(counts), figsize=(4 * len(counts), 4), layout="constrained", sharey=True, squeeze=False
-    )
+    figure, panels = new_figure(1, len(counts), figsize=(4 * len(counts), 4), sharey=True)
     for count, axes in zip(counts, panels[0], strict=True):
         of_count = [row for row in rows if row.tokens == count]
         lines = sorted((parse_sparsity(row.pattern).zeros, row) for row in of_count if ":" not in row.pattern)
@@ -173,8 +167,4 @@ def draw_sparsity(rows: Sequence[SparsityRow], title: str, path: Path) -> list[P
     panels[0][0].set(ylabel="times faster than dense")
     panels[0][0].legend()
     figure.suptitle(title)
-    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for target in written:
-        figure.savefig(target, dpi=150)
-    plt.close(figure)
-    return written
+    return saved(figure, path)

@@ -15,8 +15,7 @@ from sparsegpt.cli.console import say
 from sparsegpt.cli.generate_command import generate
 from sparsegpt.cli.model_commands import evaluate_model, export, inspect, pack, unpack
 from sparsegpt.cli.options import Command
-from sparsegpt.cli.push_command import push
-from sparsegpt.cli.report_commands import compare, report
+from sparsegpt.cli.report_commands import compare, push, report
 from sparsegpt.cli.run_command import run
 from sparsegpt.cli.shrink_command import shrink
 from sparsegpt.errors import SparseGPTError

@@ -1,4 +1,4 @@
-"""`python -m sparsegpt report` and `compare`: runs for people to look at, and side by side."""
+"""`python -m sparsegpt report`, `compare` and `push`: runs for people to look at, side by side, and for all to have."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sparsegpt.cli.console import open_console, say
+from sparsegpt.cli.console import open_console, say, silence_hub
 from sparsegpt.cli.options import AsJson, Overwrite, Revision, TrustRemoteCode, at_home, folder_of
 from sparsegpt.errors import SparseGPTError
 
@@ -50,3 +50,21 @@ def compare(
         print(json.dumps(found.as_dict()))
     else:
         print_comparison(open_console(), found)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="The model folder to upload.", callback=at_home)],
+    repository: Annotated[str, typer.Argument(help="Where to, as ORG/NAME.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="If the repository must be made, for all to see.", show_default="private")
+    ] = False,
+    branch: Annotated[
+        str | None, typer.Option(help="Branch to write to, made if it is not there.", show_default="main")
+    ] = None,
+) -> None:
+    """Upload a model folder with its card to the Hub, in one commit."""
+    from sparsegpt.run.push import check_push, push_folder
+
+    silence_hub()
+    check_push(repository)
+    print(f"pushed {folder} to {push_folder(folder, repository, public=public, branch=branch)}")

@@ -45,6 +45,7 @@ ROOMS = (
     "run",
     "listeners",
     "eval.bench",
+    "eval.studies",
     "cli",
     "__main__",
 )

@@ -18,6 +18,7 @@ from sparsegpt.cli.options import Command
 from sparsegpt.cli.report_commands import compare, push, report
 from sparsegpt.cli.run_command import run
 from sparsegpt.cli.shrink_command import shrink
+from sparsegpt.cli.study_commands import study
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.unchanged import bus_errors_told
 
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
 app.add_typer(bench, name="bench")
+app.add_typer(study, name="study")
 
 
 def _print_version(wanted: bool) -> None:

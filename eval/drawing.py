@@ -11,7 +11,8 @@ def new_figure(*panels: int, **options: Any) -> tuple[Any, Any]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(*panels, layout="constrained", squeeze=False, **options)
+    figure, axes = plt.subplots(*panels, layout="constrained", squeeze=False, **options)
+    return figure, axes
 
 
 def saved(figure: Any, path: Path) -> list[Path]:

@@ -38,7 +38,7 @@ PANELS = {panel: Panel("zeros", "held-out bits per byte") for panel in PATTERNS}
 class StraightThrough(Rule):
     """SR-STE on weights [R, C] by name."""
 
-    def __init__(self, weights: dict[str, nn.Parameter], pattern: Sparsity) -> None:
+    def __init__(self, weights: dict[str, Tensor], pattern: Sparsity) -> None:
         self.weights, self.pattern = weights, pattern
         self.masks: Masks = {}
         self.dense: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ class DayOne:
     def _dense(self) -> tuple[Figures, Tensors]:
         training, late = self._training(), round(LAST_MOVE * self.plan.steps)
         training.run(end=late)
-        tensors = dict(grouped("late", training.state()))
+        tensors = grouped("late", training.state())
         training.run(late)
         return {"bits_per_byte": training.bits_per_byte()}, tensors | grouped("end", training.state())
 

@@ -250,7 +250,7 @@ def _dense(board: Board, seed: int) -> tuple[Figures, Tensors]:
     training = board.build(seed)
     early = round(EARLY * board.steps)
     training.run(end=early)
-    tensors = dict(grouped("early", training.state()))
+    tensors = grouped("early", training.state())
     training.run(early)
     return {"score": training.judge()}, tensors | grouped("final", training.state())
 

@@ -27,7 +27,7 @@ from sparsegpt.files.tensor_files import WEIGHTS, OpenTensors, ShardedWriter, he
 
 NAME = "study.json"
 Figures = dict[str, float]
-Tensors = Mapping[str, Tensor]
+Tensors = dict[str, Tensor]
 # A training: what it found, and what later trainings need of it.
 Train = Callable[[], tuple[Figures, Tensors]]
 
@@ -80,7 +80,7 @@ class Kept:
     figures: Figures
     path: Path
 
-    def tensors(self, group: str) -> dict[str, Tensor]:
+    def tensors(self, group: str) -> Tensors:
         """Tensors [...] that `grouped` named, read now. Raises SparseGPTError where they are damaged."""
         with OpenTensors.of_file(self.path) as found:
             return {name.removeprefix(f"{group}:"): found[name] for name in found if name.startswith(f"{group}:")}

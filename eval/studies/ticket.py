@@ -85,7 +85,7 @@ class Tickets:
     def _dense(self) -> tuple[Figures, Tensors]:
         """Keeps the states at the rewind points and at the end, and the masks of the first round."""
         training = self._training()
-        tensors: dict[str, Tensor] = {}
+        tensors: Tensors = {}
         done = 0
         for rewind in REWINDS:
             step = rewind_step(rewind, self.plan.steps)

@@ -105,8 +105,9 @@ def train(
     """
     rule = rule or Rule()
     for step in steps:
-        for group in optimizer.param_groups if rate_at else ():
-            group["lr"] = rate_at(step)
+        if rate_at:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step)
         rule.before(step)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss_at(step))
@@ -182,7 +183,7 @@ class LanguageTraining:
         found = score(self.model, self.text.held_out, CONTEXT, max_windows=HELD_OUT_WINDOWS)
         return found.bits_per_byte(len(self.text.held_out), self.text.held_out_bytes)
 
-    def linears(self) -> dict[str, nn.Parameter]:
+    def linears(self) -> dict[str, Tensor]:
         """The weights [R, C] that are pruned: of the linears in the blocks, by name."""
         return {
             f"{name}.weight": module.weight

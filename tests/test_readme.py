@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENGINE = re.compile(r"^(?:\$ )?(?:\S*python3? -m )?sparsegpt ")
 # A reader's own model cannot be had here: of `--model`, what an earlier command wrote, the demo, and one that is only
-# planned for. A benchmark takes minutes, pushing an account, and completion is installed in the home folder.
-ELSEWHERE = re.compile(r"--model (?!demo\b|pruned/|opt-175b\b)|bench |^push |--install-completion")
+# planned for. A benchmark or a study takes minutes, pushing an account, and completion is installed in the home folder.
+ELSEWHERE = re.compile(r"--model (?!demo\b|pruned/|opt-175b\b)|bench |^(?:push|study) |--install-completion")
 # Less text than a reader would take, for the same commands.
 SHORTER = {
     "run": ["--samples", "8", "--seqlen", "64", "--eval", "none"],

@@ -24,7 +24,6 @@ from sparsegpt.eval.studies.training import LanguageTraining, Masked, Masks, Rul
 from sparsegpt.solvers.masks import layer_mask, unstructured_mask
 from sparsegpt.sparsity import Sparsity, parse_sparsity
 
-STEPS = 800
 DECAY = 2e-4  # SR-STE's lambda
 DROPPED = 0.3  # RigL's alpha
 PUBLISHED_INTERVAL, MOVES = 100, 24
@@ -119,7 +118,7 @@ class DayOne:
             self._once(f"one-shot-{pattern}", partial(self._one_shot, dense, pattern))
 
     def _once(self, name: str, train: Train) -> Kept:
-        return self.record.once(f"{name}-{self.seed}".replace(":", "of"), train)
+        return self.record.once(_key(name, self.seed), train)
 
     def _training(self) -> LanguageTraining:
         return LanguageTraining(self.plan.size, self.plan.steps, self.seed)
@@ -156,6 +155,11 @@ class DayOne:
         return {"bits_per_byte": at_end, "mended": training.bits_per_byte()}, {}
 
 
+def _key(name: str, seed: int) -> str:
+    """The name of a training, which is a file's too."""
+    return f"{name}-{seed}".replace(":", "of")
+
+
 # Line -> the first part of its trainings' names, and the figure.
 LINES = {
     "sparse from day one": ("sparse", "bits_per_byte"),
@@ -170,8 +174,7 @@ def run(record: Record, seeds: int) -> list[Row]:
         DayOne(record, seed).run()
 
     def row(panel: str, line: str, zeros: float, name: str, figure: str) -> Row:
-        names = (f"{name}-{seed}".replace(":", "of") for seed in range(seeds))
-        return Row(panel, line, (zeros,) * seeds, record.values(figure, *names))
+        return Row(panel, line, (zeros,) * seeds, record.values(figure, *(_key(name, seed) for seed in range(seeds))))
 
     rows = []
     for panel, patterns in PATTERNS.items():

@@ -29,7 +29,6 @@ from sparsegpt.eval.studies.record import Figures, Kept, Panel, Plan, Record, Ro
 from sparsegpt.eval.studies.training import LanguageTraining, Rule, gated, train
 from sparsegpt.solvers.masks import row_mask
 
-STEPS = 3130
 PAPER_STEPS, PAPER_RATE = 9380, 0.001
 LEAST_GATE = 0.01
 WIDTHS, PIXELS, CLASSES = (512, 256), 28, 10

@@ -22,7 +22,6 @@ from sparsegpt.eval.studies.record import Figures, Kept, Panel, Record, Row, Ten
 from sparsegpt.eval.studies.training import LanguageTraining, Masked, Masks
 from sparsegpt.solvers.masks import unstructured_mask
 
-STEPS = 200
 ROUNDS, LEAVING = 5, 0.2
 # Shares of the training to which weights are put back.
 REWINDS = (0.0, 0.01, 0.05)

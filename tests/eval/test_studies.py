@@ -267,7 +267,7 @@ def test_a_killed_study_goes_on_and_finds_the_same(study: Any, tmp_path: Path, m
     monkeypatch.setattr(day_one, "PATTERNS", {"unstructured": ("0.5",), "2:4": ("2:4",)})
     monkeypatch.setattr(game, "SETTINGS", game.SETTINGS[1:2])
     monkeypatch.setattr(game, "LANGUAGE_SETTINGS", game.LANGUAGE_SETTINGS[:1])
-    plan = Plan(study.__name__, "tiny", STEPS)
+    plan = Plan(study.__name__, "tiny", 3)
     with Record.opened(tmp_path / "whole", plan) as record:
         record.finish(study.run(record, 1))
         assert study.tables(record, 1)

@@ -55,7 +55,7 @@ class Setting:
 
 # Of the paper's table.
 SETTINGS = (Setting(0.1), Setting(0.5), Setting(0.001, 0.1), Setting(0.05, 0.05))
-LANGUAGE_SETTINGS = (Setting(0.5), Setting(0.05, 0.05))
+LANGUAGE_SETTINGS = SETTINGS[1:3]
 # What the benefit is multiplied by.
 BENEFITS = {"as written": 1.0, "reversed": -1.0, "off": 0.0}
 DIGITS, LANGUAGE = "digits", "language model"

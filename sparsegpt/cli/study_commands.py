@@ -22,7 +22,7 @@ Out = Annotated[Path, typer.Option(help="Folder of trainings, study.json and the
 
 
 @study.command("ticket", cls=Command)
-def study_ticket(size: Size = "base", steps: Steps = 200, seeds: Seeds = 3, out: Out = Path("studies/ticket")) -> None:
+def study_ticket(size: Size = "base", steps: Steps = 100, seeds: Seeds = 3, out: Out = Path("studies/ticket")) -> None:
     """The lottery ticket: train, prune, rewind, train again, beside masks by chance and pruning at once."""
     from sparsegpt.eval.studies import ticket
 
@@ -31,7 +31,7 @@ def study_ticket(size: Size = "base", steps: Steps = 200, seeds: Seeds = 3, out:
 
 @study.command("day-one", cls=Command)
 def study_day_one(
-    size: Size = "base", steps: Steps = 800, seeds: Seeds = 3, out: Out = Path("studies/day-one")
+    size: Size = "base", steps: Steps = 240, seeds: Seeds = 3, out: Out = Path("studies/day-one")
 ) -> None:
     """Sparse from the first step, by SR-STE and RigL, beside pruning a dense training at once."""
     from sparsegpt.eval.studies import day_one
@@ -40,7 +40,7 @@ def study_day_one(
 
 
 @study.command("game", cls=Command)
-def study_game(size: Size = "base", steps: Steps = 3130, seeds: Seeds = 3, out: Out = Path("studies/game")) -> None:
+def study_game(size: Size = "base", steps: Steps = 1565, seeds: Seeds = 3, out: Out = Path("studies/game")) -> None:
     """Pruning as a game, as its paper writes it: hidden units of a classifier and of a language model are players."""
     from sparsegpt.eval.studies import game
 

@@ -1,7 +1,7 @@
-"""Python in a process of its own, forked off one that has heavy libraries imported: a new one needs seconds for them.
+"""Processes forked off one that has heavy libraries imported: a new one needs seconds for them.
 
-Run as a script with the names of the modules to import. After that it reads one JSON line a job, answers with the
-child's process id and then, when the child has ended, with its exit code (negative: killed by that signal).
+`serve` is the loop of the one that forks, `Server` its other end. Run as a script with the names of modules to import,
+this file serves Python itself: `Forked`.
 """
 
 import gc
@@ -9,61 +9,87 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self, TextIO
 
+# Seconds until a child that has not ended is ended.
+TIMEOUT = 300.0
 # Torch refuses large tensors in new threads of a forked process: the loader must do without threads.
 WITHOUT_THREADS = {"HF_DEACTIVATE_ASYNC_LOAD": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-class Forked:
-    """The other end: runs Python as `subprocess` does with `sys.executable`, in children of one server."""
+class Server:
+    """The other end of a script that calls `serve`. words: what Python is called with for it."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], *modules: str) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], *words: str, cwd: Path | str = "/") -> None:
         self.files = {name: str(folder / name) for name in ("out", "err")}
-        self.environment, self.modules = environment | WITHOUT_THREADS, modules
+        self.environment, self.words, self.cwd = environment | WITHOUT_THREADS, words, cwd
 
-    def __enter__(self) -> "Forked":
-        self.server = subprocess.Popen(
-            [sys.executable, __file__, *self.modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=self.environment,
-            cwd="/",
-            text=True,
-            bufsize=1,
-        )
+    def __enter__(self) -> Self:
+        pipe = subprocess.PIPE
+        command = [sys.executable, *self.words]
+        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=self.environment, cwd=self.cwd, bufsize=0)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.server.stdin.close()
-        self.server.wait(timeout=60)
+        self.server.wait(timeout=TIMEOUT)
         self.server.stdout.close()
 
-    def start(self, *words: object, cwd: Path | str = "/") -> int:
-        """Begin `python WORDS`, with "-c", "-m" or a script in front; its process id. One `finish` follows."""
-        Path(self.files["out"]).write_text("")  # of a child before
-        job = {"words": [str(word) for word in words], "cwd": str(cwd), **self.files}
-        print(json.dumps(job), file=self.server.stdin)
-        return self._answer()
+    def send(self, content: object) -> None:
+        """A line of JSON."""
+        self.server.stdin.write(json.dumps(content).encode() + b"\n")
 
-    def printed(self) -> str:
-        """What the child has printed so far."""
-        return Path(self.files["out"]).read_text()
-
-    def finish(self) -> subprocess.CompletedProcess[str]:
-        """Wait for its end."""
-        code = self._answer()
-        return subprocess.CompletedProcess(self.modules, code, self.printed(), Path(self.files["err"]).read_text())
-
-    def _answer(self) -> int:
+    def answer(self, timeout: float = TIMEOUT) -> int | None:
+        """A number that the server says; None where it says none for so many seconds."""
+        ready, _, _ = select.select([self.server.stdout], [], [], timeout)
+        if not ready:
+            return None
         line = self.server.stdout.readline()
         assert line, "the forking server is gone"
         return int(line)
+
+    def begin(self, job: dict[str, Any]) -> int:
+        """Start a child on a job; its process id. Every one is followed by one `end`."""
+        Path(self.files["out"]).write_text("")  # of a child before
+        self.send({**job, **self.files})
+        return self.answer()
+
+    def end(self, process: int) -> int:
+        """The child's exit code, negative for a signal, once it has ended."""
+        code = self.answer()
+        if code is None:
+            os.kill(process, signal.SIGKILL)
+            self.answer()
+            raise AssertionError("the child did not end")
+        return code
+
+    def printed(self, name: str = "out") -> str:
+        """What the child has printed so far."""
+        return Path(self.files[name]).read_text()
+
+
+class Forked(Server):
+    """Runs Python as `subprocess` does with `sys.executable`, in children that have these modules."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], *modules: str) -> None:
+        super().__init__(folder, environment, __file__, *modules)
+
+    def start(self, *words: object, cwd: Path | str = "/") -> int:
+        """Begin `python WORDS`, with "-c", "-m" or a script in front; its process id. One `finish` follows."""
+        self.process = self.begin({"words": [str(word) for word in words], "cwd": str(cwd)})
+        return self.process
+
+    def finish(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end."""
+        code = self.end(self.process)
+        return subprocess.CompletedProcess(self.words, code, self.printed(), self.printed("err"))
 
     def run(self, *words: object, cwd: Path | str = "/") -> subprocess.CompletedProcess[str]:
         """`start` and `finish`."""
@@ -77,35 +103,34 @@ class Forked:
         return ended.stdout
 
 
-def execute(words: list[str]) -> None:
-    """As the interpreter does with these words."""
-    how, *rest = words
-    sys.path.insert(0, "" if how in ("-c", "-m") else str(Path(how).resolve().parent))
-    if how == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
-    elif how == "-m":
-        sys.argv = rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        runpy.run_path(how, run_name="__main__")
+def serve(work: Callable[[dict[str, Any]], int], answers: TextIO) -> None:
+    """Fork a child for each line of JSON on standard input, which ends with the code that `work` returns for it.
+
+    The answers to a line are the child's process id and then, when it has ended, its exit code, negative for a signal.
+    A line names files for what the child prints ("out", "err"), and where it works ("cwd").
+    """
+    gc.collect()
+    gc.freeze()  # what is here for good need not be copied into a child that looks for what can go
+    for line in sys.stdin:
+        process = os.fork()
+        if process == 0:
+            _child(work, json.loads(line))
+        print(process, file=answers)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers)
 
 
-def child(job: dict[str, Any]) -> None:
-    """Do a job as a process of its own; never returns."""
+def _child(work: Callable[[dict[str, Any]], int], job: dict[str, Any]) -> NoReturn:
     code = 1
     try:
         for stream, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         sys.stdout.reconfigure(line_buffering=True)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(job["cwd"])
+        os.chdir(job.get("cwd", "."))
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        execute(job["words"])
-        code = 0
+        code = work(job)
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = exit_code(ended)
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
     except BaseException:
@@ -116,20 +141,34 @@ def child(job: dict[str, Any]) -> None:
         os._exit(code)
 
 
+def exit_code(ended: SystemExit) -> int:
+    """The code with which the interpreter would end."""
+    return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+
+
+def execute(job: dict[str, Any]) -> int:
+    """As the interpreter does with these words."""
+    how, *rest = words = job["words"]
+    sys.path.insert(0, "" if how in ("-c", "-m") else str(Path(how).resolve().parent))
+    if how == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif how == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(how, run_name="__main__")
+    return 0
+
+
 def main(modules: list[str]) -> None:
-    """Serve until the other end closes."""
+    """Serve Python until the other end closes."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     sys.path.pop(0)  # this file's folder
     for name in modules:
         importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # what is here for good need not be copied into a child that looks for what can go
-    for line in sys.stdin:
-        process = os.fork()
-        if process == 0:
-            child(json.loads(line))
-        print(process, file=answers)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers)
+    serve(execute, answers)
 
 
 if __name__ == "__main__":

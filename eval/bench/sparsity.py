@@ -155,7 +155,8 @@ def draw_sparsity(rows: Sequence[SparsityRow], title: str, path: Path) -> list[P
         zeros = [share for share, _ in lines]
         axes.axhline(1, color="grey", linestyle=":", label="dense library, the faster")
         axes.plot(zeros, [row.speedup for _, row in lines], marker="o", label="bitmask")
-        axes.plot(zeros, [row.csr_speedup or float("nan") for _, row in lines], marker=".", label="torch CSR")
+        if compressed := [(share, row.csr_speedup) for share, row in lines if row.csr_speedup]:
+            axes.plot(*zip(*compressed, strict=True), marker=".", label="torch CSR")
         for row in of_count:
             if ":" in row.pattern:
                 axes.plot(parse_sparsity(row.pattern).zeros, row.speedup, "s", label=row.pattern)
@@ -164,6 +165,8 @@ def draw_sparsity(rows: Sequence[SparsityRow], title: str, path: Path) -> list[P
             low, high = zip(*(claim for _, claim in claimed), strict=True)
             axes.fill_between([share for share, _ in claimed], low, high, alpha=0.2, label="claimed")
         axes.set(xlabel="share of zeros", yscale="log", title=f"{count} token{'s' if count > 1 else ''}")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}x")
     panels[0][0].set(ylabel="times faster than dense")
     panels[0][0].legend()
     figure.suptitle(title)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.driver.ranks import Ranks, Share, Told
+from sparsegpt.driver.ranks import ONE_RANK, Ranks, Share, Told
 from sparsegpt.driver.reports import LayerReport, Listener, PruneReport, share_of_zeros
 from sparsegpt.driver.stages import Matrix, enough_tokens, share_out
 from sparsegpt.model.routers import named_expert
@@ -101,7 +101,7 @@ class GroupSolver:
     report: PruneReport
     listener: Listener
     as_stored: Callable[[Tensor, Tensor], Tensor] = lambda values, parameter: values
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = ONE_RANK
     # Experts that few tokens reached, until `tell_of_experts`: (expert, tokens) of each.
     _starved: dict[Shortage, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
 

@@ -1,8 +1,7 @@
 """A process that has everything imported and forks the command line off itself: a run then costs what its work costs.
 
-Run as a script. The first line on its standard input names jobs that it runs itself, so that what libraries prepare
-once is there for every child. After that it reads one JSON line a job, answers with the child's process id and then,
-when the child has ended, with its exit code (negative: killed by that signal). A job may carry a fault: `at`: the
+Run as a module. The first line on its standard input names jobs that it runs itself, so that what libraries prepare
+once is there for every child. After that it serves jobs, see `tests.forked.serve`. A job may carry a fault: `at`: the
 number of the write-like call at which it begins; `kind`: "full" (this call and all later ones find the disk full),
 "kill" (the process ends there) or "count" (nothing happens). The calls made are listed in the file `calls`. Only calls
 below `root` count.
@@ -10,7 +9,6 @@ below `root` count.
 
 import builtins
 import errno
-import gc
 import io
 import json
 import os
@@ -21,9 +19,14 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from tests.forked import exit_code, serve
+from tests.support import look_for_bases_quickly, make_commands_once
+
 # Audit events of calls that change a folder, and which of their arguments are paths.
 CHANGES = {"os.mkdir": 1, "os.rename": 2}
 REMOVALS = ("os.remove", "os.rmdir")
+# The exit code of a command that ended by an exception.
+CRASHED = 99
 
 
 class Faults:
@@ -100,33 +103,23 @@ def command(arguments: list[str]) -> int:
     try:
         cli.main()
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        return exit_code(ended)
     return 0
 
 
-def child(job: dict) -> None:
-    """Run the command line as in a process of its own; never returns."""
-    code = 98
+def disturbed(job: dict) -> int:
+    """Run the command line as somebody else, in other surroundings or with a fault; its exit code."""
     try:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(job.get("cwd", "."))
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         if job.get("user"):
             os.setgid(job["user"])
             os.setuid(job["user"])
         os.environ.update(job.get("environment", {}))
         if job.get("fault"):
             Faults(**job["fault"]).install()
-        code = command(job["argv"])
+        return command(job["argv"])
     except BaseException:
         traceback.print_exc()
-        code = 99
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return CRASHED
 
 
 def other_threads() -> list[str]:
@@ -143,9 +136,6 @@ def main() -> None:
     """Serve until the other end closes."""
     import torch
 
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    from tests.support import look_for_bases_quickly, make_commands_once
-
     torch.set_num_threads(1)
     look_for_bases_quickly()
     make_commands_once()
@@ -156,15 +146,8 @@ def main() -> None:
     while (others := other_threads()) and time.monotonic() < until:
         time.sleep(0.05)  # a pool that is going takes its time on a busy machine
     assert (set(codes), others) == ({0}, []), (codes, others)
-    gc.collect()
-    gc.freeze()  # what is here for good need not be copied into a child that looks for what can go
     print(0, file=answers)
-    for line in sys.stdin:
-        process = os.fork()
-        if process == 0:
-            child(json.loads(line))
-        print(process, file=answers)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers)
+    serve(disturbed, answers)
 
 
 if __name__ == "__main__":

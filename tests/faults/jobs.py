@@ -2,21 +2,19 @@
 
 import json
 import os
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sparsegpt.files.results import MARKER, new_result
+from tests.forked import Server
 from tests.support import CHILD_ENVIRONMENT
 
-TIMEOUT = 300.0
+ROOT = Path(__file__).parents[2]
 NOBODY = 65534
 OLD = {"precious": b"old"}
 # What is done to a command before it has ended, see `Forker.finish`.
@@ -51,44 +49,29 @@ class Outcome:
         return self.code == 0
 
 
-class Forker:
-    """The other end of `forker.py`."""
+class Forker(Server):
+    """The other end of `forker.py`. first: commands that it runs itself."""
 
     def __init__(self, folder: Path, first: list[list[object]]) -> None:
-        self.folder, self.first = folder, [[str(argument) for argument in job] for job in first]
+        environment = CHILD_ENVIRONMENT | {"HF_DATASETS_OFFLINE": "1"}
+        super().__init__(folder, environment, "-m", "tests.faults.forker", cwd=ROOT)
+        self.first = [[str(argument) for argument in job] for job in first]
 
-    def __enter__(self) -> "Forker":
-        environment = CHILD_ENVIRONMENT | {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_OFFLINE": "1"}
-        # torch refuses large tensors in new threads of a forked process: the loader must do without threads.
-        environment["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-        self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            bufsize=0,
-        )
+    def __enter__(self) -> Self:
+        super().__enter__()
         try:
-            self.server.stdin.write(json.dumps(self.first).encode() + b"\n")
-            assert self._answer(TIMEOUT) == 0  # it has imported everything
+            self.send(self.first)
+            assert self.answer() == 0  # it has imported everything
         except BaseException:
             self.server.kill()
             self.__exit__()
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.server.stdin.close()
-        self.server.wait(timeout=TIMEOUT)
-        self.server.stdout.close()
-
     def start(self, arguments: list[object], **job: Any) -> int:
         """Begin a command; its process id. Every start is followed by one `finish`."""
         self.began = time.perf_counter()
-        files = {name: str(self.folder / name) for name in ("out", "err")}
-        request = {"argv": [str(argument) for argument in arguments], **files, **job}
-        self.server.stdin.write(json.dumps(request).encode() + b"\n")
-        return self._answer(TIMEOUT)
+        return self.begin({"argv": [str(argument) for argument in arguments], **job})
 
     def finish(
         self,
@@ -104,9 +87,9 @@ class Forker:
         code = None
         if kill_after is not None or disturb is not None:
             while code is None and not when():
-                code = self._answer(0.003)
+                code = self.answer(0.003)
         if kill_after is not None:
-            code = self._answer(kill_after) if code is None else code
+            code = self.answer(kill_after) if code is None else code
             if code is None:
                 os.kill(process, signal.SIGKILL)
         elif disturb is not None and code is None:
@@ -114,26 +97,13 @@ class Forker:
             disturb()
             os.kill(process, signal.SIGCONT)
         if code is None:
-            code = self._answer(TIMEOUT)
-        if code is None:
-            os.kill(process, signal.SIGKILL)
-            self._answer(TIMEOUT)
-            raise AssertionError("the command did not end")
-        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
-        return Outcome(code, out, err, time.perf_counter() - self.began)
+            code = self.end(process)
+        return Outcome(code, self.printed(), self.printed("err"), time.perf_counter() - self.began)
 
     def run(self, arguments: list[object], **job: Any) -> Outcome:
         """Start a command and wait for its end; `kill_after`, `when` and `disturb` as in `finish`."""
         ending = {name: job.pop(name) for name in ENDING if name in job}
         return self.finish(self.start(arguments, **job), **ending)
-
-    def _answer(self, timeout: float) -> int | None:
-        ready, _, _ = select.select([self.server.stdout], [], [], timeout)
-        if not ready:
-            return None
-        line = self.server.stdout.readline()
-        assert line, "the forking server is gone"
-        return int(line)
 
 
 class Job:

@@ -244,7 +244,10 @@ def _rotate(
     told = solver.report, solver.listener
     with solver.timed("rotate"):
         rotate = work.settings.rotate
-        rotate_first(work.decoder, rotate, patterns, batches, residence, progress, *told, in_place=in_place)
+        model = work.decoder
+        rotate_first(
+            model, rotate, patterns, batches, residence, progress, *told, in_place=in_place, ranks=solver.ranks
+        )
 
 
 def _verify(when: str, work: Work, solver: GroupSolver, tokens: Tensor, residence: Residence) -> tuple[str, ...]:

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from sparsegpt.driver.choices import choose_linears
 from sparsegpt.driver.progress import Progress
+from sparsegpt.driver.ranks import ONE_RANK, Ranks
 from sparsegpt.driver.reports import Listener, PruneReport, RotationReport
 from sparsegpt.driver.verification import SHARE_WITH_EXPERTS, TOLERANCE, token_differences
-from sparsegpt.driver.windows import Windows, micro_batches
+from sparsegpt.driver.windows import Windows, dealt, micro_batches
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.model.decoder import DecoderModel, evaluating
 from sparsegpt.model.residence import Residence
 from sparsegpt.rotation.bases import Bases, rotate_block, rotate_entry, rotate_exit
 from sparsegpt.rotation.rotatable import Rotatable
-from sparsegpt.rotation.search import find_bases
+from sparsegpt.rotation.search import find_bases, tokens_wanted
 from sparsegpt.settings.prune_settings import resolve_settings
 from sparsegpt.sparsity import Sparsity
 
@@ -103,10 +104,12 @@ def rotate_first(
     *,
     in_place: bool,
     seed: int = 0,
+    ranks: Ranks = ONE_RANK,
 ) -> None:
     """Write a model in bases that are known from before, or that are looked for now, as `rotate` says.
 
-    patterns: of the linears that are pruned, by their full names. batches: calibration tokens [batch, sequence].
+    patterns: of the linears that are pruned, by their full names. batches: calibration tokens [batch, sequence] of all
+    ranks, which look for the bases together.
     in_place: rotate every block now, rather than each time it comes to work until it is settled.
     Raises SparseGPTError for bases that the model does not have, and where it computes something else in them.
     """
@@ -117,7 +120,9 @@ def rotate_first(
     known = progress.load_bases()
     if known is None:
         unties = wanted.stream and model.unties
-        found = find_bases(model, batches, residence, patterns, stream=wanted.stream, values=wanted.values, seed=seed)
+        share = dealt(_first(batches, tokens_wanted(model)), ranks)
+        chosen = {"stream": wanted.stream, "values": wanted.values}
+        found = find_bases(model, share, residence, patterns, **chosen, seed=seed, add_up=ranks.add_up)
         bases = found.bases
         added = model.head_parameters if unties and bases.stream is not None else 0
         report.rotation = RotationReport(found.stream, found.values, len(bases.values), added)
@@ -127,6 +132,16 @@ def rotate_first(
         bases = Bases.of_tensors(known)
     if bases:
         _apply(model, bases, residence, progress, batches[0][:1, :TOKENS_COMPARED], in_place=in_place)
+
+
+def _first(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """So many batches that they hold these tokens, or all."""
+    taken: list[Tensor] = []
+    for batch in batches:
+        if sum(map(torch.numel, taken)) >= tokens:
+            break
+        taken.append(batch)
+    return taken
 
 
 def _apply(

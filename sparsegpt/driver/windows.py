@@ -51,17 +51,13 @@ def share_of(batches: Sequence[Tensor], ranks: Ranks, *, trained: bool) -> tuple
     trained: steps of a training go with them, of which every rank takes as many.
     Raises SparseGPTError for fewer windows than ranks, and for a training on unequal shares.
     """
-    windows = [row for batch in batches for row in batch]
-    if len(windows) < ranks.world:
+    count = sum(map(len, batches))
+    if count < ranks.world:
         raise SparseGPTError(
-            f"{ranks.world} ranks have {len(windows)} calibration windows: give each at least one, or start fewer",
+            f"{ranks.world} ranks have {count} calibration windows: give each at least one, or start fewer",
             settings=("samples",),
         )
-    by_length: dict[int, list[Tensor]] = {}
-    for row in ranks.share(windows):
-        by_length.setdefault(len(row), []).append(row)
-    sizes = {batch.shape[1]: len(batch) for batch in reversed(batches)}
-    share = tuple(part for length, rows in by_length.items() for part in torch.stack(rows).split(sizes[length]))
+    share = dealt(batches, ranks)
     shapes = ranks.gather([part.shape for part in share])
     if trained and any(others != shapes[0] for others in shapes):
         raise SparseGPTError(
@@ -70,6 +66,15 @@ def share_of(batches: Sequence[Tensor], ranks: Ranks, *, trained: bool) -> tuple
             settings=("samples", "reconstruct", "distill"),
         )
     return share
+
+
+def dealt(batches: Sequence[Tensor], ranks: Ranks) -> tuple[Tensor, ...]:
+    """This rank's part of the windows of micro-batches [batch, sequence], in micro-batches of the same sizes."""
+    by_length: dict[int, list[Tensor]] = {}
+    for row in ranks.share([row for batch in batches for row in batch]):
+        by_length.setdefault(len(row), []).append(row)
+    sizes = {batch.shape[1]: len(batch) for batch in reversed(batches)}
+    return tuple(part for length, rows in by_length.items() for part in torch.stack(rows).split(sizes[length]))
 
 
 def _rows(windows: Windows) -> Iterator[Tensor]:

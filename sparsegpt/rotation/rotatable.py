@@ -69,6 +69,11 @@ class Rotatable:
         self._heads = int(getattr(text, "num_attention_heads", 0))
 
     @property
+    def width(self) -> int:
+        """Of the stream."""
+        return int(self.decoder.model.config.get_text_config().hidden_size)
+
+    @property
     def unties(self) -> bool:
         """Whether the stream's basis costs a head of its own: the final norm's gain stands between it and embedding."""
         head = self.decoder.model.get_output_embeddings()

@@ -21,7 +21,7 @@ from sparsegpt.rotation.bases import Bases, fold_gains, rotate_block
 from sparsegpt.rotation.learning import Schedule, learn_basis
 from sparsegpt.rotation.objective import HeadsTerm, InputTerm, OutputTerm, Term, ValuesTerm, group_of, some
 from sparsegpt.rotation.rotatable import Rotatable, ValueHeads
-from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator, check_finite
+from sparsegpt.rotation.statistics import Statistics, Watched
 from sparsegpt.sparsity import Sparsity
 
 # Calibration tokens that are looked at, and at least so many for each input of the stream.
@@ -31,11 +31,11 @@ BLOCKS, EXPERTS, LINES = 12, 4, 1024
 # Of those, what a step looks at.
 BLOCKS_A_STEP, LINES_A_STEP = 6, 256
 STREAM, VALUES = Schedule(100, 0.03), Schedule(60, 0.02)
-# Share of the mean diagonal added to a Hessian.
-DAMPING = 0.01
 
 # Before and after, the mean share of saliency that the pattern drops.
 Shares = tuple[float, float]
+# Turns sums over some calibration batches into those over all.
+AddUp = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,25 @@ def find_bases(
     stream: bool,
     values: bool,
     seed: int = 0,
+    add_up: AddUp = lambda *sums: None,
 ) -> Found:
     """Bases for these calibration batches [batch, sequence] in which pruning the linears drops least.
 
     patterns: of the linears that are pruned, by their full names. The model stays as it is. seed: draws what is looked
-    at. Raises SparseGPTError where the model has no such basis.
+    at. add_up: turns sums over these batches into those over the batches of all who look together.
+    Raises SparseGPTError where the model has no such basis.
     """
     model.check(stream=stream, values=values)
-    width = model.decoder.model.config.get_text_config().hidden_size
-    inputs = ModelInputs(model.decoder, _first(batches, max(TOKENS, TOKENS_PER_INPUT * width)))
-    search = _Search(model, inputs, residence, patterns, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    search = _Search(model, ModelInputs(model.decoder, batches), residence, patterns, generator, add_up)
     basis, stream_shares = search.stream() if stream else (None, None)
     by_block, value_shares = search.values(basis) if values else ({}, None)
     return Found(Bases(basis, by_block), stream_shares, value_shares)
 
 
-def _first(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """So many batches that they hold these tokens, or all."""
-    taken: list[Tensor] = []
-    for batch in batches:
-        if sum(map(torch.numel, taken)) >= tokens:
-            break
-        taken.append(batch)
-    return taken
-
-
-# Runs a block and hands what is watched, by name, to a function; returns the hidden states after it.
-_See = Callable[[str, Tensor], None]
+def tokens_wanted(model: Rotatable) -> int:
+    """How many calibration tokens are enough to find the bases of a model."""
+    return max(TOKENS, TOKENS_PER_INPUT * model.width)
 
 
 @dataclass(frozen=True)
@@ -92,6 +84,7 @@ class _Search:
     residence: Residence
     patterns: Mapping[str, Sparsity]
     generator: torch.Generator
+    add_up: AddUp
 
     def stream(self) -> tuple[Tensor | None, Shares | None]:
         """[D, D]: the stream's basis, and the shares dropped; None where there is none that drops less."""
@@ -100,8 +93,7 @@ class _Search:
         for index in self._visited():
             fold_gains(self.model, self._block(index))
             watched = self._stream_linears(index) if index in sampled else {}
-            statistics = _Statistics.of(self.model.decoder.prefix(index), watched)
-            hidden = self._run(index, hidden, statistics.watched, statistics.see)
+            hidden, statistics = self._look(index, hidden, watched)
             if terms := list(self._stream_terms(index, statistics)):
                 held.append(terms)
         if not held:
@@ -111,7 +103,7 @@ class _Search:
             drawn = torch.randperm(len(held), generator=self.generator)[:blocks].tolist()
             return _mean_loss([term for index in drawn for term in held[index]], basis, lines, self.generator)
 
-        start = torch.eye(hidden[0].shape[-1], device=_device(held[0]))
+        start = torch.eye(self.model.width, device=_device(held[0]))
         basis = learn_basis(loss, start, STREAM, fixes_ones=self.model.layout.centred)
         before, after = (float(loss(each, None, len(held))) for each in (start, basis.float()))
         return (basis, (before, after)) if after < before else (None, None)
@@ -125,8 +117,7 @@ class _Search:
         for index in self._visited():
             if stream is not None:
                 rotate_block(self.model, index, Bases(stream))
-            statistics = _Statistics.of(self.model.decoder.prefix(index), self._value_linears(index))
-            hidden = self._run(index, hidden, statistics.watched, statistics.see)
+            hidden, statistics = self._look(index, hidden, self._value_linears(index))
             terms = list(self._value_terms(index, statistics))
             if not terms:
                 continue
@@ -153,28 +144,36 @@ class _Search:
     def _block(self, index: int) -> nn.Module:
         return self.model.decoder.blocks[index]
 
-    def _run(self, index: int, hidden: list[Tensor], watched: Sequence[str], see: _See) -> list[Tensor]:
-        """Carry the micro-batches through a block; `see` is told of what is watched, as in `run_watched`."""
+    def _look(
+        self, index: int, hidden: list[Tensor], watched: Mapping[str, Watched]
+    ) -> tuple[list[Tensor], Statistics]:
+        """Carry the micro-batches through a block: the hidden states after it, and what was watched in it."""
         block, moved = self._block(index), list[Tensor]()
         device = next(block.parameters()).device
+        statistics = Statistics.of(self.model.decoder.prefix(index), watched, device)
         for tokens, part in zip(self.inputs.batches, hidden, strict=True):
             call = self.inputs.calls(tokens, "rotation")[index]
-            seen, output = run_watched(block, call, part.to(device), watched)
+            seen, output = run_watched(block, call, part.to(device), list(watched))
             moved.append(output.to(part.device))
             for name, tensor in seen.items():
-                see(name, tensor)
-        return moved
+                statistics.see(name, tensor)
+        self.add_up(*statistics.sums.values())
+        return moved, statistics
 
-    def _stream_linears(self, index: int) -> dict[str, bool]:
-        """What of a block to watch for the stream's basis, and whether its whole Hessian is wanted."""
-        block = self._block(index)
-        readers = {f"{norm}()": True for norm, found in self.model.readers(block) if self._chosen(index, found)}
-        return readers | dict.fromkeys(self._chosen(index, self.model.writers(block)), False)
+    def _stream_linears(self, index: int) -> dict[str, Watched]:
+        """What of a block to watch for the stream's basis."""
+        block, watched = self._block(index), dict[str, Watched]()
+        for norm, found in self.model.readers(block):
+            for linear in self._chosen(index, found).values():
+                watched[f"{norm}()"] = Watched(linear.in_features, whole=True)
+        for name, linear in self._chosen(index, self.model.writers(block)).items():
+            watched[name] = Watched(linear.in_features, whole=False)
+        return watched
 
-    def _stream_terms(self, index: int, statistics: "_Statistics") -> Iterator[Term]:
+    def _stream_terms(self, index: int, statistics: Statistics) -> Iterator[Term]:
         block = self._block(index)
         for norm, found in self.model.readers(block):
-            if f"{norm}()" in statistics.hessians:
+            if statistics.has(f"{norm}()"):
                 chosen = self._chosen(index, found)
                 rows = [some(linear.out_features, LINES, self.generator) for linear in chosen.values()]
                 weights = [linear.weight.data[row] for linear, row in zip(chosen.values(), rows, strict=True)]
@@ -182,26 +181,29 @@ class _Search:
                 inverse = statistics.inverse(f"{norm}()")
                 yield InputTerm(tuple(weight.float() for weight in weights), patterns, inverse)
         for name, linear in self._chosen(index, self.model.writers(block)).items():
-            if name in statistics.squares:
+            if statistics.has(name):
                 pattern = self._pattern(index, name)
                 columns = some(linear.in_features, LINES, self.generator, group_of(pattern))
                 yield OutputTerm(linear.weight.data[:, columns].float(), statistics.scale(name)[columns], pattern)
 
-    def _value_linears(self, index: int) -> dict[str, bool]:
-        """What of a block to watch for its values' basis, and whether its whole Hessian is wanted."""
+    def _value_linears(self, index: int) -> dict[str, Watched]:
+        """What of a block to watch for its values' basis."""
         values, heads = self.model.layout.values, self.model.value_heads(self._block(index))
         if values is None or heads is None or not self._is_pruned(index, values.output):
             return {}
-        return {values.output: True} | ({values.source: False} if self._is_pruned(index, values.source) else {})
+        watched = {values.output: Watched(heads.output.in_features, whole=True)}
+        if self._is_pruned(index, values.source):
+            watched[values.source] = Watched(int(heads.source.in_features), whole=False)  # type: ignore[arg-type]
+        return watched
 
-    def _value_terms(self, index: int, statistics: "_Statistics") -> Iterator[Term]:
+    def _value_terms(self, index: int, statistics: Statistics) -> Iterator[Term]:
         values, heads = self.model.layout.values, self.model.value_heads(self._block(index))
-        if values is None or heads is None or values.output not in statistics.hessians:
+        if values is None or heads is None or not statistics.has(values.output):
             return
         rows = some(heads.output.out_features, LINES, self.generator)
         inverse = _within_heads(statistics.inverse(values.output), heads)
         yield HeadsTerm(heads.columns()[rows].float(), inverse, self._pattern(index, values.output))
-        if values.source in statistics.squares:
+        if statistics.has(values.source):
             weight = heads.source.weight
             assert isinstance(weight, Tensor)
             scale = statistics.scale(values.source)
@@ -231,46 +233,6 @@ class _Search:
         busy = [i for i, prefix in enumerate(prefixes) if any(name.startswith(prefix) for name in self.patterns)]
         count = min(BLOCKS, len(busy))
         return {busy[(2 * place + 1) * len(busy) // (2 * count)] for place in range(count)}
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """What is gathered of the tensors [..., C] watched in a block. squares: [C], sums; hessians: [C, C]."""
-
-    prefix: str
-    whole: Mapping[str, bool]
-    squares: dict[str, Tensor]
-    hessians: dict[str, HessianAccumulator]
-
-    @classmethod
-    def of(cls, prefix: str, whole: Mapping[str, bool]) -> "_Statistics":
-        """Watch these in the block of this prefix, and sum up a Hessian of those for which it says True."""
-        return cls(prefix, whole, {}, {})
-
-    @property
-    def watched(self) -> list[str]:
-        """What to watch."""
-        return list(self.whole)
-
-    def see(self, name: str, tensor: Tensor) -> None:
-        """Take up what was watched."""
-        if self.whole[name]:
-            width = tensor.shape[-1]
-            self.hessians.setdefault(name, HessianAccumulator(width, tensor.device)).add(tensor)
-        else:
-            sums = tensor.float().flatten(0, -2).square().sum(0)
-            self.squares[name] = self.squares[name] + sums if name in self.squares else sums
-
-    def inverse(self, name: str) -> Tensor:
-        """[C, C]: (H + damping)^-1."""
-        hessian = DampedHessian(self.hessians[name].take(), DAMPING, name=self.prefix + name.removesuffix("()"))
-        return hessian.inverse_factor.T @ hessian.inverse_factor
-
-    def scale(self, name: str) -> Tensor:
-        """[C]: diag H + damping. Raises SparseGPTError for activations that are not finite."""
-        squares = self.squares[name]
-        check_finite(squares, self.prefix + name)
-        return squares + DAMPING * squares.mean()
 
 
 def _within_heads(inverse_CC: Tensor, heads: ValueHeads) -> Tensor:

@@ -56,6 +56,8 @@ CASES = {
     "layer threshold": ("llama", "50%", {"preset": "paper", "allocation": "owl"}),
     "row threshold, refitted": ("llama", "50%/row", {"method": "sparsegpt+refit", "error_correction": 0.5}),
     "corrected admm": ("llama", "2:4", {}),
+    "rotated": ("llama", "2:4", {"rotate": "all", "preset": "fast"}),
+    "rotated mixture": ("mixtral", "2:4", {"rotate": "all", "preset": "fast"}),
     "rotated, with head": ("llama", "2:4", {"rotate": "values", "include_head": True, "preset": "fast"}),
     "integers": ("llama", "2:4", {"quantize": "int4:16", "preset": "paper"}),
     "scaled inputs": ("llama", "2:4", {"quantize": "int4:16", "quantizer": "awq", "preset": "paper"}),

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class QualityRow:
     """One prune: perplexity on the evaluation text, seconds of the prune alone.
 
     grid, quantizer: the integers that kept weights were rounded to, and how. bits: of a weight of the pruned linears,
-    as packed or, where that is less, dense.
+    as packed or, where that is less, dense. elsewhere: perplexity on further texts.
     """
 
     method: str
@@ -47,6 +47,7 @@ class QualityRow:
     grid: str = NO_GRID
     quantizer: str = ""
     bits: float = 16.0
+    elsewhere: dict[str, float] = field(default_factory=dict)
 
     @property
     def asked(self) -> tuple[str, str, str, str]:
@@ -56,10 +57,11 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityBench:
-    """What to prune and how to judge it; max_windows of the evaluation text are scored, all where None.
+    """What to prune and how to judge it.
 
-    revision, trust_remote_code: as for `load_model`. rotate: the bases of every row that does not say its own; None: as
-    the presets do.
+    evaluation: texts, comma-separated, of which the first is the one that counts. max_windows of each are scored, all
+    where None. revision, trust_remote_code: as for `load_model`. rotate: the bases of every row that does not say its
+    own; None: as the presets do.
     """
 
     model: str
@@ -77,14 +79,21 @@ class QualityBench:
     def check(self) -> None:
         """Look at texts, device and configuration, before anything is loaded. Raises SparseGPTError."""
         check_texts(self.calibration, "calibration")
-        check_text(self.evaluation, "evaluation")
+        for text in self.texts:
+            check_text(text, "evaluation")
         pick_device(self.device)
         config = load_config(
             self.model, revision=self.revision, trust_remote_code=self.trust_remote_code, to_prune=True
         )
         sequence_length(self.model, config, self.sequence_length)
         load_texts(self.calibration, "calibration")
-        load_text(self.evaluation, "evaluation")
+        for text in self.texts:
+            load_text(text, "evaluation")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The evaluation texts."""
+        return tuple(self.evaluation.split(","))
 
     def run(
         self,
@@ -101,7 +110,7 @@ class QualityBench:
         """
         there = {row.asked for row in known or []}
         if ("dense", "-", NO_GRID, "") not in there:
-            yield QualityRow("dense", "-", self._score(self._load()), 0.0)
+            yield self._scored(self._load(), "dense", "-", 0.0)
         for pattern, method, grid in itertools.product(patterns, methods, grids):
             if grid == NO_GRID and parse_sparsity(pattern).zeros == 0:
                 continue
@@ -163,12 +172,17 @@ class QualityBench:
         report = prune_model(loaded.model, windows, pattern, **{**bases, **LADDER[method], **rounding})
         bits = _bits(report.layers, 1 - parse_sparsity(pattern).zeros)
         seconds = sum(report.seconds.values())
-        return QualityRow(method, pattern, self._score(loaded), seconds, grid, quantizer, bits)
+        return self._scored(loaded, method, pattern, seconds, grid=grid, quantizer=quantizer, bits=bits)
 
-    def _score(self, loaded: LoadedModel) -> float:
-        return score_text(
-            loaded.model, loaded.tokenizer, self.evaluation, self.sequence_length, max_windows=self.max_windows
-        ).perplexity
+    def _scored(self, loaded: LoadedModel, method: str, pattern: str, seconds: float, **integers: Any) -> QualityRow:
+        """The row of a model; integers: grid, quantizer and bits, if there are any."""
+        length, most = self.sequence_length, self.max_windows
+        found = {
+            text: score_text(loaded.model, loaded.tokenizer, text, length, max_windows=most).perplexity
+            for text in self.texts
+        }
+        first = found.pop(self.texts[0])
+        return QualityRow(method, pattern, first, seconds, elsewhere=found, **integers)
 
 
 def _bits(layers: list[LayerReport], kept: float) -> float:

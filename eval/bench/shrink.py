@@ -30,7 +30,7 @@ class ShrinkBench(QualityBench):
         loaded = self._load()
         shrunk = shrink_model(loaded.model, self._windows(loaded), pattern, seed=self.seed, **LADDER[method])
         loaded.model = shrunk.model
-        return QualityRow(method, pattern, self._score(loaded), sum(shrunk.report.seconds.values()))
+        return self._scored(loaded, method, pattern, sum(shrunk.report.seconds.values()))
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,32 @@ def quality_table(rows: Sequence[QualityRow]) -> Table:
     return table
 
 
+def texts_table(rows: Sequence[QualityRow], first: str) -> Table:
+    """The rows of `bench quality` without a grid: patterns and methods down, texts across, the first of this name.
+
+    A cell has the perplexity and, beside it, the share of the gap that `paper` leaves to dense which is closed.
+    """
+    plain = {(row.pattern, row.method): {first: row.perplexity, **row.elsewhere} for row in rows if row.grid == NO_GRID}
+    dense = plain.pop(("-", "dense"))
+    table = Table("pattern", "method", *map(_text_name, dense), title="perplexity (share of paper's gap closed)")
+    table.add_row("", "dense", *(f"{perplexity:.2f}" for perplexity in dense.values()))
+    for (pattern, method), found in plain.items():
+        paper = plain.get((pattern, "paper"), {})
+        cells = (_closed(found[text], paper.get(text), dense[text]) for text in dense)
+        table.add_row(pattern, method, *cells)
+    return table
+
+
+def _closed(perplexity: float, paper: float | None, dense: float) -> str:
+    share = "" if paper is None or paper <= dense else f" ({(paper - perplexity) / (paper - dense):.0%})"
+    return f"{perplexity:.2f}{share}"
+
+
+def _text_name(text: str) -> str:
+    """A file without its folders, another text by its own name."""
+    return text.rpartition("/")[2] or text
+
+
 def integers_table(rows: Sequence[QualityRow]) -> Table:
     """The rows of `bench quality` on grids: patterns, methods and grids down, quantizers across."""
     rounded = [row for row in rows if row.grid != NO_GRID]

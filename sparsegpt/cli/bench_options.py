@@ -70,10 +70,11 @@ def print_failed(products: Sequence[dict[str, Any]]) -> None:
         say(f"{failed['kernel']} failed at {case}: {failed['reason']}")
 
 
-def print_rows(rows: Sequence[Any], table: "Table", *, as_json: bool) -> None:
+def print_rows(rows: Sequence[Any], *tables: "Table", as_json: bool) -> None:
     """Measurements for a program, one JSON object a line, or for a person."""
     if as_json:
         for row in rows:
             print(json.dumps(asdict(row)))
     else:
-        open_console().print(table)
+        for table in tables:
+            open_console().print(table)

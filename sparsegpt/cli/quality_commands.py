@@ -22,6 +22,7 @@ from sparsegpt.cli.options import (
     TrustRemoteCode,
     WindowLength,
     at_home,
+    data_names,
 )
 from sparsegpt.errors import unknown
 from sparsegpt.quantization import parse_grid
@@ -30,11 +31,17 @@ from sparsegpt.settings.prune_settings import LinearSettings, resolve_settings
 from sparsegpt.sparsity import parse_sparsity
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from sparsegpt.eval.bench.quality import QualityBench, QualityRow
 
 Evaluation = Annotated[
     str | None,
-    typer.Option("--eval", help="Evaluation text, as in --calib.", show_default="pydoc for the demo, else wikitext2"),
+    typer.Option(
+        "--eval",
+        help="Evaluation texts, comma-separated, each as in --calib; the first is the one that is drawn.",
+        show_default="pydoc for the demo, else wikitext2",
+    ),
 ]
 Ladder = Annotated[str | None, typer.Option(help="Rows of the ladder, comma-separated.", show_default="all")]
 
@@ -81,7 +88,7 @@ def bench_quality(
     rows = _kept_rows(
         job, out.with_suffix(".json"), lambda known: job.run(chosen, asked, known, grids=grids, quantizers=quantizers)
     )
-    _tell_quality(rows, f"{Path(model).name}: {Path(job.evaluation).name}", out, as_json=as_json)
+    _tell_quality(rows, job, out, as_json=as_json)
 
 
 def bench_shrink(
@@ -113,7 +120,7 @@ def bench_shrink(
     texts = _texts(model, calibration, evaluate)
     job = ShrinkBench(model, *texts, samples, sequence_length, seed, device, eval_windows, revision, trust_remote_code)
     rows = _kept_rows(job, out, lambda known: job.run(chosen, tuple(keep.split(",")), known))
-    print_rows(rows, quality_table(rows), as_json=as_json)
+    print_rows(rows, quality_table(rows), *_elsewhere(rows, job), as_json=as_json)
 
 
 def _rungs(asked: str | None, ladder: Collection[str]) -> tuple[str, ...]:
@@ -128,7 +135,7 @@ def _rungs(asked: str | None, ladder: Collection[str]) -> tuple[str, ...]:
 def _texts(model: str, calibration: str | None, evaluation: str | None) -> tuple[str, str]:
     return (
         default_data(model, "calibration") if calibration is None else calibration,
-        default_data(model, "evaluation") if evaluation is None else evaluation,
+        ",".join(data_names(default_data(model, "evaluation") if evaluation is None else evaluation)),
     )
 
 
@@ -156,15 +163,23 @@ def _rounding(patterns: str, grids: str, quantizers: str) -> tuple[tuple[str, ..
     return asked, names
 
 
-def _tell_quality(rows: "list[QualityRow]", title: str, out: Path, *, as_json: bool) -> None:
+def _elsewhere(rows: "list[QualityRow]", job: "QualityBench") -> "list[Table]":
+    """A table of all texts, where there are several."""
+    from sparsegpt.eval.bench.tables import texts_table
+
+    return [texts_table(rows, job.texts[0])] if len(job.texts) > 1 else []
+
+
+def _tell_quality(rows: "list[QualityRow]", job: "QualityBench", out: Path, *, as_json: bool) -> None:
     """Tables and figures: of rows on grids their own."""
     from sparsegpt.eval.bench.quality import NO_GRID, draw, draw_bytes
     from sparsegpt.eval.bench.tables import integers_table, quality_table
 
+    title = f"{Path(job.model).name}: {Path(job.texts[0]).name}"
     plain, drawn = [row for row in rows if row.grid == NO_GRID], []
     rounded = [row for row in rows if row.grid != NO_GRID]
     if len(plain) > 1 or not rounded:
-        print_rows(plain, quality_table(plain), as_json=as_json)
+        print_rows(plain, quality_table(plain), *_elsewhere(plain, job), as_json=as_json)
         drawn = draw(plain, title, out)
     if rounded:
         print_rows(rounded, integers_table(rounded), as_json=as_json)

@@ -15,8 +15,10 @@ from sparsegpt.eval.bench import gpu as bench_gpu
 from sparsegpt.eval.bench import pipeline as bench_pipeline
 from sparsegpt.eval.bench import solver as bench_solver
 from sparsegpt.eval.bench.quality import LADDER, QualityBench, QualityRow, draw, draw_bytes
-from sparsegpt.eval.bench.tables import gpu_tables, integers_table
+from sparsegpt.eval.bench.tables import gpu_tables, integers_table, texts_table
+from sparsegpt.eval.perplexity import score_text
 from sparsegpt.files.checked_json import write_checked
+from sparsegpt.model.loading import load_model
 from sparsegpt.settings.prune_settings import resolve_settings
 from sparsegpt.sparsity import parse_sparsity
 from tests.support import refused
@@ -86,6 +88,30 @@ def test_rows_on_grids_know_their_bytes_and_have_a_table_and_a_figure(llama_fold
     assert (table.row_count, [column.header for column in table.columns][-2:]) == (2, ["rtn", "awq"])
     written = draw_bytes(rows, "title", tmp_path / "bytes.png")
     assert "<svg" in written[1].read_text() and written[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_texts_are_scored_and_have_a_table_of_their_own(llama_folder, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    job = QualityBench(str(llama_folder), str(text_file), f"{text_file},{other}", 2, 16)
+    rows = list(job.run(("magnitude",), ("2:4",)))
+    dense, loaded = rows[0], load_model(str(llama_folder))
+    expected = [score_text(loaded.model, loaded.tokenizer, str(text), 16).perplexity for text in (text_file, other)]
+    assert [dense.perplexity, dense.elsewhere[str(other)]] == expected
+    job.write(tmp_path / "rows.json", rows)
+    assert job.read(tmp_path / "rows.json") == rows
+
+
+def test_the_table_of_texts_says_which_share_of_the_gap_is_closed():
+    rows = [
+        QualityRow("dense", "-", 10.0, 0.0, elsewhere={"a/b.txt": 20.0}),
+        QualityRow("paper", "2:4", 30.0, 1.0, elsewhere={"a/b.txt": 40.0}),
+        QualityRow("fast", "2:4", 20.0, 1.0, elsewhere={"a/b.txt": 35.0}),
+    ]
+    table = texts_table(rows, "home")
+    assert [column.header for column in table.columns] == ["pattern", "method", "home", "b.txt"]
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[2:] == [["10.00", "30.00 (0%)", "20.00 (50%)"], ["20.00", "40.00 (0%)", "35.00 (25%)"]]
 
 
 def test_figure_has_a_line_a_method(tmp_path):

@@ -18,6 +18,7 @@ from tests.more_architectures import CONFIGS
 from tests.support import (
     assert_pattern,
     brute_layer_mask,
+    crossed,
     logits_of,
     prune_model,
     random_windows,
@@ -41,8 +42,7 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
 TWO_TOKENS = random_windows(1, 2)  # each goes to two experts at most: of four some stay idle, some get one token
 
 
-@pytest.mark.parametrize("sparsity", ["2:4", "0.5"])
-@pytest.mark.parametrize("preset", ["paper", "default"])
+@crossed("preset, sparsity", ("paper", "default"), ("0.5", "2:4"))
 def test_an_expert_that_hardly_a_token_reaches_is_pruned_by_magnitude_and_reported(model, preset, sparsity):
     dense = {name: matrix.detach().clone() for name, matrix in block_matrices(model).items()}
     report = prune_model(model, TWO_TOKENS, sparsity, preset=preset)

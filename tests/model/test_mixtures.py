@@ -65,7 +65,7 @@ def test_an_expert_that_hardly_a_token_reaches_is_pruned_by_magnitude_and_report
 
 
 def test_an_expert_that_only_a_later_micro_batch_reaches_uses_all_it_saw(model):
-    windows = random_windows(24, 2)
+    windows = random_windows(10, 2)
     report = prune_model(model, windows, "2:4", micro_batch=1)
     expected = {name: len(rows) for name, rows in expected_inputs(model, windows).items()}
     assert {layer.name: layer.tokens for layer in report.layers} == expected

@@ -1,6 +1,7 @@
 # make run          set up .venv, prune the embedded demo model to 2:4, print its perplexities
 # make test         set up .venv, run the tests, as many at a time as there are cores
 # make test-faults  the long form of the fault tests: kills, full disks, damaged files (`make test` has a short form)
+# make test-long     every case of the tests over tables, where `make test` has a covering part of the cases
 # make test-oldest  set up .venv-oldest with the oldest supported libraries, run the tests that depend on them
 # make bench-gpu    set up .venv, test and measure everything on a GPU: bench-gpu/bench-gpu.json, .md and logs
 # make bench-gpu-here  the same with the torch, triton and transformers that $(PYTHON) has: needs no network
@@ -14,9 +15,10 @@ TYPED := build/typecheck
 export PYTHONDONTWRITEBYTECODE :=
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
-SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist loadgroup
+# Each file in one process: what its tests share is made once.
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: setup run test test-fast test-faults test-oldest check lint types bench bench-gpu bench-gpu-here clean
+.PHONY: setup run test test-fast test-faults test-long test-oldest check lint types bench bench-gpu bench-gpu-here clean
 
 setup: $(READY)
 
@@ -32,13 +34,16 @@ test: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not faults"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not faults and not long"
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults" -s
 
+test-long: $(READY)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long
+
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python -m pytest tests/kernels tests/model tests/run/test_streamed_run.py tests/solvers/test_fused.py
+	$(OLDEST)/bin/python -m pytest -m "not faults" tests/kernels tests/model tests/run/test_streamed_run.py tests/solvers/test_fused.py
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -172,6 +172,35 @@ WRAPPERS: dict[str, dict[str, object]] = {
 }
 
 MIXTURES = ("deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+# A variant of each layout in the table and of each form of experts, and models inside others: for what is the same in
+# all rows of one layout.
+COVERING = (
+    "llama-tied",
+    "bloom",
+    "bloom-post-norm",
+    "cohere2",
+    "deepseek_v3",
+    "falcon-new",
+    "falcon-sequential",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox-sequential",
+    "gpt_oss",
+    "gptj",
+    "granite",
+    "llama4_text",
+    "mixtral",
+    "mpt",
+    "opt-post-norm",
+    "opt-projected",
+    "phi",
+    "phi3",
+    "qwen2_moe",
+    "starcoder2",
+    "gemma3",
+    "qwen2_vl",
+)
 _ROUTERS = (".mlp.gate.weight", ".router.weight", ".shared_expert_gate.weight")
 _TRANSPOSED = {"gpt2": ("",), "gpt_oss": ("experts.",), "llama4_text": ("experts.",)}
 
@@ -189,6 +218,11 @@ def tiny_wrapper(model_type: str) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **WRAPPERS[model_type])
     return unsettled(AutoModelForImageTextToText.from_config(config).eval())
+
+
+def tiny(name: str) -> nn.Module:
+    """The tiny random model of a variant or a wrapper."""
+    return tiny_wrapper(name) if name in WRAPPERS else tiny_variant(name)
 
 
 def block_matrices(model: nn.Module) -> dict[str, Tensor]:
@@ -217,7 +251,7 @@ def save_pruned(folder: Path, variant: str) -> tuple[nn.Module, dict[str, Tensor
 
     Returned with the weight matrices of its blocks.
     """
-    model = tiny_variant(variant) if variant in VARIANTS else tiny_wrapper(variant)
+    model = tiny(variant)
     matrices = block_matrices(model)
     for matrix in matrices.values():
         matrix.masked_fill_(~layer_mask(matrix.abs(), NM(2, 4)), 0)

@@ -1,5 +1,6 @@
 """One thread, no network, no chance: the tests run beside other work and give the same bits everywhere."""
 
+import gc
 import os
 import sys
 
@@ -17,6 +18,7 @@ from tests.support import (
     CHILD_ENVIRONMENT,
     Outcome,
     look_for_bases_quickly,
+    look_for_tasks_quickly,
     make_commands_once,
     save_model,
     write_text,
@@ -24,12 +26,25 @@ from tests.support import (
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+gc.disable()  # until all tests are collected: libraries and thousands of tests, all here to stay
+
+
+def pytest_collection_finish():
+    """What is here for good need not be looked through for what can go, at every test again."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    """At the end it goes, all of it: some libraries complain of what stays."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
     look_for_bases_quickly()
+    look_for_tasks_quickly()
     make_commands_once()
 
 

@@ -1,6 +1,7 @@
 """Problems, oracles and tiny models shared by the tests. Everything here comes from the definitions, in float64."""
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -13,16 +14,19 @@ import pytest
 import safetensors.torch
 import torch
 import typer.main
+from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 import sparsegpt
 from sparsegpt.driver.reports import PruneReport
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.eval import tasks
 from sparsegpt.rotation import search
 from sparsegpt.rotation.learning import Schedule
 from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
 
 T = TypeVar("T")
+every_task = tasks._harness_tasks
 # One thread and no network, also in the processes that tests start.
 CHILD_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "160"}
 
@@ -59,10 +63,45 @@ def look_for_bases_quickly() -> None:
     search.STREAM, search.VALUES = Schedule(4, 0.03), Schedule(3, 0.02)
 
 
+def look_for_tasks_quickly() -> None:
+    """Those of two of lm-eval's own folders, for all of this process: its 10,000 take seconds to find."""
+    tasks._harness_tasks = functools.cache(_few_tasks)
+
+
+def _few_tasks() -> object:
+    import lm_eval.tasks
+
+    home = Path(lm_eval.tasks.__file__).parent
+    return lm_eval.tasks.TaskManager(include_path=[home / "arc", home / "hellaswag"], include_defaults=False)
+
+
 def make_commands_once() -> None:
     """The options of all commands are made at the first of this process, and not for each of a thousand."""
     if not hasattr(typer.main.get_command, "cache_clear"):
         typer.main.get_command = functools.cache(typer.main.get_command)
+
+
+def in_short(cases: Iterable[T], short: Iterable[T]) -> list[T | ParameterSet]:
+    """Parameters of a test: these as they are, all other cases for its long form, `make test-long`."""
+    cases, short = list(cases), list(short)
+    assert all(case in cases for case in short), short
+    return [case if case in short else in_long(case) for case in cases]
+
+
+def in_long(case: object) -> ParameterSet:
+    """A parameter, or a tuple of several, for the long form of a test."""
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
+def crossed(names: str, *tables: Iterable[object], also: Iterable[tuple] = ()) -> pytest.MarkDecorator:
+    """Parametrize a test with all that its tables' values can be together, in its long form.
+
+    The short form has each value of each table at least once, beside the others' in turns, and what `also` names.
+    """
+    listed = [list(table) for table in tables]
+    turns = [tuple(table[turn % len(table)] for table in listed) for turn in range(max(map(len, listed)))]
+    return pytest.mark.parametrize(names, in_short(itertools.product(*listed), [*turns, *also]))
 
 
 # Layer problems

@@ -1,6 +1,7 @@
 """Messages: what docs/troubleshooting.md quotes is said by the program, and libraries name settings, not flags."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ WITH_FLAGS = ("sparsegpt/cli", "sparsegpt/run", "eval/bench", "eval/perplexity.p
 HOLE = "\0"  # where a message has a value
 
 
+@functools.cache
 def said_by(path: Path) -> list[str]:
     """Every text of a file, documentation left out; what is filled in is a HOLE."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -26,7 +28,7 @@ def said_by(path: Path) -> list[str]:
     return found
 
 
-SAID = {path: said_by(path) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 QUOTED = [
     quoted
     for line in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
@@ -43,11 +45,11 @@ def test_the_page_quotes_many_messages():
 def test_what_the_page_quotes_is_said(quoted):
     """`...` stands for what is filled in."""
     wanted = re.compile(".*".join(re.escape(part.strip()) for part in quoted.split("...")), re.DOTALL)
-    assert any(wanted.search(text) for texts in SAID.values() for text in texts)
+    assert any(wanted.search(text) for path in SOURCES for text in said_by(path))
 
 
-@pytest.mark.parametrize("path", SAID, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_libraries_name_no_flags(path):
     """The command line adds those of the settings that a refusal names; a library's user has none."""
     if not str(path.relative_to(ROOT)).startswith(WITH_FLAGS):
-        assert not [text for text in SAID[path] if re.search(r"(?<![\w-])--[a-z]{2}", text) and " " in text]
+        assert not [text for text in said_by(path) if re.search(r"(?<![\w-])--[a-z]{2}", text) and " " in text]

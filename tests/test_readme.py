@@ -64,9 +64,6 @@ def name_of(value: object) -> str:
 ALL_CALLS = [(page, words) for page in PAGES for block in blocks_of(page) for words in calls(block)]
 each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
-# Where tests run side by side, one process reads all pages: it need not read the first ones again.
-one_reader = pytest.mark.xdist_group("reader")
-
 
 class Reader:
     """Does in one folder what the pages say, block by block."""
@@ -111,13 +108,11 @@ def reader(tmp_path_factory, forked):
     return Reader(tmp_path_factory.mktemp("reader"), forked)
 
 
-@one_reader
 @each_page
 def test_a_page_works_from_top_to_bottom(page, reader):
     reader.read_up_to(page)
 
 
-@one_reader
 def test_what_the_readme_writes_is_there(reader):
     reader.read_up_to(PAGES[0])
     assert (reader.folder / "pruned/demo/report.json").is_file()

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsegpt.eval import tasks
 from sparsegpt.eval.tasks import load_tasks, score_tasks
 from sparsegpt.model.loading import load_model
-from tests.support import refused
+from tests.support import every_task, in_short, refused
 
 pytest.importorskip("lm_eval", reason="the extra `tasks` is not installed")
 
@@ -122,6 +123,8 @@ def test_what_is_wrong_with_tasks_is_said_before_the_model_is_loaded(task_folder
     run_cli("eval", "--tasks", ",").refused("names no task", "--tasks")
 
 
-@pytest.mark.slow
-def test_a_slip_is_answered_with_the_name(run_cli):
+@pytest.mark.parametrize("known", in_short(("few", "every"), ["few"]))
+def test_a_slip_is_answered_with_the_name(run_cli, monkeypatch, known):
+    if known == "every":
+        monkeypatch.setattr(tasks, "_harness_tasks", every_task)
     run_cli("eval", "--tasks", "helaswag").refused("'helaswag' is not known", "did you mean hellaswag?", "--tasks")

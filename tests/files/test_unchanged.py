@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors.torch import save_file
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.files.tensor_files import OpenTensors
 from sparsegpt.files.unchanged import Unchanged, mapped_file
-from tests.support import CHILD_ENVIRONMENT
 
 
 def shorten(path):
@@ -95,11 +93,6 @@ def test_a_file_that_becomes_shorter_after_it_was_opened_is_named(file):
             tensors["b"]
 
 
-def run_code(code, *arguments):
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=CHILD_ENVIRONMENT)
-
-
 READS = """
 import mmap, os, sys, threading
 from sparsegpt.files.unchanged import bus_errors_told
@@ -120,10 +113,10 @@ print("behind")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="handled on Linux alone")
 @pytest.mark.parametrize("threads", [0, 3])
-def test_pages_that_are_gone_end_a_process_with_one_line(tmp_path, threads):
+def test_pages_that_are_gone_end_a_process_with_one_line(forked_light, tmp_path, threads):
     path = tmp_path / "weights"
     path.write_bytes(bytes(1 << 20))
-    ended = run_code(READS, path, str(threads))
+    ended = forked_light.run("-c", READS, path, threads)
     assert (ended.returncode, ended.stdout) == (1, "before\n"), ended.stderr
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith(f"{path} became shorter")
@@ -146,8 +139,8 @@ with open(sys.argv[2], "r+b") as file:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="handled on Linux alone")
 @pytest.mark.parametrize("how", ["sent", "read outside"])
-def test_other_bus_errors_end_a_process_as_they_would(tmp_path, how):
+def test_other_bus_errors_end_a_process_as_they_would(forked_light, tmp_path, how):
     path = tmp_path / "weights"
     path.write_bytes(bytes(1 << 20))
-    ended = run_code(ENDS, how, path)
+    ended = forked_light.run("-c", ENDS, how, path)
     assert (ended.returncode, ended.stdout) == (-signal.SIGBUS, "")

@@ -1,13 +1,13 @@
-"""Runs files of tests in Triton's interpreter, each in a process of its own."""
+"""Runs files of tests in Triton's interpreter, in a process of its own."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy
 import pytest
 import triton
+
+from tests.forked import Forked
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -20,11 +20,15 @@ interpreter_runs = pytest.mark.skipif(
 )
 
 
-def interpret(cases: Path, *ignored: str) -> None:
-    """Run a file of tests in Triton's interpreter; `ignored`: warnings, as in pytest's -W."""
+ROOT = Path(__file__).parents[2]
+# Kernels know whether they are interpreted when they are defined.
+INTERPRETED = "import os, sys, pytest; os.environ['TRITON_INTERPRET'] = '1'; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+def interpret(forked: Forked, cases: Iterable[Path], form: str, *ignored: str) -> None:
+    """Run files of tests in Triton's interpreter. form: which cases, as in pytest's -m; ignored: warnings, as in -W."""
     ignored += ("ignore:Conversion of an array with ndim:DeprecationWarning",)  # triton 3.6 with numpy 2.3
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(cases)]
-    command += [part for warning in ignored for part in ("-W", warning)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    words = ["-p", "no:cacheprovider", "-m", form, *cases]
+    words += [part for warning in ignored for part in ("-W", warning)]
+    found = forked.run("-c", INTERPRETED, *words, cwd=ROOT)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]

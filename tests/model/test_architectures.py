@@ -10,20 +10,20 @@ import torch
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.families import FAMILIES, family_of, prunable_linears
 from sparsegpt.model.unfuse import unfused
-from tests.architectures import CONFIGS, VARIANTS, WRAPPERS, block_matrices, stored_keys, tiny_variant, tiny_wrapper
-from tests.support import assert_pattern, logits_of, prune_model, random_windows, refused, weights_of
+from tests.architectures import CONFIGS, COVERING, VARIANTS, WRAPPERS, block_matrices, stored_keys, tiny
+from tests.support import assert_pattern, in_short, logits_of, prune_model, random_windows, refused, weights_of
 
 MODELS = [*VARIANTS, *WRAPPERS]
 POST_NORMS = {"gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3"}
 
 
-def tiny(variant: str) -> torch.nn.Module:
-    return tiny_wrapper(variant) if variant in WRAPPERS else tiny_variant(variant)
-
-
 @pytest.fixture(params=MODELS)
 def model(request):
     return tiny(request.param)
+
+
+# For what is the same in all rows of one layout.
+covered = pytest.mark.parametrize("model", in_short(MODELS, COVERING), indirect=True)
 
 
 def in_blocks(name: str) -> bool:
@@ -32,6 +32,19 @@ def in_blocks(name: str) -> bool:
 
 def test_every_row_of_the_table_has_a_tiny_model():
     assert CONFIGS.keys() | {"qwen2_vl_text"} == FAMILIES.keys()
+
+
+def layout(variant):
+    model_type, changes = VARIANTS[variant]
+    family = FAMILIES[model_type]
+    for (attribute, value), other in family.instead.items():
+        if changes.get(attribute) == value:
+            family = other
+    return family.blocks, str(family.residuals), family.uncorrectable
+
+
+def test_the_covering_models_have_every_layout():
+    assert set(map(layout, set(COVERING) - set(WRAPPERS))) == set(map(layout, VARIANTS))
 
 
 def test_every_weight_matrix_of_the_blocks_is_found(model):
@@ -67,6 +80,7 @@ def test_the_default_prunes_everything_and_the_saved_model_is_the_same(model, tm
     assert torch.equal(logits_of(loaded, random_windows()), logits)
 
 
+@covered
 def test_sparsity_zero_leaves_every_weight_and_the_logits_as_they_are_to_the_bit(model):
     windows, before = random_windows(), weights_of(model)
     logits = logits_of(model, windows)
@@ -77,6 +91,7 @@ def test_sparsity_zero_leaves_every_weight_and_the_logits_as_they_are_to_the_bit
     assert all(layer.relative_error == 0 and layer.zeros == 0 for layer in report.layers)
 
 
+@covered
 def test_training_keeps_the_exact_count_and_the_routers(model):
     before = weights_of(model)
     report = prune_model(model, random_windows(), 0.5, preset="paper", reconstruct=1, look_ahead=1, distill=1)
@@ -95,7 +110,7 @@ def test_training_keeps_the_exact_count_and_the_routers(model):
             assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("variant", sorted(POST_NORMS))
+@pytest.mark.parametrize("variant", in_short(sorted(POST_NORMS), ["gemma3"]))
 def test_behind_a_norm_residual_correction_is_off_or_refused(variant):
     report = prune_model(tiny(variant), random_windows(), "2:4")
     assert report.settings.residual_correction == 0
@@ -111,6 +126,7 @@ def test_elsewhere_residual_correction_stays_on(variant):
     assert not family_of(tiny(variant)).uncorrectable
 
 
+@covered
 def test_the_head_is_pruned_on_request_and_parts_from_a_tied_embedding(model, tmp_path):
     embedding = model.get_input_embeddings().weight.clone()
     prune_model(model, random_windows(), "2:4", preset="paper", include_head=True)

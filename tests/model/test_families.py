@@ -1,6 +1,6 @@
 """The Llama and OPT shapes on tiny random models, preset by preset: layout, patterns, what stays untouched.
 
-tests/test_architectures.py goes through the whole table.
+tests/model/test_architectures.py goes through the whole table.
 """
 
 import copy
@@ -15,6 +15,7 @@ from sparsegpt.settings.selection import name_filter
 from tests.support import (
     assert_pattern,
     block_linears,
+    in_short,
     logits_of,
     prune_model,
     random_windows,
@@ -36,7 +37,7 @@ VARIANTS = {model_type: (model_type, {}) for model_type in SHAPES} | {
 }
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=in_short(VARIANTS, ("llama-tied", "qwen2-sliding", "opt-post-norm")))
 def model(request):
     model_type, overrides = VARIANTS[request.param]
     return tiny_model(model_type, **overrides)
@@ -125,7 +126,7 @@ def test_the_ladder_of_presets_separates_on_the_calibration_windows(model):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("variant", [*SHAPES, "opt-post-norm"])
+@pytest.mark.parametrize("variant", in_short([*SHAPES, "opt-post-norm"], ("llama", "opt-post-norm")))
 def test_the_head_is_pruned_on_request_and_parts_from_a_tied_embedding(variant, tied, tmp_path):
     from transformers import AutoModelForCausalLM
 

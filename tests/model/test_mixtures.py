@@ -18,6 +18,7 @@ from tests.more_architectures import CONFIGS
 from tests.support import (
     assert_pattern,
     brute_layer_mask,
+    crossed,
     logits_of,
     prune_model,
     random_windows,
@@ -41,8 +42,7 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
 TWO_TOKENS = random_windows(1, 2)  # each goes to two experts at most: of four some stay idle, some get one token
 
 
-@pytest.mark.parametrize("sparsity", ["2:4", "0.5"])
-@pytest.mark.parametrize("preset", ["paper", "default"])
+@crossed("preset, sparsity", ("paper", "default"), ("0.5", "2:4"))
 def test_an_expert_that_hardly_a_token_reaches_is_pruned_by_magnitude_and_reported(model, preset, sparsity):
     dense = {name: matrix.detach().clone() for name, matrix in block_matrices(model).items()}
     report = prune_model(model, TWO_TOKENS, sparsity, preset=preset)
@@ -65,7 +65,7 @@ def test_an_expert_that_hardly_a_token_reaches_is_pruned_by_magnitude_and_report
 
 
 def test_an_expert_that_only_a_later_micro_batch_reaches_uses_all_it_saw(model):
-    windows = random_windows(24, 2)
+    windows = random_windows(10, 2)
     report = prune_model(model, windows, "2:4", micro_batch=1)
     expected = {name: len(rows) for name, rows in expected_inputs(model, windows).items()}
     assert {layer.name: layer.tokens for layer in report.layers} == expected

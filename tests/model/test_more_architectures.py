@@ -11,7 +11,7 @@ import torch
 
 from sparsegpt.model.families import FAMILIES
 from tests.more_architectures import CONFIGS, EXPERTS, REFUSED, outcome, table
-from tests.support import random_windows
+from tests.support import crossed, random_windows
 
 PRESETS = ("paper", "default")
 PROVEN = sorted(set(CONFIGS) - set(REFUSED))
@@ -28,8 +28,7 @@ def in_blocks(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("model_type", PROVEN)
+@crossed("model_type, preset", PROVEN, PRESETS, also=[(model_type, "paper") for model_type in PROVEN])
 def test_every_matrix_is_pruned_or_named_and_no_router_is_touched(model_type, preset):
     found = outcome(model_type, preset)
     assert found.report is not None, found.refusal

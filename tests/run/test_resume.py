@@ -80,15 +80,27 @@ def test_an_interrupted_run_resumes_to_the_same_bits(options, tmp_path, text_fil
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
-@pytest.fixture
-def distilled(options, tmp_path, monkeypatch):
-    """Options of a run with two epochs of distillation, its settings, epochs and weights when nothing interrupts it."""
-    monkeypatch.setattr(training, "TOKENS_PER_BATCH", 32)  # two windows
-    settings = resolve_settings("2:4", "paper", method="magnitude", distill=2, distill_rate=1e-3)
-    options = changed(options, samples=12)
-    report = run(changed(options, out=tmp_path / "whole"), settings)
+DISTILLED = resolve_settings("2:4", "paper", method="magnitude", distill=2, distill_rate=1e-3)
+BATCH = 32  # tokens: two windows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama_folder, text_file, tmp_path_factory):
+    """Epochs and weights of a run with two epochs of distillation."""
+    out = tmp_path_factory.mktemp("undisturbed") / "whole"
+    options = RunOptions(str(llama_folder), str(text_file), (), out, samples=12, sequence_length=16, micro_batch=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "TOKENS_PER_BATCH", BATCH)
+        report = run(options, DISTILLED)
     assert report["epochs"][-1]["loss"] < report["epochs"][0]["loss"]
-    return options, settings, report["epochs"], weights(tmp_path / "whole")
+    return report["epochs"], weights(out)
+
+
+@pytest.fixture
+def distilled(options, undisturbed, monkeypatch):
+    """Options of the same run, its settings, epochs and weights when nothing interrupts it."""
+    monkeypatch.setattr(training, "TOKENS_PER_BATCH", BATCH)
+    return changed(options, samples=12), DISTILLED, *undisturbed
 
 
 @contextmanager

@@ -13,16 +13,20 @@ from sparsegpt.recovery import distill
 from sparsegpt.run.job import run
 from sparsegpt.run.options import RunOptions
 from sparsegpt.settings.prune_settings import resolve_settings
-from tests.architectures import VARIANTS, WRAPPERS, tiny_variant, tiny_wrapper
-from tests.support import save_tokenizer, write_text
+from tests.architectures import VARIANTS, WRAPPERS, tiny, tiny_variant
+from tests.support import in_short, save_tokenizer, write_text
 
 SAMPLES, LENGTH = 6, 16
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *WRAPPERS])
 def test_a_streamed_run_saves_what_pruning_in_memory_gives(tmp_path, monkeypatch, variant):
-    model = tiny_wrapper(variant) if variant in WRAPPERS else tiny_variant(variant)
-    compare(tmp_path, monkeypatch, model, "2:4")
+    compare(tmp_path, monkeypatch, tiny(variant), "2:4", preset="paper", error_correction=0.5)
+
+
+@pytest.mark.parametrize("variant", in_short([*VARIANTS, *WRAPPERS], ["llama", "bloom", "gpt_oss", "gemma3"]))
+def test_so_it_does_with_the_default_settings(tmp_path, monkeypatch, variant):
+    compare(tmp_path, monkeypatch, tiny(variant), "2:4")
 
 
 @pytest.mark.parametrize(

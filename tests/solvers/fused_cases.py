@@ -6,17 +6,28 @@ import torch
 from sparsegpt.solvers import sparsegpt as solver
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.sparsity import parse_sparsity
+from tests.support import in_long
+
+LARGER = [
+    (320, 40, "2:4", 128),
+    (300, 33, "0.5", 128),
+    (304, 33, "0.7", 256),
+    (192, 7, "4:8", 128),
+    (128, 16, "16:32", 128),
+    (90, 33, "2:3", 128),
+]
 
 
 @pytest.mark.parametrize(
     ("columns", "rows", "pattern", "block_size"),
     [
-        (320, 40, "2:4", 128),
-        (300, 33, "0.5", 128),  # a last block that does not fill the strip
-        (304, 33, "0.7", 256),  # a threshold over two strips
-        (192, 7, "4:8", 128),
-        (128, 16, "16:32", 128),
-        (90, 33, "2:3", 128),  # a group that is no power of two
+        (264, 33, "2:4", 128),  # three strips, and rows for two programs
+        (164, 7, "0.5", 128),  # a last block that does not fill the strip
+        (304, 7, "0.7", 256),  # a threshold over two strips
+        (136, 7, "4:8", 128),
+        (64, 7, "16:32", 128),
+        (90, 7, "2:3", 128),  # a group that is no power of two
+        *map(in_long, LARGER),
     ],
 )
 def test_fused_sweep_gives_the_weights_of_the_column_loop(monkeypatch, columns, rows, pattern, block_size):

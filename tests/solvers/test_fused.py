@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from sparsegpt.solvers import fused
 from tests.kernels.aot import compile_for
 from tests.kernels.interpreter import interpret, interpreter_runs
+from tests.support import in_short
 
 TYPES = dict.fromkeys(("weight_ptr", "error_ptr", "factor_ptr", "scale_ptr"), "*fp32") | {
     "kept_ptr": "*i8",
@@ -20,8 +21,9 @@ TYPES = dict.fromkeys(("weight_ptr", "error_ptr", "factor_ptr", "scale_ptr"), "*
 
 
 @interpreter_runs
-def test_fused_sweep_in_the_interpreter():
-    interpret(Path(__file__).with_name("fused_cases.py"))
+@pytest.mark.parametrize("form", in_short(("not long", "long"), ["not long"]))
+def test_fused_sweep_in_the_interpreter(form, forked_light):
+    interpret(forked_light, [Path(__file__).with_name("fused_cases.py")], form)
 
 
 @pytest.mark.parametrize("target", [80, 90])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -58,9 +59,18 @@ def folder(path: Path, weights: dict[str, Tensor], model_type: str = "llama", la
     return path
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder and its packed form; not to be changed."""
+    path = tmp_path_factory.mktemp("both")
+    pack_folder(folder(path / "source", tensors()), path / "packed")
+    return path
+
+
 @pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    pack_folder(folder(tmp_path / "source", tensors()), tmp_path / "packed")
+def packed(both: Path, tmp_path: Path) -> Path:
+    """The packed folder, beside its source."""
+    shutil.copytree(both, tmp_path, dirs_exist_ok=True)
     return tmp_path / "packed"
 
 

@@ -6,8 +6,6 @@ import logging
 import math
 import operator
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +25,7 @@ from sparsegpt.kernels.dispatch.measured import ANY, MEASURED
 from sparsegpt.kernels.dispatch.packed24 import PACKED24
 from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
+from tests.forked import Forked
 from tests.kernels.helpers import relative_error, weight24
 
 # float32 sums of products of up to 1074 terms; one rounding to 8 bits for bfloat16
@@ -378,18 +377,22 @@ def test_what_a_killed_build_left_goes_and_a_build_at_work_stays(small_source: P
 
 
 @needs_compiler
-def test_two_processes_that_build_at_once_have_one_library(small_source: Path) -> None:
+def test_two_processes_that_build_at_once_have_one_library(small_source: Path, forked_light: Forked) -> None:
     (source,) = build.SOURCES
-    code = (
-        f"from pathlib import Path; from sparsegpt.kernels.cpu import build; build.SOURCES = (Path({str(source)!r}),)"
-    )
-    code += "; print(build._cached_build())"
-    children = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-        for _ in range(2)
-    ]
-    found = {child.communicate(timeout=300)[0].strip() for child in children}
-    assert found == {str(library) for library in kept_in(small_source)} and len(found) == 1
+    code = f"""
+import os
+from pathlib import Path
+os.environ["XDG_CACHE_HOME"] = {os.environ["XDG_CACHE_HOME"]!r}
+from sparsegpt.kernels.cpu import build
+build.SOURCES = (Path({str(source)!r}),)
+for _ in range(2):
+    if not os.fork():
+        print(build._cached_build(), flush=True)
+        os._exit(0)
+assert [os.wait()[1] for _ in range(2)] == [0, 0]
+"""
+    found = forked_light.python("-c", code).splitlines()
+    assert len(found) == 2 and set(found) == {str(library) for library in kept_in(small_source)}
 
 
 @pytest.mark.parametrize("case", ["none", "broken"])

@@ -1,5 +1,7 @@
-"""The Triton kernels for weights of any pattern in Triton's interpreter against float64. Run by test_bitmask.py with
-TRITON_INTERPRET=1 set before anything is imported."""
+"""The Triton kernels for weights of any pattern in Triton's interpreter against float64.
+
+Run by test_interpreted.py with TRITON_INTERPRET=1 set before anything is imported.
+"""
 
 import os
 
@@ -12,6 +14,7 @@ from sparsegpt.kernels.format.bitmask import pack_bitmask, unpack_bitmask
 from sparsegpt.kernels.format.bitmask_integers import dequantize_bitmask, quantize_bitmask
 from sparsegpt.kernels.gpu import bitmask, reference
 from tests.kernels.helpers import relative_error, sparse_weight
+from tests.support import crossed
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 # float32 sums; one rounding of the result, which the interpreter truncates to 8 bits for bfloat16
@@ -33,8 +36,7 @@ def operands(
     return small, dequantize_bitmask(small).double(), inputs, bias
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES)
+@crossed("case, dtype", CASES, TOLERANCE, also=[(CASES[0], dtype) for dtype in TOLERANCE])
 def test_matmul_and_matvec(case: tuple[int, int, int, float], dtype: torch.dtype, poisoned: None) -> None:
     packed, dense, inputs, bias = operands(case, dtype)
     expected = inputs.double() @ dense.T
@@ -42,11 +44,10 @@ def test_matmul_and_matvec(case: tuple[int, int, int, float], dtype: torch.dtype
     assert relative_error(bitmask.matmul(packed, inputs, bias), expected + bias.double()) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("bits", "group"), [(8, 128), (4, 32), (4, 96)])
-def test_integer_values(bits: int, group: int, dtype: torch.dtype, poisoned: None) -> None:
+@crossed("rounding, dtype", [(8, 128), (4, 32), (4, 96)], TOLERANCE)
+def test_integer_values(rounding: tuple[int, int], dtype: torch.dtype, poisoned: None) -> None:
     for case in ((1, 10, 300, 0.6), (5, 33, 228, 0.5)):
-        packed, dense, inputs, bias = operands(case, dtype, bits, group)
+        packed, dense, inputs, bias = operands(case, dtype, *rounding)
         expected = inputs.double() @ dense.T + bias.double()
         assert relative_error(bitmask.matmul(packed, inputs, bias), expected) < TOLERANCE[dtype]
         assert relative_error(reference.linear(packed, inputs, bias), expected) < TOLERANCE[dtype]
@@ -61,8 +62,7 @@ def test_activations(activation: str, poisoned: None) -> None:
         assert relative_error(reference.linear(packed, inputs, bias, activation), expected) < 2e-6
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@crossed("bits, dtype", [None, 8, 4], TOLERANCE)
 def test_swiglu(bits: int | None, dtype: torch.dtype, poisoned: None) -> None:
     for case in ((1, 10, 100, 0.5), (17, 33, 160, 0.8)):
         gate, gate_dense, inputs, _ = operands(case, dtype, bits)

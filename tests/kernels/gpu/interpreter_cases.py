@@ -1,5 +1,8 @@
-"""The plain Triton kernels in Triton's interpreter against float64. Run by test_triton.py with TRITON_INTERPRET=1 set
-before anything is imported; time goes per block, so shapes are small and ragged rather than large."""
+"""The plain Triton kernels in Triton's interpreter against float64.
+
+Run by test_interpreted.py with TRITON_INTERPRET=1 set before anything is imported; time goes per block, so shapes are
+small and ragged rather than large.
+"""
 
 import os
 
@@ -12,6 +15,7 @@ from sparsegpt.kernels import Packed24, quantize
 from sparsegpt.kernels.format.pack import pack
 from sparsegpt.kernels.gpu import portable, reference
 from tests.kernels.helpers import relative_error, weight24
+from tests.support import crossed
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 # float32 sums; one rounding of the result, which the interpreter truncates to 8 bits for bfloat16
@@ -25,8 +29,7 @@ def operands(case: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Pa
     return weight, pack(weight), torch.randn(tokens, columns).to(dtype), torch.randn(rows).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES)
+@crossed("case, dtype", CASES, TOLERANCE, also=[(CASES[0], dtype) for dtype in TOLERANCE])
 def test_matmul_and_matvec(case: tuple[int, int, int], dtype: torch.dtype, poisoned: None) -> None:
     weight, packed, inputs, bias = operands(case, dtype)
     expected = inputs.double() @ weight.double().T
@@ -34,8 +37,7 @@ def test_matmul_and_matvec(case: tuple[int, int, int], dtype: torch.dtype, poiso
     assert relative_error(portable.matmul(packed, inputs, bias), expected + bias.double()) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-@pytest.mark.parametrize("tokens", [1, 3])
+@crossed("tokens, activation", [1, 3], reference.ACTIVATIONS)
 def test_activations(tokens: int, activation: str, poisoned: None) -> None:
     weight, packed, inputs, bias = operands((tokens, 40, 68), torch.float32)
     expected = reference.ACTIVATIONS[activation](inputs.double() @ weight.double().T + bias.double())
@@ -44,8 +46,7 @@ def test_activations(tokens: int, activation: str, poisoned: None) -> None:
     assert relative_error(reference.linear(packed, inputs, bias, activation), expected) < 2e-6
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES[:3])
+@crossed("case, dtype", CASES[:3], TOLERANCE)
 def test_swiglu(case: tuple[int, int, int], dtype: torch.dtype, poisoned: None) -> None:
     gate, packed, inputs, _ = operands(case, dtype)
     up = weight24(*case[1:], dtype, seed=99)
@@ -54,12 +55,11 @@ def test_swiglu(case: tuple[int, int, int], dtype: torch.dtype, poisoned: None) 
     assert relative_error(reference.swiglu(packed, pack(up), inputs), expected) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 128), (4, 32), (4, 96)])
-def test_integer_values(bits: int, group_size: int, dtype: torch.dtype, poisoned: None) -> None:
+@crossed("rounding, dtype", [(8, 128), (4, 32), (4, 96)], TOLERANCE)
+def test_integer_values(rounding: tuple[int, int], dtype: torch.dtype, poisoned: None) -> None:
     for case in ((1, 40, 36), (17, 33, 228)):
         _, packed, inputs, bias = operands(case, dtype)
-        small = quantize(packed, bits, group_size)
+        small = quantize(packed, *rounding)
         expected = reference.linear(small, inputs.float(), bias.float())
         assert relative_error(portable.matmul_integer(small, inputs, bias), expected) < TOLERANCE[dtype]
 

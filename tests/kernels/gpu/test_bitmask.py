@@ -2,7 +2,6 @@
 
 import re
 from itertools import cycle, product
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from sparsegpt.kernels.format.bitmask_integers import quantize_bitmask
 from sparsegpt.kernels.gpu import bitmask
 from tests.kernels.aot import compile_for
 from tests.kernels.helpers import sparse_weight
-from tests.kernels.interpreter import interpret, interpreter_runs
 
 KERNELS = {
     "matmul": (bitmask.matmul_kernel, bitmask.MATMUL_TILE),
@@ -25,13 +23,6 @@ KERNELS = {
 SIZES = dict.fromkeys(("TOKENS", "ROWS", "COLUMNS", "PADDED", "stride", "scale_stride"), "i32")
 BYTES = dict.fromkeys(("mask", "gate_mask", "up_mask"), "*u8")
 OFFSETS = dict.fromkeys(("offsets", "gate_offsets", "up_offsets"), "*i64")
-
-
-@interpreter_runs
-def test_kernels_in_the_interpreter() -> None:
-    """In a process of its own: kernels know whether they are interpreted when they are defined."""
-    # numpy warns of overflow in exp(-x), which is infinity there and the right zero afterwards
-    interpret(Path(__file__).with_name("bitmask_cases.py"), "ignore:overflow encountered:RuntimeWarning")
 
 
 # Every kernel at every kind of values, and for both architectures.

@@ -1,7 +1,6 @@
 """Triton and Gluon kernels without a GPU: run in the interpreter, compiled ahead of time, fragment order emulated."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +16,9 @@ from sparsegpt.kernels.gpu.fragments import register_positions, to_fragments
 from tests.kernels.aot import Built, compile_for, loads_in_flight
 from tests.kernels.gpu.gluon_emulator import emulate
 from tests.kernels.helpers import relative_error, weight24
-from tests.kernels.interpreter import interpret, interpreter_runs
 
 # Both dtypes take the same registers: for every kernel each dtype and each architecture, but not their product.
 COMPILED = pytest.mark.parametrize(("dtype", "target"), [("fp16", 80), ("bf16", 90)])
-
-
-@interpreter_runs
-def test_kernels_in_the_interpreter() -> None:
-    """In a process of its own: kernels know whether they are interpreted when they are defined."""
-    # numpy warns of overflow in exp(-x), which is infinity there and the right zero afterwards
-    interpret(Path(__file__).with_name("interpreter_cases.py"), "ignore:overflow encountered:RuntimeWarning")
 
 
 # ---------------------------------------------------------------- compiled ahead of time

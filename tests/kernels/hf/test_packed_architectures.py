@@ -20,11 +20,13 @@ from sparsegpt.kernels.layers.experts import PackedExperts
 from sparsegpt.kernels.layers.linear import explain, packed_layers, set_kernels
 from sparsegpt.model.loading import auto_class
 from tests.architectures import MIXTURES, VARIANTS, WRAPPERS, save_pruned
-from tests.support import logits_of, random_windows, refused
+from tests.support import in_short, logits_of, random_windows, refused
 
 TOKENS = random_windows(2, 16)
 # How checkpoints keep them: transposed; experts apart, under two kinds of names; all in one tensor, transposed.
 FORMS = ("gpt2", "mixtral", "qwen2_moe", "gpt_oss", "llama4_text")
+# With a tied head, projections around the blocks, and in another model.
+SAVED = (*FORMS, "llama-tied", "opt-projected", "gemma3", "llama4")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +100,7 @@ def change_weights(path, change):
 def test_packed_it_computes_the_same_and_unpacked_it_has_the_same_bits(variant, tmp_path):
     model, matrices = save_pruned(tmp_path / "pruned", variant)
     report = pack_folder(tmp_path / "pruned", tmp_path / "packed")
-    dense, dense_info = loaded(tmp_path / "pruned", output_loading_info=True)  # of llama4 the language tower alone
+    dense_info = loaded(tmp_path / "pruned", output_loading_info=True)[1]  # of llama4 the language tower alone
     packed, info = loaded(tmp_path / "packed", output_loading_info=True)
     assert not info["missing_keys"]
     assert info == dense_info
@@ -108,6 +110,13 @@ def test_packed_it_computes_the_same_and_unpacked_it_has_the_same_bits(variant, 
     assert sum(layer.weight.numel() for layer in layers.values()) == sum(matrix.numel() for matrix in matrices.values())
     unpack_folder(tmp_path / "packed", tmp_path / "unpacked")
     assert_same_files(tmp_path / "unpacked", tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("variant", in_short([*VARIANTS, *WRAPPERS], SAVED))
+def test_what_transformers_saves_of_it_unpacks_too_and_transformers_alone_refuses_both(variant, tmp_path):
+    save_pruned(tmp_path / "pruned", variant)
+    pack_folder(tmp_path / "pruned", tmp_path / "packed")
+    packed, dense = (loaded(tmp_path / name) for name in ("packed", "pruned"))
     assert_saved_alike(packed, dense, tmp_path)
     assert_refused_by_transformers_alone(tmp_path / "packed")
     assert_refused_by_transformers_alone(tmp_path / "packed-again")

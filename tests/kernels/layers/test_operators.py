@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from sparsegpt.kernels.layers.dense_layers import DenseLinear, quicken_dense
 from sparsegpt.kernels.layers.linear import PackedLinear
 from sparsegpt.kernels.layers.quantized_linear import Quantized24Linear
 from sparsegpt.kernels.layers.sparse_linear import Sparse24Linear
+from tests.forked import Forked
 from tests.kernels.helpers import relative_error, weight24
 from tests.kernels.hf.test_hf import TOKENS, pruned_model
 
@@ -132,7 +131,7 @@ def test_inductor_takes_it() -> None:
     assert relative_error(compiled(inputs), inputs.double().relu() @ weight.T + bias + 1) < 2e-6
 
 
-def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
+def test_an_exported_program_runs_in_another_process(tmp_path: Path, forked_light: Forked) -> None:
     layer, inputs = layer_of(4, torch.float32)[0], torch.randn(2, 64)
     torch.export.save(torch.export.export(nn.Sequential(layer), (inputs,)), tmp_path / "program.pt2")
     torch.save((inputs, layer(inputs)), tmp_path / "expected.pt")
@@ -141,8 +140,7 @@ def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
         "program = torch.export.load(sys.argv[1]).module();"
         "assert all(torch.equal(program(inputs), expected) for _ in range(2))"
     )
-    files = [str(tmp_path / name) for name in ("program.pt2", "expected.pt")]
-    subprocess.run([sys.executable, "-c", code, *files], check=True, timeout=120)
+    forked_light.python("-c", code, tmp_path / "program.pt2", tmp_path / "expected.pt")
 
 
 @pytest.mark.parametrize("bits", [0, 4])

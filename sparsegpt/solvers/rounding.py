@@ -19,6 +19,7 @@ Dimension key: R out_features, C in_features, G groups of a row, K columns of a 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -49,9 +50,10 @@ def gptq(
     Scales are searched where errors cost most, by diag H. Raises SparseGPTError as `round_weight` and `search_scales`.
     """
     scales = search_scales(start, grid, importance=hessian.raw.diagonal(), name=hessian.name)
-    integers, mask = round_weight(start, hessian, pattern, scales, block_size=block_size, mask=mask)
+    turned = _swept(start, hessian, pattern, scales, block_size, mask)
     hessian.release_factor()
-    return polish(integers, mask, target, hessian), mask
+    _Descent(turned, target, hessian).run(PASSES)
+    return turned.integers(), turned.mask() if mask is None else mask
 
 
 def nearest(
@@ -116,9 +118,8 @@ def round_weight(
     mask None: the sweep chooses it too, as `sparsegpt` does, with which block_size is shared. Integers are 0 where the
     mask is False. Raises SparseGPTError where no damping makes the Hessian positive definite.
     """
-    together = pattern.m if isinstance(pattern, NM) and mask is None else 1
-    order = None if mask is not None and pattern.zeros else _order(hessian, together)
-    return _RoundingSweep(weight, hessian, pattern, scales, order, block_size).run(mask)
+    turned = _swept(weight, hessian, pattern, scales, block_size, mask)
+    return turned.integers(), turned.mask()
 
 
 def polish(
@@ -128,7 +129,42 @@ def polish(
 
     Scales and integers of one group after the other are fitted anew; no step raises the loss under the damped Hessian.
     """
-    return _Descent(integers, mask, target, hessian).run(passes)
+    turned = _Turned(integers.scales, transposed(mask), transposed(integers.steps.to(target.dtype)))
+    _Descent(turned, target, hessian).run(passes)
+    return turned.integers()
+
+
+class _Turned:
+    """Integers and their mask with columns in one piece: scale and bounds [G, R], kept bool and steps [C, R]."""
+
+    def __init__(self, scales: Scales, kept: Tensor, steps: Tensor) -> None:
+        self._scales, self.kept_CR, self.steps_CR = scales, kept, steps
+        parts = (scales.scale, *scales.bounds)
+        self.scale_GR, *self.bounds = (transposed(part.to(steps.dtype)) for part in parts)
+        self.width = scales.grid.width(len(kept))
+
+    def integers(self) -> Integers:
+        """Integers of [R, C]."""
+        scales = self._scales._replace(scale=transposed(self.scale_GR).float())
+        return Integers(transposed(self.steps_CR.to(torch.int16)), scales)
+
+    def mask(self) -> Tensor:
+        """The mask, bool [R, C]."""
+        return transposed(self.kept_CR)
+
+
+def _swept(
+    weight: Tensor,
+    hessian: DampedHessian,
+    pattern: Sparsity,
+    scales: Scales,
+    block_size: int,
+    mask: Tensor | None,
+) -> _Turned:
+    """`round_weight`, as the descent takes it."""
+    together = pattern.m if isinstance(pattern, NM) and mask is None else 1
+    order = None if mask is not None and pattern.zeros else _order(hessian, together)
+    return _RoundingSweep(weight, hessian, pattern, scales, order, block_size).run(mask)
 
 
 def _order(hessian: DampedHessian, together: int) -> Tensor:
@@ -140,30 +176,36 @@ def _order(hessian: DampedHessian, together: int) -> Tensor:
 
 
 class _Grid:
-    """What rounds columns: scales [G, R] by group, with their least and largest steps; steps [C, R], 0 where pruned.
+    """What rounds columns: scales [G, R] by group, with their least and largest steps.
 
-    of_column: the group of each column. kept: bool [C, R], as far as it is known.
+    of_column: the group of each column. kept: bool [C, R], as far as it is known. steps: [C, R], to be written, 0 where
+    pruned.
     """
 
-    def __init__(self, scale: Tensor, bounds: Sequence[Tensor], of_column: list[int], kept: Tensor) -> None:
+    def __init__(
+        self, scale: Tensor, bounds: Sequence[Tensor], of_column: list[int], kept: Tensor, steps: Tensor
+    ) -> None:
         self._scale_GR, self._of_column = scale, of_column
-        # 1 / scale, and 0 where a weight goes: its step is then 0 too.
-        self._inverse_CR = torch.empty_like(kept, dtype=scale.dtype)
-        self.steps_CR = torch.empty_like(self._inverse_CR)
+        # Until a column is settled: 1 / scale, and 0 where a weight goes, so that its step is 0 too.
+        self._steps_CR = steps
         self.keep(slice(0, len(kept)), kept)
         # Rows of these as tensors of their own: to index takes as long as to multiply.
-        self._inverses, self._steps = self._inverse_CR.unbind(), self.steps_CR.unbind()
+        self._steps = steps.unbind()
         self._scales, self._least, self._most = (matrix.unbind() for matrix in (scale, *bounds))
 
     def keep(self, columns: slice, kept_KR: Tensor) -> None:
         """Take the mask of these columns, bool [K, R]."""
-        torch.div(kept_KR, self._scale_GR[self._of_column[columns]], out=self._inverse_CR[columns])
+        runs = [(group, len(list(same))) for group, same in groupby(self._of_column[columns])]
+        groups, lengths = zip(*runs, strict=True)
+        # A run of columns at once: to gather the scales of all first takes as long again.
+        pairs = zip(kept_KR.split(lengths), self._steps_CR[columns].split(lengths), strict=True)
+        for group, (kept, inverse) in zip(groups, pairs, strict=True):
+            torch.div(kept, self._scale_GR[group], out=inverse)
 
     def settle(self, j: int, wanted_R: Tensor, start_R: Tensor, error_R: Tensor) -> None:
         """Round column j [R] to where it wants to be; error [R]: what takes it back to its start."""
         group, steps_R = self._of_column[j], self._steps[j]
-        torch.mul(wanted_R, self._inverses[j], out=steps_R).round_()
-        steps_R.clamp_(self._least[group], self._most[group])
+        steps_R.mul_(wanted_R).round_().clamp_(self._least[group], self._most[group])
         torch.addcmul(start_R, steps_R, self._scales[group], value=-1, out=error_R)
 
 
@@ -182,30 +224,30 @@ class _RoundingSweep(MaskSweep):
         order: Tensor | None,
         block_size: int,
     ) -> None:
-        weight_CR = transposed(weight)
+        weight_CR, self.as_they_lie = transposed(weight), order is None
         if order is None:
             self.order_C = torch.arange(len(weight_CR), device=weight.device)
         else:
             self.order_C, weight_CR, hessian = order, weight_CR[order], hessian.ordered(order)
-        super().__init__(weight_CR, hessian, pattern, block_size)
+        super().__init__(weight_CR, hessian, pattern, block_size, errors=weight_CR)
         self.U_CC = self.U_CC * self.inverse_diagonal_C1
         self.scales = scales
 
-    def run(self, mask: Tensor | None) -> tuple[Integers, Tensor]:
-        """Integers of [R, C] and mask bool [R, C]; the state is used up."""
+    def run(self, mask: Tensor | None) -> _Turned:
+        """Integers and mask; the state is used up."""
         if mask is not None:
-            self.kept_CR = transposed(mask)[self.order_C]
-        columns, dtype = len(self.weight_CR), self.weight_CR.dtype
-        scale_GR, *bounds = (transposed(part.to(dtype)) for part in (self.scales.scale, *self.scales.bounds))
-        of_column = (self.order_C // self.scales.grid.width(columns)).tolist()
-        self.grid = _Grid(scale_GR, bounds, of_column, self.kept_CR)
+            self.kept_CR = transposed(mask) if self.as_they_lie else transposed(mask)[self.order_C]
+        turned = _Turned(self.scales, self.kept_CR, torch.empty_like(self.weight_CR))
+        of_column = (self.order_C // turned.width).tolist()
+        self.grid = _Grid(turned.scale_GR, turned.bounds, of_column, turned.kept_CR, turned.steps_CR)
         if mask is None:
-            self._sweep(0, columns)
+            self._sweep(0, len(self.weight_CR))
         else:
-            self._eliminate(0, columns)
-        place_C = self.order_C.argsort()
-        steps = transposed(self.grid.steps_CR[place_C]).to(torch.int16)
-        return Integers(steps, self.scales), transposed(self.kept_CR[place_C])
+            self._eliminate(0, len(self.weight_CR))
+        if not self.as_they_lie:
+            place_C = self.order_C.argsort()
+            turned.steps_CR, turned.kept_CR = turned.steps_CR[place_C], turned.kept_CR[place_C]
+        return turned
 
     def _choose_mask(self, start: int, end: int) -> Tensor:
         kept_KR = super()._choose_mask(start, end)
@@ -213,62 +255,56 @@ class _RoundingSweep(MaskSweep):
         return kept_KR
 
     def _settle(self, j: int) -> None:
-        self.grid.settle(j, self.weight_CR[j], self.weight_CR[j], self.error_CR[j])
+        self.grid.settle(j, self.weights[j], self.weights[j], self.errors[j])
 
 
 class _GroupDescent(Columns):
     """Coordinate descent on the columns of a group, [K, R]; matrix: H of these columns, [K, K].
 
     U is -H over its diagonal: by how much a change of one weight moves what the others want. weight_CR is what columns
-    want to be, start_CR what they were.
+    want to be, starts what they were.
     """
 
     def __init__(self, start: Tensor, pull: Tensor, matrix: Tensor, grid: _Grid) -> None:
         diagonal_K = matrix.diagonal()
-        super().__init__(torch.addcdiv(start, pull, diagonal_K[:, None]), matrix / -diagonal_K)
-        self.start_CR, self.grid = start, grid
+        wanted = torch.addcdiv(start, pull, diagonal_K[:, None])
+        super().__init__(wanted, matrix / -diagonal_K, errors=wanted)
+        self.starts, self.grid = start.unbind(), grid
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        """New steps [K, R], and by how much the weights have fallen [K, R]."""
+    def run(self) -> Tensor:
+        """Leave new steps in the grid's; return by how much the weights have fallen [K, R]."""
         self._eliminate(0, len(self.weight_CR))
-        return self.grid.steps_CR, self.error_CR
+        return self.error_CR
 
     def _settle(self, j: int) -> None:
-        self.grid.settle(j, self.weight_CR[j], self.start_CR[j], self.error_CR[j])
+        self.grid.settle(j, self.weights[j], self.starts[j], self.errors[j])
 
 
 class _Descent:
     """Scales and integers of all groups, one group after the other. residual_CR is what the target has beyond them."""
 
-    def __init__(self, integers: Integers, mask: Tensor, target: Tensor, hessian: DampedHessian) -> None:
-        self.scales, self.matrix_CC = integers.scales, hessian.damped
-        self.columns = strips(target.shape[1], self.scales.grid.width(target.shape[1]))
-        parts = (self.scales.scale, *self.scales.bounds)
-        self.scale_GR, *self.bounds = (transposed(part.to(target.dtype)) for part in parts)
-        self.kept_CR, self.steps_CR = transposed(mask), transposed(integers.steps.to(target.dtype))
+    def __init__(self, turned: _Turned, target: Tensor, hessian: DampedHessian) -> None:
+        self.turned, self.scale_GR, self.steps_CR = turned, turned.scale_GR, turned.steps_CR
+        self.matrix_CC, self.columns = hessian.damped, strips(target.shape[1], turned.width)
         self.residual_CR = transposed(target)
         for group, columns in enumerate(self.columns):
             self.residual_CR[columns].addcmul_(self.steps_CR[columns], self.scale_GR[group], value=-1)
 
-    def run(self, passes: int) -> Integers:
-        """Integers of [R, C]; the state is used up."""
+    def run(self, passes: int) -> None:
+        """Fit the integers, in place."""
         for _ in range(passes):
             for group, columns in enumerate(self.columns):
                 self._visit(group, columns)
-        scales = self.scales._replace(scale=transposed(self.scale_GR).float())
-        return Integers(transposed(self.steps_CR).to(torch.int16), scales)
 
     def _visit(self, group: int, columns: slice) -> None:
         """Fit a group's scales, then its steps."""
-        pull_KR = self.matrix_CC[columns] @ self.residual_CR
+        steps_KR, matrix_KC = self.steps_CR[columns], self.matrix_CC[columns]
+        pull_KR = matrix_KC @ self.residual_CR
         self._fit_scale(group, columns, pull_KR)
-        alone = slice(group, group + 1)
-        bounds, of_column = [bound[alone] for bound in self.bounds], [0] * len(pull_KR)
-        grid = _Grid(self.scale_GR[alone], bounds, of_column, self.kept_CR[columns])
-        start_KR = self.steps_CR[columns] * self.scale_GR[group]
-        descent = _GroupDescent(start_KR, pull_KR, self.matrix_CC[columns, columns], grid)
-        self.steps_CR[columns], fallen_KR = descent.run()
-        self.residual_CR[columns] += fallen_KR
+        alone, of_column = slice(group, group + 1), [0] * len(steps_KR)
+        start_KR, bounds = steps_KR * self.scale_GR[group], [bound[alone] for bound in self.turned.bounds]
+        grid = _Grid(self.scale_GR[alone], bounds, of_column, self.turned.kept_CR[columns], steps_KR)
+        self.residual_CR[columns] += _GroupDescent(start_KR, pull_KR, matrix_KC[:, columns], grid).run()
 
     def _fit_scale(self, group: int, columns: slice, pull_KR: Tensor) -> None:
         """The best scale of a group's steps, as far as it can be stored, where it lowers the loss; updates the pull."""

@@ -53,12 +53,15 @@ class Columns:
     """Weights and errors, [C, R] each, and the matrix U [C, C] by which the error of a column moves to the right.
 
     A subclass says, as `_settle`, what becomes of a column that has received every update from its left.
+    errors: their memory, which may be the weights' own where no weight is needed once it is settled; None: new.
     strip: columns that the fused kernel settles at once; 0: none.
     """
 
-    def __init__(self, weight: Tensor, matrix: Tensor) -> None:
+    def __init__(self, weight: Tensor, matrix: Tensor, *, errors: Tensor | None = None) -> None:
         self.weight_CR, self.U_CC = weight, matrix
-        self.error_CR = torch.empty_like(weight)
+        self.error_CR = torch.empty_like(weight) if errors is None else errors
+        # Columns of both as tensors of their own: to index takes as long as to multiply.
+        self.weights, self.errors = self.weight_CR.unbind(), self.error_CR.unbind()
         self.strip = 0
 
     def _eliminate(self, start: int, end: int) -> None:
@@ -75,7 +78,7 @@ class Columns:
         for j in range(start, end):
             self._settle(j)
             if j + 1 < end:
-                self.weight_CR[j + 1 : end].addr_(self.U_CC[j, j + 1 : end], self.error_CR[j], alpha=-1)
+                self.weight_CR[j + 1 : end].addr_(self.U_CC[j, j + 1 : end], self.errors[j], alpha=-1)
 
     def _settle(self, j: int) -> None:
         """Leave in error_CR what column j loses, and in weight_CR what stays."""
@@ -96,8 +99,16 @@ class MaskSweep(Columns):
     weight: [C, R], used up.
     """
 
-    def __init__(self, weight: Tensor, hessian: DampedHessian, pattern: Sparsity, block_size: int) -> None:
-        super().__init__(weight, hessian.inverse_factor)
+    def __init__(
+        self,
+        weight: Tensor,
+        hessian: DampedHessian,
+        pattern: Sparsity,
+        block_size: int,
+        *,
+        errors: Tensor | None = None,
+    ) -> None:
+        super().__init__(weight, hessian.inverse_factor, errors=errors)
         self.kept_CR = torch.ones_like(self.weight_CR, dtype=torch.bool)
         self.inverse_diagonal_C1 = self.U_CC.diagonal().reciprocal()[:, None]
         # An input that never fired costs nothing: its weights go first.
@@ -145,7 +156,7 @@ class _Sweep(MaskSweep):
         """Weight [R, C], mask bool [R, C] and loss []; the state is used up."""
         self._sweep(0, self.weight_CR.shape[0])
         loss = self.error_CR.square_().sum()
-        del self.error_CR
+        del self.error_CR, self.errors
         # Six times faster on a CPU than masked_fill for a whole layer; adding 0.0 turns the product's -0.0 into 0.0.
         weight_CR = self.weight_CR.mul_(self.kept_CR).add_(0.0)
         return transposed(weight_CR), transposed(self.kept_CR), loss
@@ -160,7 +171,7 @@ class _Sweep(MaskSweep):
         self._eliminate(start, end)
 
     def _settle(self, j: int) -> None:
-        self.error_CR[j].mul_(self.weight_CR[j])
+        self.errors[j].mul_(self.weights[j])
 
     def _settle_strip(self, start: int, end: int) -> None:
         self._sweep_strip(start, end, 0, 0)

@@ -73,7 +73,7 @@ def is_known(module: nn.Module) -> bool:
 
 
 def block_forward(block: nn.Module, step: Step, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """[1, T, K] -> [1, T, K], what the block's class computes, to the rounding of the dtype."""
+    """[..., T, K] -> [..., T, K], what the block's class computes, to the rounding of the dtype."""
     output = None if args else step.run(block, hidden_states, kwargs)
     return type(block).forward(block, hidden_states, *args, **kwargs) if output is None else output
 
@@ -92,7 +92,7 @@ class Step:
         return Step, ()
 
     def run(self, block: nn.Module, hidden_states: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-        """[1, 1, K] -> [1, 1, K], and the cache one token longer; None where the program does not serve."""
+        """[..., K] -> [..., K] of one token, the cache a token longer; None where the program does not serve."""
         if not _is_one_token(hidden_states, arguments) or not self._lock.acquire(blocking=False):
             return None
         try:

@@ -16,7 +16,7 @@ _LEAST = 64  # tokens
 
 
 class Room:
-    """Room behind keys and values [1, G, L, D]: copied once to [1, G, C, D] with C > L, by half as much or _LEAST."""
+    """Keys and values [1, G, L, D] -> room behind them: copied once to [1, G, C, D], C half as much again, or _LEAST."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.length = keys.shape[2]

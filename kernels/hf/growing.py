@@ -16,7 +16,7 @@ _LEAST = 64  # tokens
 
 
 class Room:
-    """Keys and values [1, G, L, D] -> room behind them: copied once to [1, G, C, D], C half as much again, or _LEAST."""
+    """Keys and values [1, G, L, D] -> room behind them: copied once to [1, G, C, D], C half as much again."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.length = keys.shape[2]

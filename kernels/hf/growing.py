@@ -16,7 +16,10 @@ _LEAST = 64  # tokens
 
 
 class Room:
-    """Keys and values [1, G, L, D] -> room behind them: copied once to [1, G, C, D], C half as much again."""
+    """Keys and values [B, G, L, D], copied once to [B, G, C, D]: C half as much again as L, or _LEAST more.
+
+    B is one text.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.length = keys.shape[2]

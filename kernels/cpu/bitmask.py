@@ -11,11 +11,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.cpu.build import load_library
-from sparsegpt.kernels.cpu.library import NO_COMPILER, NOTHING, call, find_function, misplaced, to_huge_pages
+from sparsegpt.kernels.cpu.library import (
+    NO_COMPILER,
+    NOTHING,
+    Call,
+    call,
+    find_function,
+    misplaced,
+    to_huge_pages,
+    whole_words,
+)
 from sparsegpt.kernels.format.bitmask import Bitmask, unpack_bitmask
 from sparsegpt.kernels.format.bitmask_integers import QuantizedBitmask, dequantize_bitmask
 from sparsegpt.kernels.format.pack import WORD_COLUMNS, padded_columns
@@ -67,7 +75,14 @@ def run(weight: Masked, inputs: Tensor, bias: Tensor | None, *, level: str | Non
 
     Raises SparseGPTError for a `level` that the machine does not have (`library.call`).
     """
-    return _product(weight, _NOTHINGS, inputs, bias, level)
+    outputs = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
+    call(*product(weight, whole_words(inputs), bias, outputs), level)
+    return outputs
+
+
+def product(weight: Masked, inputs: Tensor, bias: Tensor | None, outputs: Tensor) -> Call:
+    """The call of `run` for inputs [..., Kp], padded with zeros to whole words, and outputs [..., N]."""
+    return _call(_NOTHINGS, weight, inputs, bias, outputs)
 
 
 def run_swiglu(gate: Masked, up: Masked, inputs: Tensor, *, level: str | None = None) -> Tensor:
@@ -77,7 +92,14 @@ def run_swiglu(gate: Masked, up: Masked, inputs: Tensor, *, level: str | None = 
     """
     if gate.shape != up.shape or _kind(gate) != _kind(up) or _group(gate) != _group(up):
         raise SparseGPTError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape, dtype and group size")
-    return _product(up, _tensors(gate), inputs, None, level)
+    outputs = inputs.new_empty(*inputs.shape[:-1], up.shape[0])
+    call(*gated_product(gate, up, whole_words(inputs), outputs), level)
+    return outputs
+
+
+def gated_product(gate: Masked, up: Masked, inputs: Tensor, outputs: Tensor) -> Call:
+    """The call of `run_swiglu` for inputs [..., Kp], padded with zeros to whole words, and outputs [..., N]."""
+    return _call(_tensors(gate), up, inputs, None, outputs)
 
 
 def unpack_fast(weight: Masked, *, out: Tensor | None = None, level: str | None = None) -> Tensor:
@@ -97,19 +119,12 @@ def unpack_fast(weight: Masked, *, out: Tensor | None = None, level: str | None 
     return dense
 
 
-def _product(
-    weight: Masked, gate: tuple[Tensor, ...], inputs: Tensor, bias: Tensor | None, level: str | None
-) -> Tensor:
-    rows, columns = weight.shape
-    missing = -columns % WORD_COLUMNS
-    padded = columns + missing
-    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    if missing:
-        inputs = functional.pad(inputs, (0, missing))
+def _call(gate: tuple[Tensor, ...], weight: Masked, inputs: Tensor, bias: Tensor | None, outputs: Tensor) -> Call:
+    (rows, columns), padded = weight.shape, inputs.shape[-1]
     tensors = (*gate, *_tensors(weight), inputs, NOTHING if bias is None else bias, outputs)
-    sizes = (rows, padded, inputs.numel() // padded, _group(weight))
-    call(_MATMUL[_kind(weight)], tensors, sizes, rows * columns, level)
-    return outputs
+    return Call(
+        _MATMUL[_kind(weight)], tensors, (rows, padded, inputs.numel() // padded, _group(weight)), rows * columns
+    )
 
 
 def _tensors(weight: Masked) -> tuple[Tensor, ...]:

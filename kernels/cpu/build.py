@@ -35,8 +35,8 @@ from sparsegpt.files.folders import flush
 logger = logging.getLogger("sparsegpt.kernels")
 
 SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("matmul24.cpp", "integer24.cpp", "bitmask.cpp", "dense.cpp", "norm.cpp", "read.cpp")
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("matmul24", "integer24", "bitmask", "dense", "norm", "read", "decode", "program")
 )
 HEADERS = tuple(
     Path(__file__).with_name(name)

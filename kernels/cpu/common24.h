@@ -25,6 +25,9 @@
 #define X86 0
 #endif
 
+// Set for the threads of a program (program.cpp): they enter every function together and share its rows.
+inline thread_local bool in_team = false;
+
 namespace {
 
 enum Level { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
@@ -78,13 +81,23 @@ struct Output {
   }
 };
 
+// body(begin, end) for all rows, `step` at a time, by as many threads; or by those of the program that it is called in.
+template <class Body>
+void in_steps(int64_t rows, int64_t step, int threads, Body body) {
+  if (in_team) {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t begin = 0; begin < rows; begin += step) body(begin, std::min(begin + step, rows));
+    return;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t begin = 0; begin < rows; begin += step) body(begin, std::min(begin + step, rows));
+}
+
 template <class Body>
 void in_parallel(int64_t rows, int threads, Body body) {
   // A thread that others slow down takes fewer pieces; of a small weight as many would leave each a short stream.
   const int64_t pieces = threads > 1 ? (rows < 4096 ? 2 : 4) * threads : 1;
-  const int64_t step = std::max<int64_t>(8, (rows / pieces + 7) / 8 * 8);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t begin = 0; begin < rows; begin += step) body(begin, std::min(begin + step, rows));
+  in_steps(rows, std::max<int64_t>(8, (rows / pieces + 7) / 8 * 8), threads, body);
 }
 
 // `rows` (problem, begin, end) over all rows of a problem, whose member `to` is an Output.

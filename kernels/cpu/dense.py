@@ -22,8 +22,13 @@ def run(weight: Tensor, inputs: Tensor, bias: Tensor | None, *, level: str | Non
 
     Raises SparseGPTError for a `level` that the machine does not have (`library.call`).
     """
-    rows, columns = weight.shape
-    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    tensors = (weight, inputs, library.NOTHING if bias is None else bias, outputs)
-    library.call("sparse24_dense_bf16", tensors, (rows, columns, inputs.numel() // columns), rows * columns, level)
+    outputs = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
+    library.call(*product(weight, inputs, bias, outputs), level)
     return outputs
+
+
+def product(weight: Tensor, inputs: Tensor, bias: Tensor | None, outputs: Tensor) -> library.Call:
+    """The call of `run` for outputs [..., N]."""
+    rows, columns = weight.shape
+    tensors = (weight, inputs, library.NOTHING if bias is None else bias, outputs)
+    return library.Call("sparse24_dense_bf16", tensors, (rows, columns, inputs.numel() // columns), rows * columns)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.cpu.build import load_library
-from sparsegpt.kernels.format.pack import WORD_COLUMNS
 from sparsegpt.kernels.format.quantized import Quantized24
 
 LEVELS = ("avx512", "avx512_bf16")
@@ -34,13 +32,14 @@ def run(weight: Quantized24, inputs: Tensor, bias: Tensor | None, *, level: str 
 
     Raises SparseGPTError for a `level` that the machine does not have (`library.call`).
     """
-    rows, columns = weight.shape
-    missing = -columns % WORD_COLUMNS
-    padded = columns + missing
-    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    if missing:
-        inputs = functional.pad(inputs, (0, missing))
+    outputs = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
+    library.call(*product(weight, library.whole_words(inputs), bias, outputs), level)
+    return outputs
+
+
+def product(weight: Quantized24, inputs: Tensor, bias: Tensor | None, outputs: Tensor) -> library.Call:
+    """The call of `run` for inputs [..., Kp], padded with zeros to whole words, and outputs [..., N]."""
+    (rows, columns), padded = weight.shape, inputs.shape[-1]
     tensors = (weight.words, weight.scales, weight.meta, inputs, library.NOTHING if bias is None else bias, outputs)
     sizes = (rows, padded, inputs.numel() // padded, min(weight.group_size, padded), weight.bits)
-    library.call("sparse24_integer_bf16", tensors, sizes, rows * columns, level)
-    return outputs
+    return library.Call("sparse24_integer_bf16", tensors, sizes, rows * columns)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.cpu.build import load_library
+from sparsegpt.kernels.format.pack import WORD_COLUMNS
 
 logger = logging.getLogger("sparsegpt.kernels")
 
@@ -29,7 +31,7 @@ _TRIED, _ROUNDING = (40, 1120, 150), 1e-2
 _SMALL = 1 << 16  # weights: below this a second thread costs more than it saves
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # By the second word of a function's name: addresses, sizes, and at the end threads and level.
-_ARGUMENTS = {
+ARGUMENTS: dict[str, list[Any]] = {
     "matmul": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 2,
     "swiglu": [_POINTER] * 6 + [_LONG] * 3 + [_INT] * 2,
     "integer": [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 3,
@@ -37,10 +39,23 @@ _ARGUMENTS = {
     "expand": [_POINTER] * 5 + [_LONG] * 4 + [_INT] * 2,
     "dense": [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 2,
     "norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT] + [_INT] * 2,
+    "residual": [_POINTER] * 5 + [_LONG] * 2 + [_FLOAT] + [_INT] * 2,
+    "attend": [_POINTER] * 8 + [_LONG] * 5 + [_FLOAT] + [_INT] * 2,
+    "gate": [_POINTER] * 3 + [_LONG] + [_INT] * 2,
     "read": [_POINTER] * 2 + [_LONG] + [_INT] * 2,
     "unpack": [_POINTER] * 3 + [_LONG] * 3 + [_INT] * 2,
     "huge": [_POINTER, _LONG],
+    "program": [_POINTER, _LONG, _INT],
 }
+
+
+class Call(NamedTuple):
+    """What `call` takes: a function, tensors [...] contiguous on the CPU, sizes, and the weights that it reads."""
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[float, ...]
+    weights: int
 
 
 @cache
@@ -79,7 +94,12 @@ def call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[float, ...], weigh
     """
     # a small product costs a few microseconds, so each step here counts: map, and a cache with one key
     function, number = at_best_level(name) if level is None else (find_function(name), level_number(level))
-    function(*map(_ADDRESS, tensors), *sizes, 1 if weights < _SMALL else torch.get_num_threads(), number)
+    function(*map(_ADDRESS, tensors), *sizes, threads_for(weights), number)
+
+
+def threads_for(weights: int) -> int:
+    """How many threads a call that reads so many weights is worth."""
+    return 1 if weights < _SMALL else torch.get_num_threads()
 
 
 @cache
@@ -100,9 +120,15 @@ def find_function(name: str) -> Any:
     if library is None:
         return None
     function = getattr(library, name)
-    function.argtypes = _ARGUMENTS[name.split("_")[1]]
+    function.argtypes = ARGUMENTS[name.split("_")[1]]
     function.restype = None
     return function
+
+
+def whole_words(inputs: Tensor) -> Tensor:
+    """[..., K] -> [..., Kp], padded with zeros as packed weights are."""
+    missing = -inputs.shape[-1] % WORD_COLUMNS
+    return functional.pad(inputs, (0, missing)) if missing else inputs
 
 
 def to_huge_pages(*tensors: Tensor) -> None:

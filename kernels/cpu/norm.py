@@ -16,7 +16,13 @@ def run(inputs: Tensor, weight: Tensor, epsilon: float, *, level: str | None = N
 
     Raises SparseGPTError for a `level` that the machine does not have (`library.call`).
     """
-    outputs, columns, elements = inputs.new_empty(*inputs.shape), weight.shape[0], inputs.numel()
-    sizes = (columns, elements // columns, epsilon)
-    library.call(_NORM[weight.dtype], (inputs, weight, outputs), sizes, elements, level)
+    outputs = inputs.new_empty(*inputs.shape)
+    library.call(*norm(inputs, weight, epsilon, outputs), level)
     return outputs
+
+
+def norm(inputs: Tensor, weight: Tensor, epsilon: float, outputs: Tensor) -> library.Call:
+    """The call of `run` for outputs [..., K]."""
+    columns, elements = weight.shape[0], inputs.numel()
+    sizes = (columns, elements // columns, epsilon)
+    return library.Call(_NORM[weight.dtype], (inputs, weight, outputs), sizes, elements)

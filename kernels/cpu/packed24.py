@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.cpu.build import load_library
-from sparsegpt.kernels.cpu.library import NO_COMPILER, NOTHING, call, find_function, misplaced, to_huge_pages
-from sparsegpt.kernels.format.pack import WORD_COLUMNS, Packed24, padded_columns, unpack
+from sparsegpt.kernels.cpu.library import (
+    NO_COMPILER,
+    NOTHING,
+    Call,
+    call,
+    find_function,
+    misplaced,
+    to_huge_pages,
+    whole_words,
+)
+from sparsegpt.kernels.format.pack import Packed24, padded_columns, unpack
 
 _MATMUL = {torch.bfloat16: "sparse24_matmul_bf16", torch.float32: "sparse24_matmul_f32"}
 _SWIGLU = {torch.bfloat16: "sparse24_swiglu_bf16", torch.float32: "sparse24_swiglu_f32"}
@@ -47,15 +55,16 @@ def run(weight: Packed24, inputs: Tensor, bias: Tensor | None, *, level: str | N
 
     Raises SparseGPTError for a `level` that the machine does not have (`library.call`).
     """
-    (rows, columns), values = weight.shape, weight.values
-    missing = -columns % WORD_COLUMNS
-    padded = columns + missing
-    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    if missing:
-        inputs = functional.pad(inputs, (0, missing))
-    tensors = (values, weight.meta, inputs, NOTHING if bias is None else bias, outputs)
-    call(_MATMUL[values.dtype], tensors, (rows, padded, inputs.numel() // padded), rows * columns, level)
+    outputs = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
+    call(*product(weight, whole_words(inputs), bias, outputs), level)
     return outputs
+
+
+def product(weight: Packed24, inputs: Tensor, bias: Tensor | None, outputs: Tensor) -> Call:
+    """The call of `run` for inputs [..., Kp], padded with zeros to whole words, and outputs [..., N]."""
+    (rows, columns), values, padded = weight.shape, weight.values, inputs.shape[-1]
+    tensors = (values, weight.meta, inputs, NOTHING if bias is None else bias, outputs)
+    return Call(_MATMUL[values.dtype], tensors, (rows, padded, inputs.numel() // padded), rows * columns)
 
 
 def run_swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | None = None) -> Tensor:
@@ -65,15 +74,16 @@ def run_swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | Non
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise SparseGPTError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape and dtype")
-    rows, columns = up.shape
-    missing = -columns % WORD_COLUMNS
-    padded = columns + missing
-    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
-    if missing:
-        inputs = functional.pad(inputs, (0, missing))
-    tensors = (gate.values, gate.meta, up.values, up.meta, inputs, outputs)
-    call(_SWIGLU[up.dtype], tensors, (rows, padded, inputs.numel() // padded), 2 * rows * columns, level)
+    outputs = inputs.new_empty(*inputs.shape[:-1], up.shape[0])
+    call(*gated_product(gate, up, whole_words(inputs), outputs), level)
     return outputs
+
+
+def gated_product(gate: Packed24, up: Packed24, inputs: Tensor, outputs: Tensor) -> Call:
+    """The call of `run_swiglu` for inputs [..., Kp], padded with zeros to whole words, and outputs [..., N]."""
+    (rows, columns), padded = up.shape, inputs.shape[-1]
+    tensors = (gate.values, gate.meta, up.values, up.meta, inputs, outputs)
+    return Call(_SWIGLU[up.dtype], tensors, (rows, padded, inputs.numel() // padded), 2 * rows * columns)
 
 
 def unpack_fast(weight: Packed24, *, out: Tensor | None = None, level: str | None = None) -> Tensor:

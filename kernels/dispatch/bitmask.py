@@ -37,7 +37,15 @@ def _swiglu_portable(gate: on_cpu.Masked, up: on_cpu.Masked, inputs: Tensor) -> 
 
 
 _PORTABLE = Route(_refuse_portable, lambda weight: weight, _run_portable, _swiglu_portable)
-_CPU = Route(on_cpu.refusal, on_cpu.prepare, on_cpu.run, on_cpu.run_swiglu, any_shape=True)
+_CPU = Route(
+    on_cpu.refusal,
+    on_cpu.prepare,
+    on_cpu.run,
+    on_cpu.run_swiglu,
+    any_shape=True,
+    call=on_cpu.product,
+    gated_call=on_cpu.gated_product,
+)
 
 BITMASK = Table(
     rows_of=_rows_of,

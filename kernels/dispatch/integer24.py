@@ -58,7 +58,7 @@ INTEGER24 = Table(
     values=lambda weight: f"int{weight.bits}",
     routes={
         "dense": dense_route(_rows_of, nowhere, on_the_way=4),  # q * scale in float32
-        "cpu": Route(on_cpu.refusal, lambda weight: weight, on_cpu.run, any_shape=True),
+        "cpu": Route(on_cpu.refusal, lambda weight: weight, on_cpu.run, any_shape=True, call=on_cpu.product),
         "portable": Route(_refuse_portable, lambda weight: weight, _run_portable),
         "mma_sp": Route(_refuse_mma_sp, _prepare_mma_sp, _run_mma_sp),
     },

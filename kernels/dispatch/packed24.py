@@ -76,6 +76,8 @@ PACKED24 = Table(
             on_cpu.run_swiglu,
             any_shape=True,
             swiglu_tokens=_CPU_SWIGLU_TOKENS,
+            call=on_cpu.product,
+            gated_call=on_cpu.gated_product,
         ),
         "portable": Route(_asks(refuse_portable), lambda weight: weight, _run_portable, _swiglu_portable),
         "mma_sp": Route(_asks(refuse_mma_sp), to_fragments, _run_mma_sp, _swiglu_mma_sp),

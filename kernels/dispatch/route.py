@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels.cpu.library import Call
 from sparsegpt.kernels.dispatch.measured import ANY, Measured, Step, find, in_words
 
 # What a user may ask for: a choice by measurements, and every name that a route may have.
@@ -35,6 +36,8 @@ class Route:
         swiglu: (state of gate, state of up, inputs [T, K] contiguous) -> silu(x gate^T) * (x up^T) [T, N], where the
             route has such a kernel; used up to `swiglu_tokens` tokens.
         any_shape: run and swiglu take contiguous inputs [..., K] of any number of dimensions.
+        call, gated_call: what run and swiglu call the CPU library with, where that is all they do, for inputs whose K
+            is whole words, and outputs: calls that can be part of a program (cpu/program.py).
     """
 
     refusal: Callable[[Any], str | None]  # Any: a packed weight of the format
@@ -43,6 +46,8 @@ class Route:
     swiglu: Callable[[Any, Any, Tensor], Tensor] | None = None
     any_shape: bool = False
     swiglu_tokens: int = ANY
+    call: Callable[[Any, Tensor, Tensor | None, Tensor], Call] | None = None
+    gated_call: Callable[[Any, Any, Tensor, Tensor], Call] | None = None
 
 
 @dataclass(frozen=True)

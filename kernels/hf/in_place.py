@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.format.form import Form
+from sparsegpt.kernels.hf.decode import step_blocks
 from sparsegpt.kernels.layers.dense_layers import DenseLinear, quicken_dense
 from sparsegpt.kernels.layers.experts import PackedExperts
 from sparsegpt.kernels.layers.forms import layer_class, usual_forms
@@ -44,6 +45,7 @@ def pack_linears(
             replaced += _pack_experts(model, name, module, kernels, forms)
     fuse_gated(model)
     quicken_dense(model)
+    step_blocks(model)
     for module in model.modules() if replaced else ():
         if hasattr(module, "save_pretrained"):
             module.save_pretrained = _refuse_saving  # type: ignore[assignment]

@@ -97,8 +97,11 @@ class Sparse24Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             wanted = self._dtypes.get(name, tensor.dtype)
             if tensor.dtype != wanted and not any(re.search(kept, name) for kept in model._get_dtype_plan(wanted)):
                 tensor.data = tensor.data.to(wanted)
+        from sparsegpt.kernels.hf.decode import step_blocks  # transformers imports this file while it is half loaded
+
         fuse_gated(model)
         quicken_dense(model)
+        step_blocks(model)
         logger.info(explain(model))
         return model
 

@@ -49,6 +49,9 @@ def remove_packed(model: nn.Module, dtype: torch.dtype) -> None:
 
     What stayed dense is of its original kind again too.
     """
+    from sparsegpt.kernels.hf.decode import unstep_blocks  # needs all of transformers, which may be importing this file
+
+    unstep_blocks(model)
     unquicken_dense(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedExperts):

@@ -63,7 +63,7 @@ def quicken_dense(model: nn.Module) -> int:
     What torch computes as fast on this machine stays as it is, and so does everything where there is no library.
     """
     modules = list(model.modules())
-    return _quicken_linears(list(filter(_is_plain, modules))) + _quicken_norms(list(filter(_is_norm, modules)))
+    return _quicken_linears(list(filter(_is_plain, modules))) + _quicken_norms(list(filter(_is_own_norm, modules)))
 
 
 def unquicken_dense(model: nn.Module) -> None:
@@ -104,14 +104,21 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return module.weight.is_cpu and module.weight.dtype == torch.bfloat16
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _is_own_norm(module: nn.Module) -> bool:
+    return is_norm(module) and "forward" not in module.__dict__
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    """Whether a module is a norm that the kernel computes, by its class's code and where its weight is."""
+    if module is None:
+        return False
     weight = module._parameters.get("weight")
     return (
         same_code(type(module).forward, _reference)
-        and "forward" not in module.__dict__
         and isinstance(getattr(module, "variance_epsilon", None), float)
         and weight is not None
         and weight.is_cpu
+        and weight.is_contiguous()
         and weight.dtype in cpu_norm.DTYPES
     )
 

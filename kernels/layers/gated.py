@@ -19,7 +19,7 @@ from torch.nn.modules import module as module_globals
 from sparsegpt.kernels.layers.linear import PackedLinear
 from sparsegpt.kernels.layers.plain import is_plain, same_code
 
-_GLOBAL_HOOKS = (module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks)
+GLOBAL_HOOKS = (module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks)
 
 
 def _reference(self, x):  # type: ignore[no-untyped-def]
@@ -53,14 +53,20 @@ def fuse_gated(model: nn.Module) -> int:
 
 
 def is_gated(module: nn.Module) -> bool:
-    """Whether a module is a gated block in the sense of this file whose forward is still its class's own."""
+    """Whether a block has the form and a kernel for it, and its forward is still its class's own."""
+    if "forward" in module.__dict__ or not has_gate(module):
+        return False
+    gate: Any = module.get_submodule("gate_proj")
+    return any(route.swiglu for route in gate.table.routes.values())
+
+
+def has_gate(module: nn.Module) -> bool:
+    """Whether a module is a gated block in the sense of this file, whatever kernels there are."""
     gate, up, down = (module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
     if not isinstance(gate, PackedLinear) or type(gate) is not type(up) or not isinstance(down, PackedLinear):
         return False
-    if not any(route.swiglu for route in gate.table.routes.values()):
-        return False
     assert isinstance(up, PackedLinear)
-    if "forward" in module.__dict__ or gate.bias is not None or up.bias is not None:
+    if gate.bias is not None or up.bias is not None:
         return False
     same = (gate.in_features, gate.out_features) == (up.in_features, up.out_features)
     return same and _is_silu(module._modules.get("act_fn")) and same_code(type(module).forward, _reference)
@@ -93,7 +99,7 @@ def _unwatched(module: Any) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or any(_GLOBAL_HOOKS)
+        or any(GLOBAL_HOOKS)
     )
 
 

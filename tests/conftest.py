@@ -54,13 +54,20 @@ def _no_chance():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _nothing_remembered(tmp_path_factory):
-    """What `sparsegpt tune` has found on this machine is not the tests' business."""
-    with pytest.MonkeyPatch.context() as patch:
-        place = tmp_path_factory.mktemp("cache") / "measured.json"
-        patch.setattr(measured, "measured_file", lambda: place)
-        yield
+@pytest.fixture(scope="session")
+def _cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered(_cache, monkeypatch):
+    """What `sparsegpt tune` has found on this machine, or in another test, is not a test's business."""
+    place = _cache / "measured.json"
+    place.unlink(missing_ok=True)
+    measured.remembered.cache_clear()
+    monkeypatch.setattr(measured, "measured_file", lambda: place)
+    yield
+    measured.remembered.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.model.loading import load_config
+from sparsegpt.model.loading import sequence_length as check_length
 
 ORDERS = ("block", "linear")
 
@@ -32,7 +34,12 @@ def bench_pipeline(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[PipelineRow]:
-    """Prune `model` to 2:4 with sparsegpt, once in each order. Raises SparseGPTError where a process is refused."""
+    """Prune `model` to 2:4 with sparsegpt, once in each order.
+
+    Raises SparseGPTError for windows longer than the model's positions, and where a process is refused.
+    """
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code, to_prune=True)
+    check_length(model, config, sequence_length)
     rows = []
     for order in ORDERS:
         arguments = json.dumps(

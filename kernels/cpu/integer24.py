@@ -1,6 +1,6 @@
 """Packed 2:4 weights with int8 or int4 values on a CPU: outputs = inputs W^T + bias, W = q * scale (integer24.cpp).
 
-Inputs and outputs in bfloat16, sums in float32; needs AVX-512.
+Inputs and outputs in bfloat16, sums in float32; needs AVX2.
 Dimension key: N out_features, K in_features."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.cpu.build import load_library
 from sparsegpt.kernels.format.quantized import Quantized24
 
-LEVELS = ("avx512", "avx512_bf16")
+LEVELS = ("avx2", "avx512", "avx512_bf16")
 
 
 def refusal(weight: Quantized24) -> str | None:
@@ -24,7 +24,7 @@ def refusal(weight: Quantized24) -> str | None:
         return f"the CPU kernel for integer values computes in bfloat16; the layer is {weight.dtype}"
     if load_library() is None:
         return library.NO_COMPILER
-    return None if library.machine_level() in LEVELS else "the CPU kernel for integer values needs AVX-512"
+    return None if library.machine_level() in LEVELS else "the CPU kernel for integer values needs AVX2"
 
 
 def run(weight: Quantized24, inputs: Tensor, bias: Tensor | None, *, level: str | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """What multiplies by a packed 2:4 weight with int8 or int4 values, in the dtype of the inputs.
 
     dense      the library's matmul on the weight dequantised for the call, block by block of rows; serves everything
-    cpu        C++, bfloat16 inputs, AVX-512: reads the integers
+    cpu        C++, bfloat16 inputs, AVX2 or AVX-512: reads the integers
     portable   Triton, int8 and int4            mma_sp   sparse tensor cores, int4
 
 The dense weight is kept nowhere: integers are chosen to save memory."""

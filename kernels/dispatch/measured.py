@@ -32,7 +32,7 @@ import logging
 import math
 import platform
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -53,6 +53,8 @@ ANY = 1 << 62  # tokens or weights: no limit
 OWN_DENSE = "own-dense"
 # What a route must gain over dense to be taken, and the tokens from which what wins goes on winning.
 MARGIN, MANY_TOKENS = 1.03, 1024
+# Up to so many a CPU's kernels have won on every path that was measured.
+FEW_TOKENS = 16
 FORMAT = 1
 
 # Up to so many tokens, this route.
@@ -125,7 +127,8 @@ def in_words(steps: Sequence[Step]) -> str:
 
 
 # Measured as BENCHMARKS.md says. avx512_bf16: one core of an AMD EPYC (Zen 5). avx512: two cores of an Intel Xeon
-# without bfloat16 products; avx2: the same, torch's libraries held to AVX2. ANY: torch lost on all tokens, up to 1024.
+# without bfloat16 products; avx2: the same, torch's libraries held to AVX2, and for integers and bitmasks two cores of
+# an AMD EPYC, up to 256 tokens. ANY: torch lost on all tokens, up to 1024.
 _BF16, _F32 = torch.bfloat16, torch.float32
 MEASURED = (
     Measured("avx512_bf16", _BF16, 1 << 23, ((64, "cpu"),), ((32, "cpu"),), "2.2 to 3.7"),
@@ -140,17 +143,42 @@ MEASURED = (
     Measured("avx512_bf16", _BF16, ANY, ((48, "cpu"),), (), "5.0 to 6.6", "int4"),
     Measured("avx512", _BF16, ANY, ((ANY, "cpu"),), (), "2.9 to 4.8", "int8"),
     Measured("avx512", _BF16, ANY, ((ANY, "cpu"),), (), "2.7 to 4.7", "int4"),
+    Measured("avx2", _BF16, ANY, ((256, "cpu"),), (), "2.2", "int8"),
+    Measured("avx2", _BF16, ANY, ((256, "cpu"),), (), "2.0", "int4"),
+    Measured("avx2", _BF16, ANY, ((256, "cpu"),), ((256, "cpu"),), "1.7 to 1.8", "bitmask"),
+    Measured("avx2", _BF16, ANY, ((256, "cpu"),), (), "1.4 to 1.6", "bitmask int8"),
+    Measured("avx2", _BF16, ANY, ((256, "cpu"),), (), "0.7 to 0.9", "bitmask int4"),
+    Measured("avx2", _F32, ANY, ((64, "cpu"),), ((64, "cpu"),), "1.6 to 1.8", "bitmask"),
+    Measured("avx2", _F32, ANY, ((64, "cpu"),), (), "2.4 to 2.5", "bitmask int8"),
+    Measured("avx2", _F32, ANY, ((64, "cpu"),), (), "1.4", "bitmask int4"),
 )
 
 
 def find(device: torch.device, dtype: torch.dtype, values: str, weights: int) -> Measured | None:
     """The row for a weight of so many elements, or None where nothing like it has been measured."""
-    path = library.machine_level() if device.type == "cpu" else machine_name(device)
-    for rows in (remembered().get(machine_name(device), ()), [row for row in MEASURED if row.path == path]):
+    for rows in (remembered().get(machine_name(device), ()), *_shipped(device)):
         alike = [row for row in rows if (row.dtype, row.values) == (dtype, values)]
         if alike:
             return next((row for row in alike if weights <= row.weights), None)
     return None
+
+
+def _shipped(device: torch.device) -> Iterator[list[Measured]]:
+    """The shipped rows of a device; then, for few tokens, those of the lesser paths, which its CPU has too."""
+    if device.type != "cpu":
+        yield [row for row in MEASURED if row.path == machine_name(device)]
+    elif level := library.machine_level():
+        best = library.LEVELS.index(level)
+        yield [row for row in MEASURED if row.path == level]
+        for path in reversed(library.LEVELS[:best]):
+            yield [_for_few_tokens(row) for row in MEASURED if row.path == path]
+
+
+def _for_few_tokens(row: Measured) -> Measured:
+    steps, resident = (
+        tuple((min(limit, FEW_TOKENS), route) for limit, route in found[:1]) for found in (row.steps, row.resident)
+    )
+    return replace(row, steps=steps, resident=resident)
 
 
 def machine_name(device: torch.device) -> str:

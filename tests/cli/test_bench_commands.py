@@ -64,4 +64,3 @@ def test_tune_measures_and_remembers(run_cli, tmp_path, monkeypatch):
     steps = [*row["steps"], *([] if row["steps"] and row["steps"][-1][0] == ANY else [[ANY, "dense"]])]
     assert PACKED24.choose(pack(torch.zeros(32, 64))).steps == tuple(map(tuple, steps))
     assert "weights up to" in run_cli("tune", "--shapes", "32x64", "--tokens", "1", "--rounds", "1").out
-    measured.remembered.cache_clear()

@@ -130,7 +130,7 @@ def textbook(weight, hessian, pattern, block_size=128):
 
 @pytest.fixture(scope="module")
 def large_layer():
-    return random_layer(2048, 2048, tokens=4096)
+    return random_layer(1024, 1536, tokens=4096)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -153,12 +152,10 @@ def test_resident_is_judged_by_the_kept_weight_and_integers_by_their_own_dense()
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "deep" / "measured.json"
     monkeypatch.setattr(measured, "measured_file", lambda: path)
-    measured.remembered.cache_clear()
-    yield path
-    measured.remembered.cache_clear()
+    return path
 
 
 @pytest.fixture
@@ -192,6 +189,22 @@ def test_other_dtypes_and_forms_keep_the_shipped_rows(
     remember([Measured(machine_name(HERE), BF16, ANY, ((5, "cpu"),), values="int4")])
     assert INTEGER24.choose(quantize(pack(weight24(64, 128, BF16)), 4)).steps == ((5, "cpu"), (ANY, "dense"))
     assert find(HERE, BF16, "", 99) == before[""]
+
+
+def test_a_path_that_was_not_measured_goes_by_the_next_lesser_one_for_few_tokens(
+    served: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (
+        Measured("avx2", BF16, ANY, ((256, "cpu"), (ANY, "dense")), ((4, "cpu"),), values="bitmask"),
+        Measured("avx512", BF16, ANY, ((64, "cpu"),), values="int4"),
+    )
+    monkeypatch.setattr(measured, "MEASURED", rows)
+    monkeypatch.setattr(library, "machine_level", lambda: "avx512")
+    assert find(HERE, BF16, "int4", 99) == rows[1]
+    lesser = find(HERE, BF16, "bitmask", 99)
+    assert lesser is not None and (lesser.steps, lesser.resident) == (((16, "cpu"),), ((4, "cpu"),))
+    monkeypatch.setattr(library, "machine_level", lambda: "plain")
+    assert find(HERE, BF16, "bitmask", 99) is None
 
 
 def test_a_route_that_is_unknown_or_cannot_serve_leaves_its_place_to_dense() -> None:

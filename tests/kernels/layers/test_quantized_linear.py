@@ -63,7 +63,7 @@ def test_dense_route_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(packed(inputs), inputs.double() @ dense.T + packed.bias.double()) < 2e-6
 
 
-@pytest.mark.skipif(machine_level() not in integer24.LEVELS, reason="needs AVX-512")
+@pytest.mark.skipif(machine_level() not in integer24.LEVELS, reason="needs AVX2")
 def test_the_cpu_kernel_serves_few_tokens() -> None:
     _, packed = layer((40, 128), 4, False)
     assert packed(torch.randn(2, 128).bfloat16()).shape == (2, 40) and packed.choice.route(1) == "cpu"

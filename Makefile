@@ -1,7 +1,7 @@
 # make run          set up .venv, prune the embedded demo model to 2:4, print its perplexities
 # make test         set up .venv, run the tests, as many at a time as there are cores
 # make test-faults  the long form of the fault tests: kills, full disks, damaged files (`make test` has a short form)
-# make test-long     every case of the tests over tables, where `make test` has a covering part of the cases
+# make test-long    every case of the tests over tables, of which `make test` has a covering part; more drawn examples
 # make test-oldest  set up .venv-oldest with the oldest supported libraries, run the tests that depend on them
 # make bench-gpu    set up .venv, test and measure everything on a GPU: bench-gpu/bench-gpu.json, .md and logs
 # make bench-gpu-here  the same with the torch, triton and transformers that $(PYTHON) has: needs no network
@@ -40,7 +40,7 @@ test-faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults" -s
 
 test-long: $(READY)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "long or hypothesis" --hypothesis-profile long
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -m "not faults" tests/kernels tests/model tests/run/test_streamed_run.py tests/solvers/test_fused.py

@@ -24,8 +24,9 @@ from tests.support import (
     write_text,
 )
 
-settings.register_profile("repeatable", deadline=None, derandomize=True)
-settings.load_profile("repeatable")
+settings.register_profile("long", deadline=None, derandomize=True)
+settings.register_profile("short", settings.get_profile("long"), max_examples=30)
+settings.load_profile("short")
 gc.disable()  # until all tests are collected: libraries and thousands of tests, all here to stay
 
 

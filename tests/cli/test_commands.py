@@ -143,7 +143,7 @@ def test_quiet_prints_nothing(prune, text_file):
 
 
 def test_the_package_runs_as_a_module_in_a_process_of_its_own(llama_folder, text_file, tmp_path):
-    flags = ["--model", llama_folder, "--sparsity", "50%", "--calib", text_file, "--eval", "none", "--samples", 8]
+    flags = ["--model", llama_folder, "--sparsity", "50%", "--calib", text_file, "--eval", "none", "--samples", 2]
     command = [sys.executable, "-m", "sparsegpt", "run", *map(str, flags), "--seqlen", str(WINDOW)]
     options = {"cwd": tmp_path, "env": CHILD_ENVIRONMENT, "capture_output": True, "text": True}
     ended = subprocess.run(command, check=False, timeout=120, **options)

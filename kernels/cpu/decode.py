@@ -29,12 +29,12 @@ def attend(
     """
     (heads, size), (shared, capacity, _) = outputs.shape, kept[0].shape
     sizes = (heads, shared, size, length, capacity, scaling)
-    return Call(f"sparse24_attend_{_SUFFIXES[outputs.dtype]}", (*states, *turn, *kept, outputs), sizes, 0)
+    return f"sparse24_attend_{_SUFFIXES[outputs.dtype]}", (*states, *turn, *kept, outputs), sizes, 0
 
 
 def gate(gated: Tensor, up: Tensor, outputs: Tensor) -> Call:
     """[N], [N] -> silu(gated) * up for outputs [N]."""
-    return Call(f"sparse24_gate_{_SUFFIXES[outputs.dtype]}", (gated, up, outputs), (outputs.numel(),), 0)
+    return f"sparse24_gate_{_SUFFIXES[outputs.dtype]}", (gated, up, outputs), (outputs.numel(),), 0
 
 
 def residual(inputs: Tensor, delta: Tensor, total: Tensor, weight: Tensor, epsilon: float, outputs: Tensor) -> Call:
@@ -50,4 +50,4 @@ def add(inputs: Tensor, delta: Tensor, total: Tensor) -> Call:
 def _residual(tensors: tuple[Tensor, ...], epsilon: float) -> Call:
     inputs = tensors[0]
     sizes = (inputs.shape[-1], inputs.numel() // inputs.shape[-1], epsilon)
-    return Call(f"sparse24_residual_{_SUFFIXES[inputs.dtype]}", tensors, sizes, 0)
+    return f"sparse24_residual_{_SUFFIXES[inputs.dtype]}", tensors, sizes, 0

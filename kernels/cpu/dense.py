@@ -31,4 +31,4 @@ def product(weight: Tensor, inputs: Tensor, bias: Tensor | None, outputs: Tensor
     """The call of `run` for outputs [..., N]."""
     rows, columns = weight.shape
     tensors = (weight, inputs, library.NOTHING if bias is None else bias, outputs)
-    return library.Call("sparse24_dense_bf16", tensors, (rows, columns, inputs.numel() // columns), rows * columns)
+    return "sparse24_dense_bf16", tensors, (rows, columns, inputs.numel() // columns), rows * columns

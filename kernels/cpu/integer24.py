@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.cpu.build import load_library
+from sparsegpt.kernels.format.pack import padded_columns
 from sparsegpt.kernels.format.quantized import Quantized24
 
 LEVELS = ("avx2", "avx512", "avx512_bf16")
@@ -33,13 +34,14 @@ def run(weight: Quantized24, inputs: Tensor, bias: Tensor | None, *, level: str 
     Raises SparseGPTError for a `level` that the machine does not have (`library.call`).
     """
     outputs = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
-    library.call(*product(weight, library.whole_words(inputs), bias, outputs), level)
+    library.call(*product(weight, library.whole_words(inputs, weight.shape[1]), bias, outputs), level)
     return outputs
 
 
 def product(weight: Quantized24, inputs: Tensor, bias: Tensor | None, outputs: Tensor) -> library.Call:
     """The call of `run` for inputs [..., Kp], padded with zeros to whole words, and outputs [..., N]."""
-    (rows, columns), padded = weight.shape, inputs.shape[-1]
+    rows, columns = weight.shape
+    padded = padded_columns(columns)
     tensors = (weight.words, weight.scales, weight.meta, inputs, library.NOTHING if bias is None else bias, outputs)
     sizes = (rows, padded, inputs.numel() // padded, min(weight.group_size, padded), weight.bits)
-    return library.Call("sparse24_integer_bf16", tensors, sizes, rows * columns)
+    return "sparse24_integer_bf16", tensors, sizes, rows * columns

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ _ADDRESS = Tensor.data_ptr
 _TRIED, _ROUNDING = (40, 1120, 150), 1e-2
 _SMALL = 1 << 16  # weights: below this a second thread costs more than it saves
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+# What `call` takes: the name of a function, tensors [...] contiguous on the CPU, sizes, how many weights it reads. A
+# plain tuple, as every small product makes one.
+Call = tuple[str, tuple[Tensor, ...], tuple[float, ...], int]
 # By the second word of a function's name: addresses, sizes, and at the end threads and level.
 ARGUMENTS: dict[str, list[Any]] = {
     "matmul": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 2,
@@ -47,15 +50,6 @@ ARGUMENTS: dict[str, list[Any]] = {
     "huge": [_POINTER, _LONG],
     "program": [_POINTER, _LONG, _INT],
 }
-
-
-class Call(NamedTuple):
-    """What `call` takes: a function, tensors [...] contiguous on the CPU, sizes, and the weights that it reads."""
-
-    name: str
-    tensors: tuple[Tensor, ...]
-    sizes: tuple[float, ...]
-    weights: int
 
 
 @cache
@@ -125,9 +119,9 @@ def find_function(name: str) -> Any:
     return function
 
 
-def whole_words(inputs: Tensor) -> Tensor:
-    """[..., K] -> [..., Kp], padded with zeros as packed weights are."""
-    missing = -inputs.shape[-1] % WORD_COLUMNS
+def whole_words(inputs: Tensor, columns: int) -> Tensor:
+    """[..., K] -> [..., Kp], padded with zeros as packed weights of `columns` = K are."""
+    missing = -columns % WORD_COLUMNS
     return functional.pad(inputs, (0, missing)) if missing else inputs
 
 

@@ -25,4 +25,4 @@ def norm(inputs: Tensor, weight: Tensor, epsilon: float, outputs: Tensor) -> lib
     """The call of `run` for outputs [..., K]."""
     columns, elements = weight.shape[0], inputs.numel()
     sizes = (columns, elements // columns, epsilon)
-    return library.Call(_NORM[weight.dtype], (inputs, weight, outputs), sizes, elements)
+    return _NORM[weight.dtype], (inputs, weight, outputs), sizes, elements

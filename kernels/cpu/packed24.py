@@ -12,17 +12,8 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.kernels.cpu import library
 from sparsegpt.kernels.cpu.build import load_library
-from sparsegpt.kernels.cpu.library import (
-    NO_COMPILER,
-    NOTHING,
-    Call,
-    call,
-    find_function,
-    misplaced,
-    to_huge_pages,
-    whole_words,
-)
 from sparsegpt.kernels.format.pack import Packed24, padded_columns, unpack
 
 _MATMUL = {torch.bfloat16: "sparse24_matmul_bf16", torch.float32: "sparse24_matmul_f32"}
@@ -36,17 +27,17 @@ _UNPACK = {
 
 def refusal(weight: Packed24) -> str | None:
     """[N, K] -> why the CPU kernel cannot serve the weight, or None."""
-    reason = misplaced(weight.values, weight.meta)
+    reason = library.misplaced(weight.values, weight.meta)
     if reason is not None:
         return reason
     if weight.dtype not in _MATMUL:
         return f"the CPU kernel computes in bfloat16 and float32; the weight is {weight.dtype}"
-    return None if load_library() is not None else NO_COMPILER
+    return None if load_library() is not None else library.NO_COMPILER
 
 
 def prepare(weight: Packed24) -> Packed24:
     """[N, K] -> the weight itself, its memory moved in place to huge pages where the system allows (a hint)."""
-    to_huge_pages(weight.values, weight.meta)
+    library.to_huge_pages(weight.values, weight.meta)
     return weight
 
 
@@ -56,15 +47,16 @@ def run(weight: Packed24, inputs: Tensor, bias: Tensor | None, *, level: str | N
     Raises SparseGPTError for a `level` that the machine does not have (`library.call`).
     """
     outputs = inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
-    call(*product(weight, whole_words(inputs), bias, outputs), level)
+    library.call(*product(weight, library.whole_words(inputs, weight.shape[1]), bias, outputs), level)
     return outputs
 
 
-def product(weight: Packed24, inputs: Tensor, bias: Tensor | None, outputs: Tensor) -> Call:
+def product(weight: Packed24, inputs: Tensor, bias: Tensor | None, outputs: Tensor) -> library.Call:
     """The call of `run` for inputs [..., Kp], padded with zeros to whole words, and outputs [..., N]."""
-    (rows, columns), values, padded = weight.shape, weight.values, inputs.shape[-1]
-    tensors = (values, weight.meta, inputs, NOTHING if bias is None else bias, outputs)
-    return Call(_MATMUL[values.dtype], tensors, (rows, padded, inputs.numel() // padded), rows * columns)
+    (rows, columns), values = weight.shape, weight.values
+    padded = padded_columns(columns)
+    tensors = (values, weight.meta, inputs, library.NOTHING if bias is None else bias, outputs)
+    return _MATMUL[values.dtype], tensors, (rows, padded, inputs.numel() // padded), rows * columns
 
 
 def run_swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | None = None) -> Tensor:
@@ -75,15 +67,16 @@ def run_swiglu(gate: Packed24, up: Packed24, inputs: Tensor, *, level: str | Non
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise SparseGPTError(f"swiglu: gate {gate.shape} and up {up.shape} must have one shape and dtype")
     outputs = inputs.new_empty(*inputs.shape[:-1], up.shape[0])
-    call(*gated_product(gate, up, whole_words(inputs), outputs), level)
+    library.call(*gated_product(gate, up, library.whole_words(inputs, up.shape[1]), outputs), level)
     return outputs
 
 
-def gated_product(gate: Packed24, up: Packed24, inputs: Tensor, outputs: Tensor) -> Call:
+def gated_product(gate: Packed24, up: Packed24, inputs: Tensor, outputs: Tensor) -> library.Call:
     """The call of `run_swiglu` for inputs [..., Kp], padded with zeros to whole words, and outputs [..., N]."""
-    (rows, columns), padded = up.shape, inputs.shape[-1]
+    rows, columns = up.shape
+    padded = padded_columns(columns)
     tensors = (gate.values, gate.meta, up.values, up.meta, inputs, outputs)
-    return Call(_SWIGLU[up.dtype], tensors, (rows, padded, inputs.numel() // padded), 2 * rows * columns)
+    return _SWIGLU[up.dtype], tensors, (rows, padded, inputs.numel() // padded), 2 * rows * columns
 
 
 def unpack_fast(weight: Packed24, *, out: Tensor | None = None, level: str | None = None) -> Tensor:
@@ -93,9 +86,14 @@ def unpack_fast(weight: Packed24, *, out: Tensor | None = None, level: str | Non
     """
     (rows, columns), values = weight.shape, weight.values
     name = _UNPACK.get(values.dtype) if values.is_cpu else None
-    if name is None or find_function(name) is None or not values.is_contiguous() or not weight.meta.is_contiguous():
+    if (
+        name is None
+        or library.find_function(name) is None
+        or not values.is_contiguous()
+        or not weight.meta.is_contiguous()
+    ):
         dense = unpack(weight)
         return dense if out is None else out.copy_(dense)
     dense = values.new_empty(rows, columns) if out is None else out
-    call(name, (values, weight.meta, dense), (rows, padded_columns(columns), columns), rows * columns, level)
+    library.call(name, (values, weight.meta, dense), (rows, padded_columns(columns), columns), rows * columns, level)
     return dense

@@ -32,7 +32,7 @@ _WORDS = ctypes.sizeof(_Call) // 8
 
 
 class Program:
-    """Calls [(waits, call), ...] with the threads that torch now has. waits: for all calls before it.
+    """Calls [(waits, call), ...] on tensors [...], with the threads that torch now has. waits: for all calls before it.
 
     Tensors of a call may be exchanged: `places` says where a tensor's address stands, `words[place]` is that address.
     Raises SparseGPTError without a library, and for a function whose arguments a program does not take.
@@ -67,18 +67,19 @@ def _in_words(waits: bool, call: Call) -> _Call:
     library = load_library()
     if library is None:
         raise SparseGPTError("a program of calls needs the CPU library, and there is no compiler to build it")
-    function, level = at_best_level(call.name)
+    name, tensors, numbers, weights = call
+    function, level = at_best_level(name)
     address = ctypes.cast(function, ctypes.c_void_p).value
-    kinds = ARGUMENTS[call.name.split("_")[1]][len(call.tensors) : -2]
+    kinds = ARGUMENTS[name.split("_")[1]][len(tensors) : -2]
     sizes, reals, wholes = (
-        [value for value, its in zip(call.sizes, kinds, strict=True) if its is kind]
+        [value for value, its in zip(numbers, kinds, strict=True) if its is kind]
         for kind in (ctypes.c_int64, ctypes.c_float, ctypes.c_int)
     )
-    made = _Call(address, len(call.tensors), len(sizes), len(reals), len(wholes), waits)
-    made.pointer[: len(call.tensors)] = [tensor.data_ptr() for tensor in call.tensors]
+    made = _Call(address, len(tensors), len(sizes), len(reals), len(wholes), waits)
+    made.pointer[: len(tensors)] = [tensor.data_ptr() for tensor in tensors]
     made.size[: len(sizes)] = sizes
     made.real, made.whole = sum(reals), sum(wholes)  # one of a kind, or none
-    made.threads, made.level = threads_for(call.weights), level
+    made.threads, made.level = threads_for(weights), level
     if not library.sparse24_takes(ctypes.byref(made)):
-        raise SparseGPTError(f"a program takes no call of {call.name}: its signature is not in program.cpp")
+        raise SparseGPTError(f"a program takes no call of {name}: its signature is not in program.cpp")
     return made

@@ -176,7 +176,7 @@ class _BlockProgram:
 
     def __init__(self, calls: list[tuple[bool, Call]], attend: Call, inputs: Tensor, outputs: Tensor) -> None:
         self._program = program = Program(calls)
-        *_, cos, sin, keys, values, _ = attend.tensors
+        _, (*_, cos, sin, keys, values, _), *_ = attend
         self._shared, _, self._size = keys.shape
         index = next(index for index, (_, call) in enumerate(calls) if call is attend)
         moving = (inputs, outputs, cos, sin, keys, values)

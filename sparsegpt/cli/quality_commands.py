@@ -24,7 +24,7 @@ from sparsegpt.cli.options import (
     at_home,
     data_names,
 )
-from sparsegpt.errors import unknown
+from sparsegpt.errors import SparseGPTError, unknown
 from sparsegpt.quantization import parse_grid
 from sparsegpt.run.options import default_data
 from sparsegpt.settings.prune_settings import LinearSettings, resolve_settings
@@ -133,10 +133,10 @@ def _rungs(asked: str | None, ladder: Collection[str]) -> tuple[str, ...]:
 
 
 def _texts(model: str, calibration: str | None, evaluation: str | None) -> tuple[str, str]:
-    return (
-        default_data(model, "calibration") if calibration is None else calibration,
-        ",".join(data_names(default_data(model, "evaluation") if evaluation is None else evaluation)),
-    )
+    names = data_names(default_data(model, "evaluation") if evaluation is None else evaluation)
+    if not names:
+        raise SparseGPTError("perplexity is what is measured here: name a text to evaluate on", settings=("evaluate",))
+    return default_data(model, "calibration") if calibration is None else calibration, ",".join(dict.fromkeys(names))
 
 
 def _kept_rows(

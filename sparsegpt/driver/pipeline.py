@@ -243,10 +243,16 @@ def _rotate(
     patterns = {name: choice.sparsity for name, choice in work.linears.items()}
     told = solver.report, solver.listener
     with solver.timed("rotate"):
-        rotate = work.settings.rotate
-        model = work.decoder
         rotate_first(
-            model, rotate, patterns, batches, residence, progress, *told, in_place=in_place, ranks=solver.ranks
+            work.decoder,
+            work.settings.rotate,
+            patterns,
+            batches,
+            residence,
+            progress,
+            *told,
+            in_place=in_place,
+            ranks=solver.ranks,
         )
 
 

@@ -121,8 +121,16 @@ def rotate_first(
     if known is None:
         unties = wanted.stream and model.unties
         share = dealt(_first(batches, tokens_wanted(model)), ranks)
-        chosen = {"stream": wanted.stream, "values": wanted.values}
-        found = find_bases(model, share, residence, patterns, **chosen, seed=seed, add_up=ranks.add_up)
+        found = find_bases(
+            model,
+            share,
+            residence,
+            patterns,
+            stream=wanted.stream,
+            values=wanted.values,
+            seed=seed,
+            add_up=ranks.add_up,
+        )
         bases = found.bases
         added = model.head_parameters if unties and bases.stream is not None else 0
         report.rotation = RotationReport(found.stream, found.values, len(bases.values), added)

@@ -227,6 +227,7 @@ def test_inspect_takes_what_a_model_is_called(run_cli):
         (("quality", "--methods=papr"), ("did you mean paper?", "--methods")),
         (("quality", "--patterns=2/4"), ("did you mean 2:4?",)),
         (("quality", "--eval=wikitext", "--calib=pydoc"), ("did you mean wikitext2?", "--eval")),
+        (("quality", "--eval=none"), ("name a text", "--eval")),
         (("quality", "--calib=wikitext"), ("did you mean wikitext2?", "--calib")),
         (("quality", "--model=opt-1.3"), ("did you mean opt-1.3b?",)),
         (("quality", "--out=."), ("cannot be written",)),

@@ -125,4 +125,4 @@ def test_a_program_is_its_calls_one_by_one(threads: int, dtype: torch.dtype) -> 
 
 def test_a_program_refuses_what_it_cannot_call() -> None:
     with pytest.raises(SparseGPTError, match="sparse24_read"):
-        Program([(False, Call("sparse24_read", (NOTHING, NOTHING), (0,), 0))])
+        Program([(False, ("sparse24_read", (NOTHING, NOTHING), (0,), 0))])

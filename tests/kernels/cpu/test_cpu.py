@@ -131,6 +131,31 @@ def test_integer_values_against_float64(tokens: int, group_size: int, bits: int,
         assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("level", [level for level in HERE if level in integer24.LEVELS])
+def test_integer_values_with_inputs_of_every_size(level: str, poisoned: None) -> None:
+    """Each 32 columns have inputs of another size, from the least of bfloat16 to a large one; each row takes one size."""
+    sizes = (0.0, 1e-40, 1e-37, 1e-30, 1e-3, 1.0, 3e4, 1e30)
+    columns = 32 * len(sizes)
+    blocks = torch.arange(columns) // 32
+    weight = weight24(len(sizes), columns, torch.bfloat16) * (blocks == torch.arange(len(sizes))[:, None])
+    small = quantize(pack(weight), 8, 32)
+    inputs = (torch.randn(3, columns) * torch.tensor(sizes)[blocks]).bfloat16()
+    expected = inputs.double() @ unpack(dequantize(small, torch.float64)).T
+    found = integer24.run(small, inputs, None, level=level).double()
+    # below 1e-34 an AVX2 input is zero, and sums of 1e-40 are below every product's own rounding
+    assert ((found - expected).abs() <= 0.01 * expected.abs().amax(0) + 1e-34).all()
+
+
+@pytest.mark.parametrize("level", [level for level in HERE if level in integer24.LEVELS])
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
+def test_integer_values_hide_no_overflow(wrong: float, level: str, poisoned: None) -> None:
+    small = quantize(pack(weight24(5, 64, torch.bfloat16)), 4, 32)
+    inputs = torch.randn(2, 64).bfloat16()
+    inputs[1, 40:44] = wrong
+    found = integer24.run(small, inputs, None, level=level)
+    assert found[0].isfinite().all() and not found[1].isfinite().any()
+
+
 def test_integer_refusals() -> None:
     small = quantize(pack(weight24(4, 32, torch.bfloat16)), 4)
     assert (integer24.refusal(small) is None) == (machine_level() in integer24.LEVELS)

@@ -42,7 +42,7 @@ HEADERS = tuple(
     Path(__file__).with_name(name)
     for name in ("common24.h", "blocks.h", "products24.h", "masked_products.h", "tiles.h")
 )
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _TIMEOUT = 120  # seconds
 _BUILDING = "building-"
 _LOCK = ".lock"

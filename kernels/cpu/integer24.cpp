@@ -134,6 +134,7 @@ struct OnAvx2 {
     const uint8_t* q = p.words + n * words * bytes;
     const uint32_t* meta = p.meta + n * words;
     const float* input_scale = p.input_scales + first * p.spans;
+    const int64_t ahead = std::max<int64_t>(words, 128);  // the next tile, or a later one
     __m256 sums[ROWS][TOKENS];
     for (auto& row : sums)
       for (auto& sum : row) sum = _mm256_setzero_ps();
@@ -144,8 +145,8 @@ struct OnAvx2 {
         for (auto& row : partial)
           for (auto& sum : row) sum = _mm256_setzero_si256();
         for (const int64_t end = std::min(w + Steps::kWords, stop); w < end; w++) {
-          _mm_prefetch((const char*)(q + ROWS * (words + w) * bytes), _MM_HINT_T1);  // of the next tile
-          if (w % 4 == 0) _mm_prefetch((const char*)(meta + ROWS * (words + w)), _MM_HINT_T1);
+          _mm_prefetch((const char*)(q + ROWS * (ahead + w) * bytes), _MM_HINT_T1);
+          if (w % 4 == 0) _mm_prefetch((const char*)(meta + ROWS * (ahead + w)), _MM_HINT_T1);
           for (int r = 0; r < ROWS; r++) {
             const int64_t at = r * words + w;
             const __m256i kept = widen(q + at * bytes), places = places_of(meta[at]);

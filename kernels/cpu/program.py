@@ -50,10 +50,10 @@ class Program:
         """Run the calls."""
         self._function(*self._arguments)
 
-    def places(self, tensor: Tensor) -> tuple[int, ...]:
-        """[...] -> the places in `words` that hold its address."""
+    def places(self, tensor: Tensor, calls: range) -> tuple[int, ...]:
+        """[...] -> the places in `words` that hold its address, in calls with these numbers."""
         address = tensor.data_ptr()
-        first = [_WORDS * index + _Call.pointer.offset // 8 for index in range(len(self._held))]
+        first = [_WORDS * index + _Call.pointer.offset // 8 for index in calls]
         return tuple(
             place for start in first for place in range(start, start + _POINTERS) if self.words[place] == address
         )

@@ -1,4 +1,4 @@
-"""Decoder blocks of packed models for one token: all of a block in one call of the CPU library (cpu/program.cpp).
+"""Decoder blocks of packed models for one token: blocks that follow one another are one call of the CPU library.
 
 Transparent: parameters, names, `state_dict` and saving are the model's own. A block is taken when its code and that of
 its attention are Llama's (references.py), its norms and its MLP have kernels of their own (layers/), and all its
@@ -6,14 +6,18 @@ projections are packed. Its forward is the program only for one token without a 
 without gradients, compilers or autocast, and while nothing watches or has replaced its parts; otherwise, and for other
 attention than transformers' own "sdpa", its class's.
 
-Dimension key: H heads, G heads of keys and values, D size of a head, K hidden size, N size of the MLP."""
+The first block works out those after it as well (stretch.py). Each of these gives what was worked out for it when its
+turn comes, if nothing has changed and its input has those very numbers. Keys and values are shown then, not before."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +25,35 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsegpt.kernels.cpu import decode
-from sparsegpt.kernels.cpu import norm as cpu_norm
-from sparsegpt.kernels.cpu.library import Call
-from sparsegpt.kernels.cpu.program import Program
-from sparsegpt.kernels.format.pack import WORD_COLUMNS
-from sparsegpt.kernels.hf.growing import room_of
+from sparsegpt.kernels.hf.growing import Room
 from sparsegpt.kernels.hf.references import is_attention, is_block
+from sparsegpt.kernels.hf.stretch import NORMS, BlockCalls, NoCallError, Stretch
 from sparsegpt.kernels.layers.dense_layers import is_norm, norm_forward
 from sparsegpt.kernels.layers.gated import GLOBAL_HOOKS, gated_forward, has_gate
-from sparsegpt.kernels.layers.linear import PackedLinear, Plan
+from sparsegpt.kernels.layers.linear import PackedLinear, Plan, Plans
 from sparsegpt.kernels.layers.plain import is_plain
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-_PARTS = ("self_attn", "mlp", *_NORMS, *(f"self_attn.{name}" for name in _PROJECTIONS))
+_PARTS = ("self_attn", "mlp", *NORMS, *(f"self_attn.{name}" for name in _PROJECTIONS))
 _PARTS += tuple(f"mlp.{name}" for name in (*_MLP, "act_fn"))
 # Arguments that say nothing beside the cosines and the cache.
 _REDUNDANT = {"position_ids", "use_cache", "cache_position"}
 _GIVEN = {"attention_mask", "past_key_values", "position_embeddings"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients nothing comes back
 
 
 def step_blocks(model: nn.Module) -> int:
     """Give every block of `model` that is known its program for single tokens; returns how many there are."""
-    blocks = [module for module in model.modules() if is_known(module) and "forward" not in module.__dict__]
-    for block in blocks:
-        block.forward = partial(block_forward, block, Step())
-    return len(blocks)
+    count = 0
+    for parent in model.modules():
+        blocks = [(block, is_known(block) and "forward" not in block.__dict__) for block in parent.children()]
+        for known, neighbours in groupby(blocks, lambda pair: pair[1]):
+            row = Row()
+            for block, _ in neighbours if known else ():
+                block.forward = partial(block_forward, block, row.add())
+                count += 1
+    return count
 
 
 def unstep_blocks(model: nn.Module) -> None:
@@ -68,7 +72,7 @@ def is_known(module: nn.Module) -> bool:
     if attention is None or mlp is None or not is_attention(attention) or not has_gate(mlp):
         return False
     projections = (attention._modules.get(name) for name in _PROJECTIONS)
-    norms = (module._modules.get(name) for name in _NORMS)
+    norms = (module._modules.get(name) for name in NORMS)
     return all(isinstance(found, PackedLinear) for found in projections) and all(map(is_norm, norms))
 
 
@@ -79,32 +83,134 @@ def block_forward(block: nn.Module, step: Step, hidden_states: Tensor, *args: An
 
 
 class Step:
-    """A block's program, made on first use and again when something that it was made of has changed.
+    """A block's calls, made on first use and again when something that they were made of has changed.
 
-    Copies and pickles are empty. Of two threads that want it at a time one gets it.
+    sure: whether its input was, the last time, what the block before it gave. Copies and pickles start anew.
     """
 
-    def __init__(self) -> None:
-        self._made: _Made | None = None
-        self._lock = threading.Lock()
+    def __init__(self, row: Row, index: int) -> None:
+        self._row, self._index = row, index
+        self.sure, self.made = False, None  # type: tuple[bool, _Made | None]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Step, ()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sure": False, "made": None}
 
     def run(self, block: nn.Module, hidden_states: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
         """[..., K] -> [..., K] of one token, the cache a token longer; None where the program does not serve."""
-        if not _is_one_token(hidden_states, arguments) or not self._lock.acquire(blocking=False):
+        if not _is_one_token(hidden_states, arguments) or not self._row.lock.acquire(blocking=False):
             return None
         try:
-            if self._made is None or not self._made.holds(hidden_states.dtype):
-                self._made = _Made(block, hidden_states.dtype)
-            made = self._made
-            layer = made.cache_layer(arguments["past_key_values"])
-            if made.program is None or layer is None or made.watched():
+            self.sure = False
+            if self.made is None or not self.made.holds(hidden_states.dtype):
+                self.made = _Made(block, hidden_states.dtype)
+            if self.made.watched():
                 return None
-            return made.program.run(hidden_states, arguments["position_embeddings"], layer)
+            token = _Token(hidden_states, arguments["position_embeddings"], arguments["past_key_values"])
+            return self._row.run(self._index, self.made, token)
         finally:
-            self._lock.release()
+            self._row.lock.release()
+
+
+class Row:
+    """Steps of blocks that follow one another, and what was worked out ahead. Copies and pickles start anew.
+
+    Of two threads that want it at a time one gets it, by the lock.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.lock = threading.Lock()
+        self._given = (-1, torch.empty(0))  # by which block, and what
+        self._ahead: dict[int, _Ahead] = {}
+        self._stretches: dict[int, Stretch] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def add(self) -> Step:
+        """The step of one block more."""
+        self.steps.append(Step(self, len(self.steps)))
+        return self.steps[-1]
+
+    def run(self, index: int, made: _Made, token: _Token) -> Tensor | None:
+        """[1, 1, K] -> [1, 1, K] by a block, its cache a token longer; None where it cannot."""
+        room = made.room(token)
+        if room is None or made.calls is None:
+            return None
+        last, given = self._given
+        follows = index == last + 1 and _same(token.hidden_states, given)
+        ahead = self._ahead.pop(index, None)
+        if ahead is None or not follows or ahead.inputs is not given or not ahead.holds(made, token, room):
+            ahead = self._work_out(index, token, [made.calls], [room])
+        self.steps[index].sure = follows
+        self._given = index, ahead.output
+        room.grow(made.cache_layer(token.cache))
+        return ahead.output.clone()  # whoever gets it may write to it
+
+    def _work_out(self, index: int, token: _Token, calls: list[BlockCalls], rooms: list[Room]) -> _Ahead:
+        """What block `index` gives; of those after it, as far as they are sure, it is kept until they ask."""
+        for left in self._ahead:  # asked for by nobody
+            self.steps[left].sure = False
+        for step in self.steps[index + 1 :]:
+            room = step.made.room(token) if step.sure and step.made is not None else None
+            if room is None or step.made is None or step.made.calls is None:
+                break
+            calls.append(step.made.calls)
+            rooms.append(room)
+        outputs = self._stretch(index, calls).run(token.hidden_states, token.turn, rooms).unbind()
+        inputs = (token.hidden_states, *outputs)
+        found = [
+            _Ahead(each, before, after, token.turn, ref(room), room.length)
+            for each, before, after, room in zip(calls, inputs, outputs, rooms, strict=False)
+        ]
+        self._ahead = {index + number: ahead for number, ahead in enumerate(found) if number}
+        return found[0]
+
+    def _stretch(self, index: int, calls: list[BlockCalls]) -> Stretch:
+        stretch = self._stretches.get(index)
+        if stretch is None or stretch.blocks != calls:
+            if stretch is not None:
+                self._stretches.clear()  # others may hold weights that are no longer the model's
+            stretch = self._stretches[index] = Stretch(calls)
+        return stretch
+
+
+@dataclass(slots=True)
+class _Token:
+    """What a block is given: its input [1, 1, K], cosines and sines [1, 1, D], and the cache."""
+
+    hidden_states: Tensor
+    turn: tuple[Tensor, Tensor]
+    cache: DynamicCache
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """What was worked out for a block, and from what."""
+
+    calls: BlockCalls
+    inputs: Tensor
+    output: Tensor
+    turn: tuple[Tensor, Tensor]
+    room: ref[Room]
+    length: int
+
+    def holds(self, made: _Made, token: _Token, room: Room) -> bool:
+        """Whether the block still has these calls, and the same keys and values behind it."""
+        return (
+            self.calls is made.calls and self.turn is token.turn and self.room() is room and self.length == room.length
+        )
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def _is_one_token(hidden_states: Tensor, arguments: Mapping[str, Any]) -> bool:
@@ -122,7 +228,7 @@ def _is_one_token(hidden_states: Tensor, arguments: Mapping[str, Any]) -> bool:
 
 
 class _Made:
-    """The program of a block for tokens of one dtype, or None where there is none, and what it was made from."""
+    """The calls of a block for tokens of one dtype, or None where there are none, and what they were made from."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         self.dtype, self.threads = dtype, torch.get_num_threads()
@@ -133,13 +239,14 @@ class _Made:
         self._own = [module.__dict__ for module in found]
         self._forwards = [own.get("forward") for own in self._own]
         self._hooks = [*GLOBAL_HOOKS, *(own[name] for own in self._own for name in _HOOKS)]
-        self._linears = [module for module in found if isinstance(module, PackedLinear)]
-        self._plans = [layer.plan(dtype) for layer in self._linears]
-        self._norms = [block.get_submodule(name)._parameters for name in _NORMS] if known else []
+        self._plans = Plans([module for module in found if isinstance(module, PackedLinear)], dtype)
+        self._norms = [block.get_submodule(name)._parameters for name in NORMS] if known else []
         self._addresses = self._weights()
         self.attention: Any = block.get_submodule("self_attn")
         ours = known and all(forward is None or _is_ours(forward) for forward in self._forwards)
-        self.program = _BlockProgram.of(block, self._plans, dtype) if ours else None
+        self.calls = _calls(block, self._plans.found, dtype) if ours else None
+        if self.calls is not None:
+            self._plans.read_by(tensor for _, (_, tensors, *_) in self.calls.calls for tensor in tensors)
 
     def _weights(self) -> list[int]:
         return [parameters["weight"].data_ptr() for parameters in self._norms]  # type: ignore[union-attr]
@@ -150,7 +257,7 @@ class _Made:
             dtype == self.dtype
             and [owner[name] for owner, name in self._owners] == self._modules
             and [own.get("forward") for own in self._own] == self._forwards
-            and [layer.plan(dtype) for layer in self._linears] == self._plans
+            and self._plans.hold()
             and self._weights() == self._addresses
             and self.threads == torch.get_num_threads()
         )
@@ -164,6 +271,13 @@ class _Made:
             or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
         )
 
+    def room(self, token: _Token) -> Room | None:
+        """Where the next key and value go; None without calls, or with a cache or a position that they do not take."""
+        layer = self.cache_layer(token.cache)
+        if layer is None or self.calls is None or self.dtype != token.hidden_states.dtype:
+            return None
+        return self.calls.room(layer) if self.calls.takes(token.turn) else None
+
     def cache_layer(self, cache: DynamicCache) -> Any:
         """Where the block's keys and values are, or None where they are not in a plain growing layer."""
         index = self.attention.layer_idx
@@ -171,123 +285,18 @@ class _Made:
         return layer if type(layer) is DynamicLayer and layer.is_initialized else None  # type: ignore[union-attr]
 
 
-class _BlockProgram:
-    """The calls of a block on memory of its own; what comes and goes with a token is put in their places."""
-
-    def __init__(self, calls: list[tuple[bool, Call]], attend: Call, inputs: Tensor, outputs: Tensor) -> None:
-        self._program = program = Program(calls)
-        _, (*_, cos, sin, keys, values, _), *_ = attend
-        self._shared, _, self._size = keys.shape
-        index = next(index for index, (_, call) in enumerate(calls) if call is attend)
-        moving = (inputs, outputs, cos, sin, keys, values)
-        places = [(number, place) for number, tensor in enumerate(moving) for place in program.places(tensor)]
-        places += [(len(moving) + number, program.place_of_size(index, 3 + number)) for number in range(2)]
-        self._places = places
-
-    @classmethod
-    def of(cls, block: nn.Module, plans: list[Plan], dtype: torch.dtype) -> _BlockProgram | None:
-        """A block's program, or None where one of its parts is no call of the library.
-
-        plans: of _PROJECTIONS and _MLP.
-        """
-        try:
-            return cls(*_calls(block, plans, dtype))
-        except _NoCallError:
-            return None
-
-    def run(self, hidden_states: Tensor, turn: tuple[Tensor, Tensor], layer: Any) -> Tensor | None:
-        """[1, 1, K] -> [1, 1, K], and the cache's layer one token longer."""
-        cos, sin = turn
-        dtype, kept = hidden_states.dtype, layer.keys
-        if cos.shape != (1, 1, self._size) or cos.dtype != dtype or sin.dtype != dtype or kept.dtype != dtype:
-            return None
-        if kept.shape[:2] != (1, self._shared) or kept.shape[3] != self._size or layer.values.shape != kept.shape:
-            return None
-        hidden_states, cos, sin = hidden_states.contiguous(), cos.contiguous(), sin.contiguous()
-        room, output, words = room_of(layer), torch.empty_like(hidden_states), self._program.words
-        keys, values = room.whole
-        moving = (hidden_states, output, cos, sin, keys, values)
-        found = (*[tensor.data_ptr() for tensor in moving], room.length, room.capacity)
-        for number, place in self._places:
-            words[place] = found[number]
-        self._program.run()
-        room.grow(layer)
-        return output
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func in (norm_forward, gated_forward)
 
 
-class _NoCallError(Exception):
-    """A part of a block is no call of the library."""
-
-
-def _calls(block: Any, plans: list[Plan], dtype: torch.dtype) -> tuple[list[tuple[bool, Call]], Call, Tensor, Tensor]:
-    """The calls of a block, which of them is attention, and the tensors that stand for its input and its output."""
-    q, k, v, o, gate, up, down = plans
-    first, second = (block.get_submodule(name) for name in _NORMS)
-    width, size, inner = len(first.weight), block.self_attn.head_dim, gate.weight.shape[0]
-    heads, shared = q.weight.shape[0] // size, k.weight.shape[0] // size
-    _check_shapes([plan.weight.shape for plan in plans], (heads, shared), size, width, inner)
-    if any(norm.weight.shape != (width,) or norm.weight.dtype != dtype for norm in (first, second)):
-        raise _NoCallError
-    inputs, outputs, normed, delta, total = (torch.empty(1, 1, width, dtype=dtype) for _ in range(5))
-    query, key, value, attended = (torch.empty(n, size, dtype=dtype) for n in (heads, shared, shared, heads))
-    turn = (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
-    kept = (torch.empty(shared, 1, size, dtype=dtype), torch.empty(shared, 1, size, dtype=dtype))
-    attend = decode.attend((query, key, value), turn, kept, attended, 0, block.self_attn.scaling)
-    calls = [
-        (False, cpu_norm.norm(inputs, first.weight, first.variance_epsilon, normed)),
-        (True, _product(q, normed, query)),
-        (False, _product(k, normed, key)),
-        (False, _product(v, normed, value)),
-        (True, attend),
-        (True, _product(o, attended.view(1, 1, -1), delta)),
-        (True, decode.residual(inputs, delta, total, second.weight, second.variance_epsilon, normed)),
-        *_mlp_calls(gate, up, down, normed, delta),
-        (True, decode.add(total, delta, outputs)),
-    ]
-    return calls, attend, inputs, outputs
-
-
-def _check_shapes(found: list[tuple[int, int]], heads: tuple[int, int], size: int, width: int, inner: int) -> None:
-    """Raise _NoCallError unless projections are of whole words and fit one another."""
-    query, key = (count * size for count in heads)
-    expected = [
-        (query, width),
-        (key, width),
-        (key, width),
-        (width, query),
-        (inner, width),
-        (inner, width),
-        (width, inner),
-    ]
-    if found != expected or heads[0] % heads[1] or any(columns % WORD_COLUMNS for _, columns in found):
-        raise _NoCallError
-
-
-def _mlp_calls(gate: Plan, up: Plan, down: Plan, inputs: Tensor, outputs: Tensor) -> Iterator[tuple[bool, Call]]:
-    hidden = inputs.new_empty(1, 1, gate.weight.shape[0])
-    (route, gate_state), (up_route, up_state) = gate.route(1), up.route(1)
-    if route is up_route and route.gated_call is not None:
-        yield True, route.gated_call(gate_state, up_state, inputs, hidden)
-    else:
-        gated, ungated = torch.empty_like(hidden), torch.empty_like(hidden)
-        yield True, _product(gate, inputs, gated)
-        yield False, _product(up, inputs, ungated)
-        yield True, decode.gate(gated, ungated, hidden)
-    yield True, _product(down, hidden, outputs)
-
-
-def _product(plan: Plan, inputs: Tensor, outputs: Tensor) -> Call:
-    route, state = plan.route(1)
-    if route.call is None:
-        raise _NoCallError
-    return route.call(state, inputs, plan.bias, outputs)
+def _calls(block: nn.Module, plans: list[Plan], dtype: torch.dtype) -> BlockCalls | None:
+    try:
+        return BlockCalls(block, plans, dtype)
+    except NoCallError:
+        return None
 
 
 def _owner(block: nn.Module, name: str) -> tuple[dict[str, nn.Module | None], str]:
     """Where a part of a block is kept, and under which name."""
     path, _, last = name.rpartition(".")
     return block.get_submodule(path)._modules, last
-
-
-def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, partial) and forward.func in (norm_forward, gated_forward)

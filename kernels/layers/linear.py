@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -249,6 +250,30 @@ class Plan:
         """Gradients [..., N] of the outputs -> [..., K], those of the inputs."""
         with torch.autocast(self.autocast, enabled=False):
             return grads @ self.dense()
+
+
+class Plans:
+    """The plans of some layers for inputs of one dtype, and whether they are still these; to ask costs little."""
+
+    def __init__(self, layers: Sequence[PackedLinear], dtype: torch.dtype) -> None:
+        self.found = [layer.plan(dtype) for layer in layers]
+        self._layers = [layer.__dict__ for layer in layers]
+        self._buffers = [(layer._buffers, name) for layer in layers for name in (*layer.form.parts, "bias")]
+        self._parts = [owner[name] for owner, name in self._buffers]
+        self._copied = self.found
+
+    def read_by(self, tensors: Iterable[Tensor]) -> None:
+        """[...], ...: what is computed with. Layers all of whose parts are among them may be written to."""
+        addresses = {tensor.data_ptr() for tensor in tensors}
+        self._copied = [plan for plan in self.found if any(part.data_ptr() not in addresses for part in plan.parts)]
+
+    def hold(self) -> bool:
+        """Whether every layer would give the same plan, as `PackedLinear.plan` decides it."""
+        return (
+            [layer["_plan"] for layer in self._layers] == self.found
+            and all(map(operator.is_, [owner[name] for owner, name in self._buffers], self._parts))
+            and not any([plan.written() for plan in self._copied])
+        )
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ ONE = torch.tensor([[7]])
 
 def dense_model(model: type = LlamaForCausalLM, config: type = LlamaConfig, **more: Any) -> Any:
     torch.manual_seed(0)
-    made = model(config(**SIZES, **more)).eval()
+    made = model(config(**{**SIZES, **more})).eval()
     for seed, (name, module) in enumerate(made.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             module.weight.data = 0.3 * weight24(module.out_features, module.in_features, seed=seed)
@@ -67,14 +68,28 @@ def packed_model(dtype: torch.dtype = torch.float32, form: Form | None = None, *
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A number for each block that went through its program."""
     seen: list[int] = []
-    run = decode._BlockProgram.run
+    run = decode.Row.run
 
     def spy(self: Any, *arguments: Any) -> Tensor | None:
         output = run(self, *arguments)
         seen.extend([1] if output is not None else [])
         return output
 
-    monkeypatch.setattr(decode._BlockProgram, "run", spy)
+    monkeypatch.setattr(decode.Row, "run", spy)
+    yield seen
+
+
+@pytest.fixture
+def stretches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many blocks each program worked out."""
+    seen: list[int] = []
+    run = decode.Stretch.run
+
+    def spy(self: Any, *arguments: Any) -> Tensor:
+        seen.append(len(self.blocks))
+        return run(self, *arguments)
+
+    monkeypatch.setattr(decode.Stretch, "run", spy)
     yield seen
 
 
@@ -326,3 +341,81 @@ def test_room_is_made_rarely() -> None:
         rooms.add(id(room.whole[0]))
         assert torch.equal(layer.keys, expected) and layer.get_seq_length() == token + 6
     assert len(rooms) <= 4 and torch.equal(layer.values[:, :, 5:], -expected[:, :, 5:])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_blocks_are_worked_out_together(mode: Any, stretches: list[int]) -> None:
+    model = packed_model(num_hidden_layers=4)
+    own = copy.deepcopy(model)
+    decode.unstep_blocks(own)
+    with mode():
+        cache, its = prompted(model), prompted(own)
+        for token in range(3, 7):
+            found, expected = next_logits((model, own), (cache, its), token)
+            torch.testing.assert_close(found, expected)
+    assert stretches == [1, 1, 1, 1, 4, 4, 4]
+    for layer, other in zip(cache.layers, its.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys)
+
+
+def changed_in_place(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.mul_(2)
+
+
+def changed_cache(module: Any, inputs: Any, arguments: Any, output: Tensor) -> None:
+    layer = arguments["past_key_values"].layers[3]
+    layer.keys, layer.values = 2 * layer.keys, layer.values.flip(2)
+
+
+BETWEEN: dict[str, Callable[[Any], Any]] = {
+    "an output changed in place": lambda block: block.register_forward_hook(changed_in_place),
+    "another output": lambda block: block.register_forward_hook(lambda *found: found[-1] + 1),
+    "the keys of a later block": lambda block: block.register_forward_hook(changed_cache, with_kwargs=True),
+    "a hook on a part": lambda block: block.mlp.up_proj.register_forward_hook(lambda *found: 2 * found[-1]),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@torch.no_grad()
+def test_what_was_worked_out_ahead_gives_way(name: str, stretches: list[int]) -> None:
+    """The second block of four does something else from the third token on, and ends with that after the fifth."""
+    model = packed_model(num_hidden_layers=4)
+    own = copy.deepcopy(model)
+    decode.unstep_blocks(own)
+    cache, its = prompted(model), prompted(own)
+    handles: list[Any] = []
+    for token in range(3, 11):
+        if token == 5:
+            handles = [BETWEEN[name](one.model.layers[1]) for one in (model, own)]
+        if token == 8:
+            for handle in handles:
+                handle.remove()
+        torch.testing.assert_close(*next_logits((model, own), (cache, its), token))
+    for layer, other in zip(cache.layers, its.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys)
+        torch.testing.assert_close(layer.values, other.values)
+    assert stretches[-1] == 4
+    assert sum(stretches) <= 4 * 8 + 4  # what nobody takes is not worked out again
+
+
+@torch.no_grad()
+def test_blocks_that_nobody_asks_for(stretches: list[int]) -> None:
+    """A model that stops after two of its four blocks."""
+    model = packed_model(num_hidden_layers=4)
+    cache = prompted(model)
+    for token in range(3, 5):
+        model(torch.tensor([[token]]), past_key_values=cache)
+    model.config.num_hidden_layers = 2
+    for token in range(5, 8):
+        model(torch.tensor([[token]]), past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [15, 15, 12, 12]
+    assert stretches == [1, 1, 1, 1, 4, 4, 2, 2]
+
+
+def test_two_threads(stretches: list[int]) -> None:
+    """Each writes its own text with the same model."""
+    model = packed_model(num_hidden_layers=4)
+    expected = [greedy(model, count) for count in (30, 40)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda count: greedy(model, count), (30, 40)))
+    assert all(map(torch.equal, found, expected))

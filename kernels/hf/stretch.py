@@ -1,0 +1,148 @@
+"""Decoder blocks of packed models as calls of the CPU library for one token (cpu/program.cpp): one block, or some that
+follow one another in one program.
+
+Dimension key: H heads, G heads of keys and values, D size of a head, K hidden size, N size of the MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsegpt.kernels.cpu import decode
+from sparsegpt.kernels.cpu import norm as cpu_norm
+from sparsegpt.kernels.cpu.library import Call
+from sparsegpt.kernels.cpu.program import Program
+from sparsegpt.kernels.format.pack import WORD_COLUMNS
+from sparsegpt.kernels.hf.growing import Room, room_of
+from sparsegpt.kernels.layers.linear import Plan
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class BlockCalls:
+    """The calls of a block on memory of its own, and the tensors in them that come and go with a token.
+
+    plans: of q, k, v, o, gate, up and down. Raises NoCallError where one of its parts is no call of the library.
+    """
+
+    def __init__(self, block: Any, plans: list[Plan], dtype: torch.dtype) -> None:
+        self.calls, self.attend, inputs, outputs = _calls(block, plans, dtype)
+        _, (*_, cos, sin, keys, values, _), *_ = self.attend
+        self.moving = (inputs, outputs, cos, sin, keys, values)
+        self._dtype, (self._shared, _, self._size) = dtype, keys.shape
+
+    def takes(self, turn: tuple[Tensor, Tensor]) -> bool:
+        """Whether cosines and sines are those of one token, [1, 1, D]."""
+        cos, sin = turn
+        return cos.shape == sin.shape == (1, 1, self._size) and cos.dtype == sin.dtype == self._dtype
+
+    def room(self, layer: Any) -> Room | None:
+        """Where the block's next key and value go, or None where its cache is of another shape or dtype."""
+        kept = layer.keys
+        if kept.shape[:2] != (1, self._shared) or kept.shape[3] != self._size or layer.values.shape != kept.shape:
+            return None
+        return room_of(layer) if kept.dtype == layer.values.dtype == self._dtype else None
+
+
+class Stretch:
+    """Blocks that follow one another, as one program."""
+
+    def __init__(self, blocks: list[BlockCalls]) -> None:
+        self.blocks = blocks
+        self._program = program = Program([call for block in blocks for call in block.calls])
+        self._places, begin = [], 0
+        for block in blocks:
+            own = range(begin, begin + len(block.calls))
+            begin = own.stop
+            places = [
+                (number, place) for number, part in enumerate(block.moving) for place in program.places(part, own)
+            ]
+            attend = own[next(index for index, (_, call) in enumerate(block.calls) if call is block.attend)]
+            sizes = [(len(block.moving) + number, program.place_of_size(attend, 3 + number)) for number in range(2)]
+            self._places.append(places + sizes)
+
+    def run(self, hidden_states: Tensor, turn: tuple[Tensor, Tensor], rooms: Sequence[Room]) -> Tensor:
+        """[1, 1, K] -> [blocks, 1, 1, K], what each block gives; their keys and values lie in rooms, not yet shown."""
+        hidden_states, cos, sin = hidden_states.contiguous(), turn[0].contiguous(), turn[1].contiguous()
+        outputs, words = hidden_states.new_empty(len(rooms), *hidden_states.shape), self._program.words
+        before, after = hidden_states.data_ptr(), outputs.data_ptr()
+        step, turned = hidden_states.nbytes, (cos.data_ptr(), sin.data_ptr())
+        for places, room in zip(self._places, rooms, strict=True):
+            keys, values = room.whole
+            found = (before, after, *turned, keys.data_ptr(), values.data_ptr(), room.length, room.capacity)
+            for number, place in places:
+                words[place] = found[number]
+            before, after = after, after + step
+        self._program.run()
+        return outputs
+
+
+class NoCallError(Exception):
+    """A part of a block is no call of the library."""
+
+
+def _calls(block: Any, plans: list[Plan], dtype: torch.dtype) -> tuple[list[tuple[bool, Call]], Call, Tensor, Tensor]:
+    """The calls of a block, which of them is attention, and the tensors that stand for its input and its output."""
+    q, k, v, o, gate, up, down = plans
+    first, second = (block.get_submodule(name) for name in NORMS)
+    width, size, inner = len(first.weight), block.self_attn.head_dim, gate.weight.shape[0]
+    heads, shared = q.weight.shape[0] // size, k.weight.shape[0] // size
+    _check_shapes([plan.weight.shape for plan in plans], (heads, shared), size, width, inner)
+    if any(norm.weight.shape != (width,) or norm.weight.dtype != dtype for norm in (first, second)):
+        raise NoCallError
+    inputs, outputs, normed, delta, total = (torch.empty(1, 1, width, dtype=dtype) for _ in range(5))
+    query, key, value, attended = (torch.empty(n, size, dtype=dtype) for n in (heads, shared, shared, heads))
+    turn = (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
+    kept = (torch.empty(shared, 1, size, dtype=dtype), torch.empty(shared, 1, size, dtype=dtype))
+    attend = decode.attend((query, key, value), turn, kept, attended, 0, block.self_attn.scaling)
+    calls = [
+        (True, cpu_norm.norm(inputs, first.weight, first.variance_epsilon, normed)),
+        (True, _product(q, normed, query)),
+        (False, _product(k, normed, key)),
+        (False, _product(v, normed, value)),
+        (True, attend),
+        (True, _product(o, attended.view(1, 1, -1), delta)),
+        (True, decode.residual(inputs, delta, total, second.weight, second.variance_epsilon, normed)),
+        *_mlp_calls(gate, up, down, normed, delta),
+        (True, decode.add(total, delta, outputs)),
+    ]
+    return calls, attend, inputs, outputs
+
+
+def _check_shapes(found: list[tuple[int, int]], heads: tuple[int, int], size: int, width: int, inner: int) -> None:
+    """Raise NoCallError unless projections are of whole words and fit one another."""
+    query, key = (count * size for count in heads)
+    expected = [
+        (query, width),
+        (key, width),
+        (key, width),
+        (width, query),
+        (inner, width),
+        (inner, width),
+        (width, inner),
+    ]
+    if found != expected or heads[0] % heads[1] or any(columns % WORD_COLUMNS for _, columns in found):
+        raise NoCallError
+
+
+def _mlp_calls(gate: Plan, up: Plan, down: Plan, inputs: Tensor, outputs: Tensor) -> Iterator[tuple[bool, Call]]:
+    hidden = inputs.new_empty(1, 1, gate.weight.shape[0])
+    (route, gate_state), (up_route, up_state) = gate.route(1), up.route(1)
+    if route is up_route and route.gated_call is not None:
+        yield True, route.gated_call(gate_state, up_state, inputs, hidden)
+    else:
+        gated, ungated = torch.empty_like(hidden), torch.empty_like(hidden)
+        yield True, _product(gate, inputs, gated)
+        yield False, _product(up, inputs, ungated)
+        yield True, decode.gate(gated, ungated, hidden)
+    yield True, _product(down, hidden, outputs)
+
+
+def _product(plan: Plan, inputs: Tensor, outputs: Tensor) -> Call:
+    route, state = plan.route(1)
+    if route.call is None:
+        raise NoCallError
+    return route.call(state, inputs, plan.bias, outputs)

@@ -95,8 +95,9 @@ void in_steps(int64_t rows, int64_t step, int threads, Body body) {
 
 template <class Body>
 void in_parallel(int64_t rows, int threads, Body body) {
-  // A thread that others slow down takes fewer pieces; of a small weight as many would leave each a short stream.
-  const int64_t pieces = threads > 1 ? (rows < 4096 ? 2 : 4) * threads : 1;
+  // A thread that others slow down takes fewer pieces; of a small weight as many would leave each a short stream. In a
+  // program all wait for the last one.
+  const int64_t pieces = threads > 1 ? (in_team ? 8 : rows < 4096 ? 2 : 4) * threads : 1;
   in_steps(rows, std::max<int64_t>(8, (rows / pieces + 7) / 8 * 8), threads, body);
 }
 

@@ -140,7 +140,7 @@ class Row:
         return self.steps[-1]
 
     def run(self, index: int, made: _Made, token: _Token) -> Tensor | None:
-        """[1, 1, K] -> [1, 1, K] by a block, its cache a token longer; None where it cannot."""
+        """[..., K] of one token -> [..., K] by a block, its cache a token longer; None where it cannot."""
         room = made.room(token)
         if room is None or made.calls is None:
             return None

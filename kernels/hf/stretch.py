@@ -35,7 +35,7 @@ class BlockCalls:
         self._dtype, (self._shared, _, self._size) = dtype, keys.shape
 
     def takes(self, turn: tuple[Tensor, Tensor]) -> bool:
-        """Whether cosines and sines are those of one token, [1, 1, D]."""
+        """Cosines and sines [..., D] -> whether they are of one token and fit."""
         cos, sin = turn
         return cos.shape == sin.shape == (1, 1, self._size) and cos.dtype == sin.dtype == self._dtype
 
@@ -65,7 +65,7 @@ class Stretch:
             self._places.append(places + sizes)
 
     def run(self, hidden_states: Tensor, turn: tuple[Tensor, Tensor], rooms: Sequence[Room]) -> Tensor:
-        """[1, 1, K] -> [blocks, 1, 1, K], what each block gives; their keys and values lie in rooms, not yet shown."""
+        """[..., K] of one token -> [blocks, ..., K], what each gives; keys and values lie in rooms, not yet shown."""
         hidden_states, cos, sin = hidden_states.contiguous(), turn[0].contiguous(), turn[1].contiguous()
         outputs, words = hidden_states.new_empty(len(rooms), *hidden_states.shape), self._program.words
         before, after = hidden_states.data_ptr(), outputs.data_ptr()

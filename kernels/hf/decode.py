@@ -1,10 +1,10 @@
 """Decoder blocks of packed models for one token: blocks that follow one another are one call of the CPU library.
 
 Transparent: parameters, names, `state_dict` and saving are the model's own. A block is taken when its code and that of
-its attention are Llama's (references.py), its norms and its MLP have kernels of their own (layers/), and all its
-projections are packed. Its forward is the program only for one token without a mask that goes on from a DynamicCache,
-without gradients, compilers or autocast, and while nothing watches or has replaced its parts; otherwise, and for other
-attention than transformers' own "sdpa", its class's.
+its attention are Llama's or Qwen 3's (references.py), its norms and its MLP have kernels of their own (layers/), and
+all its projections are packed. Its forward is the program only for one token without a mask that goes on from a
+DynamicCache, without gradients, compilers or autocast, and while nothing watches or has replaced its parts; otherwise,
+and for other attention than transformers' own "sdpa", its class's.
 
 The first block works out those after it as well (stretch.py). Each of these gives what was worked out for it when its
 turn comes, if nothing has changed and its input has those very numbers. Keys and values are shown then, not before."""
@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsegpt.kernels.hf.growing import Room
 from sparsegpt.kernels.hf.references import is_attention, is_block
-from sparsegpt.kernels.hf.stretch import NORMS, BlockCalls, NoCallError, Stretch
+from sparsegpt.kernels.hf.stretch import BlockCalls, NoCallError, Stretch, norm_names, norms_heads
 from sparsegpt.kernels.layers.dense_layers import is_norm, norm_forward
 from sparsegpt.kernels.layers.gated import GLOBAL_HOOKS, gated_forward, has_gate
 from sparsegpt.kernels.layers.linear import PackedLinear, Plan, Plans
@@ -35,7 +35,7 @@ from sparsegpt.kernels.layers.plain import is_plain
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_PARTS = ("self_attn", "mlp", *NORMS, *(f"self_attn.{name}" for name in _PROJECTIONS))
+_PARTS = ("self_attn", "mlp", *(f"self_attn.{name}" for name in _PROJECTIONS))
 _PARTS += tuple(f"mlp.{name}" for name in (*_MLP, "act_fn"))
 # Arguments that say nothing beside the cosines and the cache.
 _REDUNDANT = {"position_ids", "use_cache", "cache_position"}
@@ -69,10 +69,13 @@ def is_known(module: nn.Module) -> bool:
     if not is_block(module):
         return False
     attention, mlp = module._modules.get("self_attn"), module._modules.get("mlp")
-    if attention is None or mlp is None or not is_attention(attention) or not has_gate(mlp):
+    if attention is None or mlp is None or not has_gate(mlp):
+        return False
+    normed = norms_heads(attention)
+    if not is_attention(attention, normed):
         return False
     projections = (attention._modules.get(name) for name in _PROJECTIONS)
-    norms = (module._modules.get(name) for name in NORMS)
+    norms = (module.get_submodule(name) for name in norm_names(normed))
     return all(isinstance(found, PackedLinear) for found in projections) and all(map(is_norm, norms))
 
 
@@ -233,16 +236,18 @@ class _Made:
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         self.dtype, self.threads = dtype, torch.get_num_threads()
         known = is_known(block)
-        found: list[Any] = [block.get_submodule(name) for name in _PARTS] if known else []
+        self.attention: Any = block.get_submodule("self_attn")
+        norms = norm_names(norms_heads(self.attention)) if known else ()
+        names = (*_PARTS, *norms) if known else ()
+        found: list[Any] = [block.get_submodule(name) for name in names]
         self._modules = found
-        self._owners = [_owner(block, name) for name in _PARTS] if known else []
+        self._owners = [_owner(block, name) for name in names]
         self._own = [module.__dict__ for module in found]
         self._forwards = [own.get("forward") for own in self._own]
         self._hooks = [*GLOBAL_HOOKS, *(own[name] for own in self._own for name in _HOOKS)]
         self._plans = Plans([module for module in found if isinstance(module, PackedLinear)], dtype)
-        self._norms = [block.get_submodule(name)._parameters for name in NORMS] if known else []
+        self._norms = [block.get_submodule(name)._parameters for name in norms]
         self._addresses = self._weights()
-        self.attention: Any = block.get_submodule("self_attn")
         ours = known and all(forward is None or _is_ours(forward) for forward in self._forwards)
         self.calls = _calls(block, self._plans.found, dtype) if ours else None
         if self.calls is not None:

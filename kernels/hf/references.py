@@ -1,5 +1,5 @@
 """The code of Llama's decoder block in transformers, by which blocks that compute the same are recognised: instruction
-for instruction, names of what it calls included (`plain.same_code`). Nothing here is ever run.
+for instruction, names of what it calls included (`plain.same_code`). None of it is ever called.
 
 From transformers' models/llama/modeling_llama.py (Apache 2.0)."""
 
@@ -9,11 +9,11 @@ From transformers' models/llama/modeling_llama.py (Apache 2.0)."""
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsegpt.kernels.layers.plain import same_code
 
@@ -63,23 +63,16 @@ def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
     return q_embed, k_embed
 
 
-def eager_attention_forward() -> None:
-    """Stands for the original's name."""
+# Attention of Llama, and what others add to it: a norm of each head's query and key, a window that the mask stands for.
+_ATTENTION = """
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # a method of what is imported is called otherwise
 
-
-def attention(
-    self,
-    hidden_states,
-    position_embeddings=None,
-    attention_mask=None,
-    past_key_values=None,
-    **kwargs,
-):
+def attention(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
     input_shape = hidden_states.shape[:-1]
     hidden_shape = (*input_shape, -1, self.head_dim)
 
-    query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-    key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+    query_states = {query}.transpose(1, 2)
+    key_states = {key}.transpose(1, 2)
     value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
     cos, sin = position_embeddings
@@ -88,7 +81,7 @@ def attention(
     if past_key_values is not None:
         key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
-    attention_interface: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
+    attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, eager_attention_forward
     )
 
@@ -100,12 +93,30 @@ def attention(
         attention_mask,
         dropout=0.0 if not self.training else self.attention_dropout,
         scaling=self.scaling,
-        **kwargs,
+        {window}**kwargs,
     )
 
     attn_output = attn_output.reshape(*input_shape, -1).contiguous()
     attn_output = self.o_proj(attn_output)
     return attn_output, attn_weights
+"""
+_PLAIN = {
+    "query": "self.q_proj(hidden_states).view(hidden_shape)",
+    "key": "self.k_proj(hidden_states).view(hidden_shape)",
+}
+_NORMED = {name: f"self.{name[0]}_norm({text})" for name, text in _PLAIN.items()}
+_WINDOWS = ("", "sliding_window=self.sliding_window, ", "sliding_window=getattr(self.config, 'sliding_window', None), ")
+
+
+@cache
+def _attentions(normed: bool) -> list[Any]:
+    """The functions that the texts above are."""
+    made = []
+    for window in _WINDOWS:
+        names: dict[str, Any] = {}
+        exec(_ATTENTION.format(window=window, **(_NORMED if normed else _PLAIN)), names)
+        made.append(names["attention"])
+    return made
 
 
 def is_block(module: nn.Module) -> bool:
@@ -113,10 +124,13 @@ def is_block(module: nn.Module) -> bool:
     return same_code(inspect.unwrap(type(module).forward), block)
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module's class computes what Llama's attention does, rotary positions included."""
+def is_attention(module: nn.Module, normed: bool = False) -> bool:
+    """Whether a module's class computes what Llama's attention does, rotary positions included.
+
+    normed: with a norm of each head's query and key, as Qwen 3.
+    """
     forward = inspect.unwrap(type(module).forward)
-    if not same_code(forward, attention):
+    if not any(same_code(forward, reference) for reference in _attentions(normed)):
         return False
     turn = inspect.unwrap(forward.__globals__["apply_rotary_pos_emb"])
     return same_code(turn, apply_rotary_pos_emb) and same_code(turn.__globals__["rotate_half"], rotate_half)

@@ -5,11 +5,11 @@ Dimension key: H heads, G heads of keys and values, D size of a head, K hidden s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsegpt.kernels.cpu import decode
 from sparsegpt.kernels.cpu import norm as cpu_norm
@@ -19,7 +19,18 @@ from sparsegpt.kernels.format.pack import WORD_COLUMNS
 from sparsegpt.kernels.hf.growing import Room, room_of
 from sparsegpt.kernels.layers.linear import Plan
 
-NORMS = ("input_layernorm", "post_attention_layernorm")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+def norms_heads(attention: nn.Module) -> bool:
+    """Whether an attention has a norm for each head's query, and so one for its key."""
+    return "q_norm" in attention._modules
+
+
+def norm_names(normed: bool) -> tuple[str, ...]:
+    """The norms of a block, with those of its heads."""
+    return (*_NORMS, *_HEAD_NORMS) if normed else _NORMS
 
 
 class BlockCalls:
@@ -87,12 +98,12 @@ class NoCallError(Exception):
 def _calls(block: Any, plans: list[Plan], dtype: torch.dtype) -> tuple[list[tuple[bool, Call]], Call, Tensor, Tensor]:
     """The calls of a block, which of them is attention, and the tensors that stand for its input and its output."""
     q, k, v, o, gate, up, down = plans
-    first, second = (block.get_submodule(name) for name in NORMS)
+    first, second, *of_heads = (block.get_submodule(name) for name in norm_names(norms_heads(block.self_attn)))
     width, size, inner = len(first.weight), block.self_attn.head_dim, gate.weight.shape[0]
     heads, shared = q.weight.shape[0] // size, k.weight.shape[0] // size
     _check_shapes([plan.weight.shape for plan in plans], (heads, shared), size, width, inner)
-    if any(norm.weight.shape != (width,) or norm.weight.dtype != dtype for norm in (first, second)):
-        raise NoCallError
+    _check_norms((first, second), width, dtype)
+    _check_norms(of_heads, size, dtype)
     inputs, outputs, normed, delta, total = (torch.empty(1, 1, width, dtype=dtype) for _ in range(5))
     query, key, value, attended = (torch.empty(n, size, dtype=dtype) for n in (heads, shared, shared, heads))
     turn = (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
@@ -103,6 +114,7 @@ def _calls(block: Any, plans: list[Plan], dtype: torch.dtype) -> tuple[list[tupl
         (True, _product(q, normed, query)),
         (False, _product(k, normed, key)),
         (False, _product(v, normed, value)),
+        *_head_norms(of_heads, (query, key)),
         (True, attend),
         (True, _product(o, attended.view(1, 1, -1), delta)),
         (True, decode.residual(inputs, delta, total, second.weight, second.variance_epsilon, normed)),
@@ -110,6 +122,18 @@ def _calls(block: Any, plans: list[Plan], dtype: torch.dtype) -> tuple[list[tupl
         (True, decode.add(total, delta, outputs)),
     ]
     return calls, attend, inputs, outputs
+
+
+def _check_norms(norms: Iterable[Any], width: int, dtype: torch.dtype) -> None:
+    """Raise NoCallError unless norms are of this width and dtype."""
+    if any(norm.weight.shape != (width,) or norm.weight.dtype != dtype for norm in norms):
+        raise NoCallError
+
+
+def _head_norms(norms: list[Any], heads: tuple[Tensor, Tensor]) -> Iterator[tuple[bool, Call]]:
+    """Queries and keys, [heads, D] each, replaced by what their norms make of them."""
+    for number, (norm, found) in enumerate(zip(norms, heads, strict=False)):
+        yield number == 0, cpu_norm.norm(found, norm.weight, norm.variance_epsilon, found)
 
 
 def _check_shapes(found: list[tuple[int, int]], heads: tuple[int, int], size: int, width: int, inner: int) -> None:

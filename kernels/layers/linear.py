@@ -272,7 +272,7 @@ class Plans:
         return (
             [layer["_plan"] for layer in self._layers] == self.found
             and all(map(operator.is_, [owner[name] for owner, name in self._buffers], self._parts))
-            and not any([plan.written() for plan in self._copied])
+            and not any(plan.written() for plan in self._copied)
         )
 
 

@@ -1,6 +1,7 @@
 """One direction, no circles: a file imports only from lower floors, and the solvers need nothing but torch."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -79,11 +80,17 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(name: str, *, everywhere: bool = True) -> set[str]:
     """Absolute names that a module imports; at its top alone, or anywhere. Type checking does not count."""
     path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(name)
     skipped = {
         id(inner)
         for node in ast.walk(tree)
@@ -164,7 +171,7 @@ def test_a_folder_is_read_at_a_glance(folder):
 def test_no_function_is_longer_than_a_screen(name):
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1}"
-        for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(name))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno - node.lineno >= LINES_OF_A_FUNCTION
     ]
@@ -185,7 +192,7 @@ def test_kernels_use_little_of_the_engine(name):
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) not in ("cli", "__main__")])
 def test_only_the_top_prints_or_exits(name):
     """print in a script's main, behind `if __name__`, is that script's own top."""
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    tree = tree_of(name)
     if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
         return
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}

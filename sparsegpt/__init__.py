@@ -1,17 +1,13 @@
 """One-shot pruning of large language models: layer solvers, a block-by-block driver, perplexity.
 
-Research code needs only torch for the solvers; what needs transformers is imported when first used.
+Importing this loads neither torch nor transformers: what needs them is imported when first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsegpt.errors import SparseGPTError
 from sparsegpt.kernels.hf.registration import register_with_transformers
-from sparsegpt.solvers import Pruned, prune_weight
-from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
-from sparsegpt.solvers.masks import layer_mask
-from sparsegpt.solvers.methods import Copies, Method
+from sparsegpt.lazy import lazy_names
 from sparsegpt.sparsity import NM, Unstructured, parse_sparsity
 
 if TYPE_CHECKING:
@@ -21,8 +17,30 @@ if TYPE_CHECKING:
     from sparsegpt.eval.perplexity import perplexity
     from sparsegpt.settings.recipe import read_recipe
     from sparsegpt.shrinking.shrink import shrink_model
-
-    __version__: str
+    from sparsegpt.solvers import Copies, Method, Pruned, prune_weight
+    from sparsegpt.solvers.hessian import DampedHessian, HessianAccumulator
+    from sparsegpt.solvers.masks import layer_mask
+    from sparsegpt.version import __version__
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Copies": "sparsegpt.solvers.methods",
+            "DampedHessian": "sparsegpt.solvers.hessian",
+            "HessianAccumulator": "sparsegpt.solvers.hessian",
+            "Method": "sparsegpt.solvers.methods",
+            "PruneReport": "sparsegpt.driver.reports",
+            "Pruned": "sparsegpt.solvers.layer",
+            "__version__": "sparsegpt.version",
+            "layer_mask": "sparsegpt.solvers.masks",
+            "perplexity": "sparsegpt.eval.perplexity",
+            "prune_model": "sparsegpt.driver.pipeline",
+            "prune_weight": "sparsegpt.solvers.layer",
+            "read_recipe": "sparsegpt.settings.recipe",
+            "rotate_model": "sparsegpt.driver.rotating",
+            "shrink_model": "sparsegpt.shrinking.shrink",
+        },
+    )
 
 __all__ = [
     "NM",
@@ -47,26 +65,3 @@ __all__ = [
 
 # From here on transformers' from_pretrained knows packed folders, whether it is imported already or later.
 register_with_transformers()
-
-_LAZY = {
-    "PruneReport": "sparsegpt.driver.reports",
-    "perplexity": "sparsegpt.eval.perplexity",
-    "prune_model": "sparsegpt.driver.pipeline",
-    "read_recipe": "sparsegpt.settings.recipe",
-    "rotate_model": "sparsegpt.driver.rotating",
-    "shrink_model": "sparsegpt.shrinking.shrink",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("sparsegpt")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

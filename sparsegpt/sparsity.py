@@ -8,6 +8,8 @@ from sparsegpt.errors import SparseGPTError
 
 EXPECTED = 'expected "n:m" such as 2:4 (keep 2 of every 4), a fraction of zeros such as 0.5 or 50%, or 50%/row'
 SHARES = "expected a share of zeros from 0 to below 1, or below 100%, such as 0.5 or 50%"
+# Columns that share one threshold when sparsegpt prunes a fraction: the published number.
+BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ def doubtful(text: str) -> str | None:
     if not 0 < share < 0.01 or "%" not in text:
         return None
     return f"sparsity {text} leaves {1 - share:.4g} of the weights: if a fraction was meant, leave out the percent sign"
+
+
+def check_block_size(block_size: int, pattern: Sparsity) -> None:
+    """Raises SparseGPTError unless blocks hold whole groups; the default is fine with every pattern, n:m ignores it."""
+    splits_groups = isinstance(pattern, NM) and block_size % pattern.m and block_size != BLOCK_SIZE
+    if block_size < 1:
+        raise SparseGPTError(f"block size {block_size} must be positive")
+    if splits_groups:
+        raise SparseGPTError(f"block size {block_size} must be a multiple of the group of {pattern}")
 
 
 def _parse(text: str) -> Sparsity:

@@ -1,6 +1,7 @@
 """One direction, no circles: a file imports only from lower floors, and the solvers need nothing but torch."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,11 @@ FOLDERS["calib_data"] = "sparsegpt.calib_data"
 # From the ground up, one row a room: it may import from the rows above it in this table, and from itself.
 ROOMS = (
     "errors",
+    "lazy",
+    "version",
     "counting",
     "sparsity",
+    "grid",
     "strips",
     "quantization",
     "files",
@@ -50,12 +54,13 @@ ROOMS = (
     "__main__",
 )
 # Research code that imports these gets torch and einops, nothing else.
-LIGHT_ROOMS = ("errors", "sparsity", "quantization", "strips", "solvers", "kernels.format", "kernels.layers", "")
+LIGHT_ROOMS = ("errors", "lazy", "version", "sparsity", "grid", "quantization", "strips", "solvers")
+LIGHT_ROOMS += ("kernels", "kernels.format", "kernels.layers", "")
 LIGHT = {"torch", "einops", "sparsegpt"} | set(sys.stdlib_module_names)
 # The fused kernel is loaded only for tensors on a GPU, as the test of loaded modules below shows.
 LIGHT_EXCEPTIONS = {"sparsegpt.solvers.fused": {"triton"}}
 # Of the engine, what a packed model is made of: how transformers keeps experts, and files.
-KERNELS_MAY_USE = {"errors", "sparsity", "quantization", "strips", "files", "model"}
+KERNELS_MAY_USE = {"errors", "lazy", "sparsity", "grid", "quantization", "strips", "files", "model"}
 # A reader finds a file in a folder at a glance.
 FILES_IN_A_FOLDER = 14
 LINES_OF_A_FUNCTION = 60
@@ -75,11 +80,17 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(name: str, *, everywhere: bool = True) -> set[str]:
     """Absolute names that a module imports; at its top alone, or anywhere. Type checking does not count."""
     path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(name)
     skipped = {
         id(inner)
         for node in ast.walk(tree)
@@ -160,7 +171,7 @@ def test_a_folder_is_read_at_a_glance(folder):
 def test_no_function_is_longer_than_a_screen(name):
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1}"
-        for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(name))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno - node.lineno >= LINES_OF_A_FUNCTION
     ]
@@ -181,7 +192,7 @@ def test_kernels_use_little_of_the_engine(name):
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) not in ("cli", "__main__")])
 def test_only_the_top_prints_or_exits(name):
     """print in a script's main, behind `if __name__`, is that script's own top."""
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    tree = tree_of(name)
     if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
         return
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -198,14 +209,35 @@ print([name for name in heavy if name in sys.modules], int((layer.weight == 0).s
     assert forked_light.python("-c", code) == "[] 16\n"
 
 
+def test_the_package_and_its_help_load_no_torch():
+    code = """
+import sys, sparsegpt
+from sparsegpt.cli.commands import main
+for words in (["--help"], ["run", "--help"], ["run", "--sparsity", "2:4", "--preset", "fats"]):
+    sys.argv = ["sparsegpt", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        print("code", ended.code)
+print([name for name in ("torch", "numpy", "transformers", "huggingface_hub") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, env=CHILD_ENVIRONMENT, cwd="/", check=True)
+    assert ended.stdout.count("Usage:") == 2
+    assert ended.stdout.splitlines()[-2:] == ["code 1", "[]"]
+    assert "did you mean fast?" in ended.stderr
+
+
 def test_every_module_imports_and_everything_public_is_there(forked):
     names = [name for name in MODULES if not name.endswith("__main__")]
     code = f"""
-import importlib, sparsegpt
+import importlib, sparsegpt.kernels, sparsegpt.solvers
 for name in {names}:
     importlib.import_module(name)
-for name in sparsegpt.__all__:
-    getattr(sparsegpt, name)
+for package in (sparsegpt, sparsegpt.kernels, sparsegpt.solvers):
+    for name in package.__all__:
+        assert name in dir(package)
+        getattr(package, name)
 """
     assert forked.python("-c", code) == ""
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from sparsegpt import NM, SparseGPTError, Unstructured
+from sparsegpt.grid import Grid, parse_grid
 from sparsegpt.quantization import (
     LEAST_SCALE,
     SHRINK,
-    Grid,
     Scales,
     encode,
-    parse_grid,
     recover,
     representable,
     search_scales,

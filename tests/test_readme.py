@@ -2,16 +2,20 @@
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import typer.main
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from sparsegpt import calib_data
 from sparsegpt.cli import commands as cli
+from sparsegpt.settings import naming
 from tests.architectures import architecture_table
-from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 # In the order in which they are read: what one page writes, a later one may use.
@@ -66,10 +70,10 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 class Reader:
-    """Does in one folder what the pages say, block by block."""
+    """Does in one folder what the pages say, block by block, in this process. demo: the folder of the demo model."""
 
-    def __init__(self, folder: Path, forked: Forked) -> None:
-        self.folder, self.forked = folder, forked
+    def __init__(self, folder: Path, demo: Path) -> None:
+        self.folder, self.demo = folder, demo
         self.read: set[Path] = set()
 
     def read_up_to(self, page: Path) -> None:
@@ -78,34 +82,42 @@ class Reader:
             if earlier not in self.read:
                 self.read.add(earlier)
                 for block in blocks_of(earlier):
-                    self.do(block)
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.chdir(self.folder)
+                        patch.syspath_prepend(self.folder)
+                        for module in (calib_data, naming):
+                            patch.setattr(module, "demo_folder", lambda: self.demo)
+                        self.do(block, patch)
 
-    def do(self, block: Block) -> None:
+    def do(self, block: Block, patch: pytest.MonkeyPatch) -> None:
         if block.file:
             (self.folder / block.file).write_text(block.code, encoding="utf-8")
+            sys.modules.pop(Path(block.file).stem, None)  # of another reader
         if block.language == "python":
-            self.execute(["-c", block.code] if not block.file else [block.file])
+            exec(compile(block.code, block.file or "<block>", "exec"), {"__name__": "__main__"})
         for words in calls(block):
             if not ELSEWHERE.search(" ".join(words)):
-                self.command(words)
+                patch.setattr(sys, "argv", ["sparsegpt", *words, *SHORTER.get(words[0], [])])
+                try:
+                    cli.main()
+                except SystemExit as ended:
+                    assert not ended.code, " ".join(words)
 
-    def execute(self, arguments: list[str]) -> None:
-        """Python in a process of its own, as the block's imports may be what it shows."""
-        self.forked.python(*arguments, cwd=self.folder)
 
-    def command(self, words: list[str]) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(self.folder)
-            patch.setattr(sys, "argv", ["sparsegpt", *words, *SHORTER.get(words[0], [])])
-            try:
-                cli.main()
-            except SystemExit as ended:
-                assert not ended.code, " ".join(words)
+def save_narrow_demo(folder: Path) -> Path:
+    """The demo with its tokenizer and its blocks, an eighth as wide: for commands, any weights do."""
+    shutil.copytree(calib_data.demo_folder(), folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.hidden_size, config.word_embed_proj_dim, config.ffn_dim = 32, 32, 128
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory, forked):
-    return Reader(tmp_path_factory.mktemp("reader"), forked)
+def reader(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reader")
+    return Reader(folder, save_narrow_demo(folder / "narrow-demo"))
 
 
 @each_page
@@ -113,9 +125,9 @@ def test_a_page_works_from_top_to_bottom(page, reader):
     reader.read_up_to(page)
 
 
-def test_what_the_readme_writes_is_there(reader):
-    reader.read_up_to(PAGES[0])
-    assert (reader.folder / "pruned/demo/report.json").is_file()
+def test_the_readme_works_with_the_demo_itself(tmp_path):
+    Reader(tmp_path, calib_data.demo_folder()).read_up_to(PAGES[0])
+    assert (tmp_path / "pruned/demo/report.json").is_file()
     assert {"sh", "python"} <= {block.language for block in blocks_of(PAGES[0])}
 
 

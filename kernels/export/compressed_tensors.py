@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsegpt.files.bits import pack_bits
-from sparsegpt.quantization import Grid, Integers
+from sparsegpt.grid import Grid
+from sparsegpt.quantization import Integers
 
 NAME = "compressed-tensors"
 _LIKED = (128, 96, 64, 32)

@@ -24,10 +24,11 @@ from sparsegpt.files.model_files import CONFIG, read_config, weight_files
 from sparsegpt.files.reported import reported_layers
 from sparsegpt.files.results import new_result
 from sparsegpt.files.tensor_files import DEFAULT_SHARD_BYTES, OpenTensors, ShardedWriter, header_room
+from sparsegpt.grid import Grid
 from sparsegpt.kernels.checkpoint.matrices import Matrix, checkpoint_matrices
 from sparsegpt.kernels.export import compressed_tensors, gptq
 from sparsegpt.model.loading import load_config, without_weights
-from sparsegpt.quantization import Grid, Integers, recover
+from sparsegpt.quantization import Integers, recover
 
 
 @dataclass(frozen=True)

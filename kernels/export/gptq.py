@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sparsegpt.files.bits import pack_bits
-from sparsegpt.quantization import Grid, Integers
+from sparsegpt.grid import Grid
+from sparsegpt.quantization import Integers
 
 NAME = "gptq"
 BITS = (2, 3, 4, 8)

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.grid import Grid
 from sparsegpt.kernels.format.form import Form
 from sparsegpt.kernels.format.pack import DTYPES, WORD_COLUMNS, padded_columns
-from sparsegpt.quantization import Grid, recover
+from sparsegpt.quantization import recover
 
 # Of a weight, before all of it is tried.
 ROWS_TRIED = 4

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -60,17 +60,17 @@ def parameters(source: type, preset: Mapping[str, str] | None = None) -> list[Pa
 
     preset: what a preset gives for fields, in words. Such an option is None unless it is given.
     """
-    types, presets = get_type_hints(source), preset or {}
+    presets = preset or {}
     return [
-        _parameter(setting, told, types[setting.name], presets.get(setting.name))
+        _parameter(setting, told, presets.get(setting.name))
         for setting in fields(source)
         if (told := option_of(setting)) is not None
     ]
 
 
-def _parameter(setting: "Field[Any]", told: Option, kind: Any, preset: str | None) -> Parameter:
+def _parameter(setting: "Field[Any]", told: Option, preset: str | None) -> Parameter:
     default, shown = _default(setting, told) if preset is None else (None, preset)
-    kind = told.typed or kind
+    kind: Any = told.typed or setting.type
     if default is None:
         kind = kind | None
     annotation: Any = Annotated[kind, _info(setting.name, told, shown)]

@@ -25,7 +25,7 @@ from sparsegpt.cli.options import (
     data_names,
 )
 from sparsegpt.errors import SparseGPTError, unknown
-from sparsegpt.quantization import parse_grid
+from sparsegpt.grid import parse_grid
 from sparsegpt.run.options import default_data
 from sparsegpt.settings.prune_settings import LinearSettings, resolve_settings
 from sparsegpt.sparsity import parse_sparsity

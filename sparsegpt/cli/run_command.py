@@ -51,6 +51,9 @@ def by_preset(preset: str = "default") -> dict[str, str]:
 @takes(*parameters(RunCall), *parameters(PruneSettings, by_preset()), *parameters(RunOptions))
 def run(**arguments: Any) -> None:
     """Prune a model, score it before and after, and save it with a report."""
+    call = RunCall(**given(RunCall, arguments))
+    settings = _settings(call.preset, given(PruneSettings, arguments))
+
     from sparsegpt.cli.display import RunDisplay, print_plan, print_report
     from sparsegpt.driver.ranks import is_restart, started
     from sparsegpt.listeners.json_log import JsonLog
@@ -58,8 +61,6 @@ def run(**arguments: Any) -> None:
     from sparsegpt.run.job import run as run_job
     from sparsegpt.run.planning import check_options, plan_run
 
-    call = RunCall(**given(RunCall, arguments))
-    settings = _settings(call.preset, given(PruneSettings, arguments))
     options = replace(_options(given(RunOptions, arguments), settings), preset=call.preset, command=typed_command())
     console = open_console()
     silence_libraries()
@@ -91,10 +92,11 @@ def run(**arguments: Any) -> None:
 
 
 def _settings(preset: str, told: dict[str, Any]) -> PruneSettings:
-    from sparsegpt.settings.recipe import read_recipe
+    if told["recipe"] is not None:
+        from sparsegpt.settings.recipe import read_recipe
 
-    recipe = told.pop("recipe")
-    return resolve_settings(preset=preset, recipe=read_recipe(recipe) if recipe else None, **told)
+        told["recipe"] = read_recipe(told["recipe"])
+    return resolve_settings(preset=preset, **told)
 
 
 def _options(told: dict[str, Any], settings: PruneSettings) -> RunOptions:

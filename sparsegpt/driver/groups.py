@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sparsegpt.driver.ranks import ONE_RANK, Ranks, Share, Told
 from sparsegpt.driver.reports import LayerReport, Listener, PruneReport, share_of_zeros
 from sparsegpt.driver.stages import Matrix, enough_tokens, share_out
+from sparsegpt.grid import Grid
 from sparsegpt.model.routers import named_expert
-from sparsegpt.quantization import Grid
 from sparsegpt.settings.prune_settings import LinearSettings, PruneSettings
 from sparsegpt.solvers import METHODS, Pruned, parse_method, prune_layer
 from sparsegpt.solvers.correction import (

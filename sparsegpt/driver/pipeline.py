@@ -31,13 +31,13 @@ from sparsegpt.driver.rotating import rotate_first
 from sparsegpt.driver.verification import WINDOWS, check_boundaries, verify_blocks
 from sparsegpt.driver.windows import Windows, micro_batches, share_of
 from sparsegpt.errors import SparseGPTError
+from sparsegpt.grid import Grid
 from sparsegpt.model.capture import ModelInputs
 from sparsegpt.model.decoder import DecoderModel, evaluating
 from sparsegpt.model.head import head_inputs, lm_head_of
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.streams import ActivationStore, Streams
 from sparsegpt.model.unfuse import unfused
-from sparsegpt.quantization import Grid
 from sparsegpt.recovery.distill import Distiller, distill
 from sparsegpt.recovery.reconstruct import Reconstruction
 from sparsegpt.recovery.training import Batch, counting_windows, training_batches

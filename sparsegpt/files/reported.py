@@ -8,7 +8,7 @@ from typing import Any
 from sparsegpt.errors import SparseGPTError, first_line
 from sparsegpt.files.checked_json import REPORT_NAME, read_object
 from sparsegpt.files.inside import check_inside
-from sparsegpt.quantization import Grid, parse_grid
+from sparsegpt.grid import Grid, parse_grid
 from sparsegpt.sparsity import parse_sparsity
 
 

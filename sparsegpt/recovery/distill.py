@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsegpt.counting import Counted, unheard
+from sparsegpt.grid import Grid
 from sparsegpt.model.capture import BlockCall, ModelInputs
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.head import logits_after
 from sparsegpt.model.residence import Residence
 from sparsegpt.model.streams import ActivationStore
 from sparsegpt.model.unfuse import unfused
-from sparsegpt.quantization import Grid
 from sparsegpt.recovery.training import (
     BETAS,
     ONE_TRAINER,

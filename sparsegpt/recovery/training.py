@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from sparsegpt.quantization import Grid, Integers, grouped, recover, representable
+from sparsegpt.grid import Grid
+from sparsegpt.quantization import Integers, grouped, recover, representable
 
 # The share of the windows that judges instead of teaching.
 HELD_OUT = 0.1

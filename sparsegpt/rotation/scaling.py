@@ -21,7 +21,8 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
-from sparsegpt.quantization import Grid, encode, search_scales
+from sparsegpt.grid import Grid
+from sparsegpt.quantization import encode, search_scales
 from sparsegpt.rotation.rotatable import Rotatable, ValueHeads
 from sparsegpt.solvers.hessian import HessianAccumulator
 from sparsegpt.solvers.refit import row_losses

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsegpt.quantization import Grid
+from sparsegpt.grid import Grid
 from sparsegpt.settings.option import Group, option
 from sparsegpt.sparsity import NM, Sparsity
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sparsegpt import solvers  # with torch, once a name of it is used
 from sparsegpt.errors import SparseGPTError, unknown
-from sparsegpt.quantization import Grid, parse_grid
+from sparsegpt.grid import Grid, parse_grid
 from sparsegpt.settings.option import Group, option
 from sparsegpt.settings.selection import compile_regex
-from sparsegpt.solvers.layer import BLOCK_SIZE, Rounding, check_block_size
-from sparsegpt.solvers.methods import Method, parse_method
-from sparsegpt.sparsity import NM, Sparsity, Unstructured, parse_sparsity
+from sparsegpt.sparsity import BLOCK_SIZE, NM, Sparsity, Unstructured, check_block_size, parse_sparsity
 
 Order = Literal["input", "block", "linear"]
 ALLOCATIONS = ("uniform", "owl")
@@ -31,7 +30,7 @@ DAMPING_RANGE = (0.001, 0.05)
 
 def _plain(value: Any) -> Any:
     """A setting as JSON holds it."""
-    if isinstance(value, Method):
+    if isinstance(value, solvers.Method):
         return value.name
     return str(value) if isinstance(value, NM | Unstructured | Grid) else value
 
@@ -51,7 +50,7 @@ class LinearSettings:
             'Pattern "n:m" (keep n of m), or share of zeros: 2:4, 0.5, 50%, 50%/row.', Group.PATTERN, typed=str
         )
     )
-    method: str | Method = field(
+    method: "str | solvers.Method" = field(
         default="admm",
         metadata=option(
             "magnitude, wanda, sparsegpt, each also with +refit, admm, or a method of yours as module:name.",
@@ -92,7 +91,7 @@ class LinearSettings:
     )
 
     def __post_init__(self) -> None:
-        method = parse_method(self.method)
+        method = solvers.parse_method(self.method)
         if self.damping is not None and not 0 <= self.damping < math.inf:
             raise SparseGPTError(
                 f"damping {self.damping:g} is out of range: expected a share of the mean diagonal, like 0.01"
@@ -120,9 +119,9 @@ class LinearSettings:
         return min(high, max(low, DAMPING_PER_SHARE * width / tokens))
 
     @property
-    def rounding(self) -> Rounding | None:
+    def rounding(self) -> "solvers.Rounding | None":
         """How kept weights become integers; None where they do not. Raises SparseGPTError for an unknown quantizer."""
-        return Rounding.of(self.quantize, self.quantizer)
+        return solvers.Rounding.of(self.quantize, self.quantizer)
 
     @property
     def corrects(self) -> bool:
@@ -295,15 +294,16 @@ def resolve_settings(sparsity: "str | float | Sparsity", preset: str = "default"
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
+    pattern = parse_sparsity(sparsity)
     given = {key: value for key, value in explicit.items() if value is not None}
     defaults = dict(PRESETS[preset])
-    if not parse_method(given.get("method", defaults["method"])).updates_weights:
+    if not solvers.parse_method(given.get("method", defaults["method"])).updates_weights:
         # A method that moves no weight has nothing to correct with: the preset's corrections do not apply to it.
         for share in CORRECTIONS:
             defaults.pop(share, None)
     if "quantize" in given:
         given["quantize"] = parse_grid(given["quantize"])
-    return PruneSettings(parse_sparsity(sparsity), **{**defaults, **given, "asked": tuple(sorted(given))})
+    return PruneSettings(pattern, **{**defaults, **given, "asked": tuple(sorted(given))})
 
 
 def without_residual_correction(settings: PruneSettings, reason: str) -> tuple[PruneSettings, list[str]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegpt.errors import SparseGPTError, nearest
-from sparsegpt.quantization import parse_grid
+from sparsegpt.grid import parse_grid
 from sparsegpt.settings.prune_settings import CORRECTIONS, LinearSettings, PruneSettings, Rule
 from sparsegpt.solvers import parse_method
 from sparsegpt.sparsity import parse_sparsity

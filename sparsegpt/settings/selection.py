@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import regex
-
 from sparsegpt.errors import SparseGPTError
 
 _RANGE = re.compile(r"(?P<first>\d{0,9})(?P<open>:(?P<end>\d{0,9}))?", re.ASCII)
@@ -24,6 +22,8 @@ class Expression:
     """A regular expression with an end: it may come from a file of somebody else's."""
 
     def __init__(self, text: str, what: str, setting: str) -> None:
+        import regex
+
         self.text, self.what, self.settings = text, what, tuple(filter(None, (setting,)))
         self._left = SECONDS
         if len(text) > LETTERS or _repeats(text) > REPEATS:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparsegpt.errors import unknown
+from sparsegpt.shrinking.settings import UPDATES
 from sparsegpt.shrinking.surgeon import choose_groups, refit_columns
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.methods import Method
@@ -94,14 +94,6 @@ RANKINGS: dict[str, Ranking] = {
     "wanda": by_wanda,
     "random": at_random,
 }
-# Those whose kept weights move to make up for what has left.
-UPDATES = frozenset({"obs"})
-
-
-def check_ranking(name: str) -> None:
-    """Raises SparseGPTError for a ranking that is not known."""
-    if name not in RANKINGS:
-        raise unknown("method", name, RANKINGS, settings=("method",))
 
 
 def structured(name: str, feeders: Tensor, seed: int = 0) -> Method:

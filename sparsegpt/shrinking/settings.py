@@ -7,11 +7,13 @@ from typing import Any
 
 from sparsegpt.errors import SparseGPTError, unknown
 from sparsegpt.settings.option import Group, option
-from sparsegpt.shrinking.rankings import UPDATES, check_ranking
 
 SIZE, METHOD, RECOVERY = Group.PATTERN, Group.PATTERN, Group.RECOVERY
 BUDGETS = ("keep", "parameters", "size", "speedup")
 PARTS = ("heads", "channels", "experts", "blocks")
+METHODS = ("obs", "wanda", "magnitude", "random")  # rows of rankings.RANKINGS
+# Those whose kept weights move to make up for what has left.
+UPDATES = frozenset({"obs"})
 DEPTHS = ("divergence", "similarity")
 CHOICES = ("even", "divergence")
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
@@ -131,11 +133,10 @@ class ShrinkSettings:
     distill_rate: float = field(default=1e-4, metadata=option("Learning rate of the distillation.", RECOVERY))
 
     def __post_init__(self) -> None:
-        check_ranking(self.method)
-        self._check_size()
-        for name, known in (("depth", DEPTHS), ("choose", CHOICES)):
+        for name, known in (("method", METHODS), ("depth", DEPTHS), ("choose", CHOICES)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known, settings=(name,))
+        self._check_size()
         for name in ("error_correction", "residual_correction"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -31,9 +31,9 @@ from sparsegpt.shrinking.cutting import Kept, KeptColumns, cut, rehearse
 from sparsegpt.shrinking.depth import Walk, choose_blocks, divergences, make_up
 from sparsegpt.shrinking.experts import choose_experts
 from sparsegpt.shrinking.latency import LatencyTable, measure_latency
-from sparsegpt.shrinking.rankings import UPDATES, Columns, structured
+from sparsegpt.shrinking.rankings import Columns, structured
 from sparsegpt.shrinking.recovery import Recovery
-from sparsegpt.shrinking.settings import ShrinkSettings
+from sparsegpt.shrinking.settings import UPDATES, ShrinkSettings
 from sparsegpt.shrinking.shapes import Anatomy, Shape, Site, feeders_of, width_in
 from sparsegpt.sparsity import Unstructured
 

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import SparseGPTError
-from sparsegpt.quantization import Grid, Integers, parse_grid
+from sparsegpt.grid import Grid, parse_grid
+from sparsegpt.quantization import Integers
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.methods import Method, parse_method
 from sparsegpt.solvers.refit import refit, row_losses
 from sparsegpt.solvers.rounding import Quantizer, parse_quantizer
-from sparsegpt.sparsity import NM, Sparsity, parse_sparsity
-
-# Columns that share one threshold when sparsegpt prunes a fraction: the published number.
-BLOCK_SIZE = 128
+from sparsegpt.sparsity import BLOCK_SIZE, Sparsity, check_block_size, parse_sparsity
 
 
 @dataclass(frozen=True)
@@ -179,12 +177,3 @@ def _check_shapes(weight: Tensor, hessian: Tensor, pattern: Sparsity, block_size
         raise SparseGPTError(f"{name}: weight contains NaN or infinite values; the checkpoint is damaged")
     pattern.check(width, name)
     check_block_size(block_size, pattern)
-
-
-def check_block_size(block_size: int, pattern: Sparsity) -> None:
-    """Raises SparseGPTError unless blocks hold whole groups; the default is fine with every pattern, n:m ignores it."""
-    splits_groups = isinstance(pattern, NM) and block_size % pattern.m and block_size != BLOCK_SIZE
-    if block_size < 1:
-        raise SparseGPTError(f"block size {block_size} must be positive")
-    if splits_groups:
-        raise SparseGPTError(f"block size {block_size} must be a multiple of the group of {pattern}")

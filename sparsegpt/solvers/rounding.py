@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from sparsegpt.errors import unknown
-from sparsegpt.quantization import Grid, Integers, Scales, encode, representable, search_scales
+from sparsegpt.grid import Grid
+from sparsegpt.quantization import Integers, Scales, encode, representable, search_scales
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.sparsegpt import Columns, MaskSweep
 from sparsegpt.sparsity import NM, Sparsity

@@ -144,6 +144,7 @@ def test_quiet_prints_nothing(prune, text_file):
 
 def test_the_package_runs_as_a_module_in_a_process_of_its_own(llama_folder, text_file, tmp_path):
     flags = ["--model", llama_folder, "--sparsity", "50%", "--calib", text_file, "--eval", "none", "--samples", 2]
+    flags += ["--rotate", "off"]  # nobody has told this process to look for bases quickly
     command = [sys.executable, "-m", "sparsegpt", "run", *map(str, flags), "--seqlen", str(WINDOW)]
     options = {"cwd": tmp_path, "env": CHILD_ENVIRONMENT, "capture_output": True, "text": True}
     ended = subprocess.run(command, check=False, timeout=120, **options)
@@ -542,7 +543,7 @@ def test_ctrl_c_during_pruning_exits_with_130_and_leaves_the_old_result(forked, 
     (out / "old").write_text("old")
     write_marker(out, "run")
     flags = ["--model", llama_folder, "--calib", text_file, "--eval", "none", "--sparsity", "2:4", "--samples", 64]
-    flags += ["--seqlen", WINDOW, "--out", out, "--overwrite", "--reconstruct", 100_000]
+    flags += ["--seqlen", WINDOW, "--out", out, "--overwrite", "--reconstruct", 100_000, "--rotate", "off"]
     process = forked.start("-m", "sparsegpt", "run", *flags)
     limit = time.monotonic() + 120
     while "\npruning" not in forked.printed() and time.monotonic() < limit:

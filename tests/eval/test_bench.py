@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,10 @@ def test_textbook_factor_is_the_inverse_factor():
     assert torch.equal(factor, factor.triu())
 
 
-def test_pipeline_bench_measures_both_orders(llama_folder, text_file):
+def test_pipeline_bench_measures_both_orders(llama_folder, text_file, forked, monkeypatch):
+    """Its two processes are forked off one that has the libraries."""
+    run = SimpleNamespace(run=lambda command, **_: forked.run(*command[1:]))
+    monkeypatch.setattr(bench_pipeline, "subprocess", run)
     rows = bench_pipeline.bench_pipeline(str(llama_folder), str(text_file), 2, 32, "cpu")
     assert [row.order for row in rows] == ["block", "linear"]
     assert all(row.seconds > 0 and row.peak_memory_bytes > 2**20 for row in rows)

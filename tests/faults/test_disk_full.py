@@ -13,8 +13,14 @@ from tests.faults.jobs import OLD, everything, finished_blocks, put_old_result
 PAGE = 4096
 
 
-@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.faults)])
-@pytest.mark.parametrize("activations", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("activations", "step"),
+    [
+        ("memory", 97),
+        ("disk", 193),
+        *(pytest.param(place, 1, marks=pytest.mark.faults) for place in ("memory", "disk")),
+    ],
+)
 def test_a_disk_full_at_each_write_is_one_line_and_loses_nothing(tiny_job, tmp_path, step, activations):
     out, calls = tmp_path / "out", tmp_path / "calls"
     fault = {"root": str(tmp_path), "calls": str(calls)}

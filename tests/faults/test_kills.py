@@ -8,26 +8,40 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import OLD, Job, everything, finished_blocks, leftovers, put_old_result, work_folder
+from sparsegpt.kernels.cpu.build import cache_folder, load_library
+from tests.faults.jobs import OLD, Forker, Job, everything, finished_blocks, leftovers, put_old_result, work_folder
 from tests.support import write_text
 
 ACTIVATIONS = ("memory", "disk")
-STAGES = ("loading", *(f"{blocks} blocks" for blocks in range(7)), "distilling", "saving")
 
 
-@pytest.fixture(scope="module")
-def demo_jobs(forker, tmp_path_factory):
-    """A run on the demo model with activations in memory and on disk; both end with the same bits."""
-    folder = tmp_path_factory.mktemp("demo")
-    flags = {"model": "demo", "sparsity": "2:4", "method": "sparsegpt", "eval": "none", "samples": 4, "seqlen": 32}
-    flags |= {"micro-batch": 2, "calib": write_text(folder / "calib.txt", words=500), "distill": 2}
+def in_both_places(forker: Forker, flags: dict[str, object], folder: Path) -> list[Job]:
+    """A run with activations in memory and on disk; both end with the same bits."""
     jobs = [Job(forker, {**flags, "activations": kind}, folder / kind) for kind in ACTIVATIONS]
     assert jobs[0].result == jobs[1].result
     return jobs
 
 
+@pytest.fixture(scope="module")
+def tiny_jobs(tiny_job, tmp_path_factory):
+    return in_both_places(tiny_job.forker, tiny_job.flags, tmp_path_factory.mktemp("both"))
+
+
+@pytest.fixture(scope="module")
+def demo_jobs(forker, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    flags = {"model": "demo", "sparsity": "2:4", "method": "sparsegpt", "eval": "none", "samples": 4, "seqlen": 32}
+    flags |= {"micro-batch": 2, "calib": write_text(folder / "calib.txt", words=500), "distill": 2}
+    return in_both_places(forker, flags, folder)
+
+
+def stages_of(job: Job) -> tuple[str, ...]:
+    """Where its run may be killed, in their order."""
+    return ("loading", *(f"{done} blocks" for done in range(len(job.report["blocks"]) + 1)), "distilling", "saving")
+
+
 def stage(out: Path) -> str:
-    """How far a run has come: one of STAGES, or "saved"."""
+    """How far a run has come: one of its stages, or "saved"."""
     blocks = finished_blocks(out)
     if any(name.endswith((".writing", ".old")) for name in leftovers(out)):
         return "saving"
@@ -50,17 +64,19 @@ def killed(job: Job, out: Path, first: str, wait: float, *extra: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.faults)])
-def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(demo_jobs, tmp_path, kills, seed):
+@pytest.mark.parametrize(("model", "kills"), [("tiny", 7), pytest.param("demo", 100, marks=pytest.mark.faults)])
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(request, tmp_path, model, kills, seed):
     """Moments are drawn behind the beginning of every stage, so that a machine of any pace is killed in all of them."""
-    chance = random.Random(seed)
+    jobs, chance = request.getfixturevalue(f"{model}_jobs"), random.Random(seed)
+    planned = stages_of(jobs[0])
+    shares = {"loading": 0.1, planned[-3]: 0.05, "distilling": 0.05, "saving": 0.05}
     stages: Counter[str] = Counter()
     again = 0
     for place in range(kills):
-        job, out = chance.choice(demo_jobs), tmp_path / f"out-{place}"
+        job, out = chance.choice(jobs), tmp_path / f"out-{place}"
         old = chance.random() < 0.3
-        first = STAGES[place % len(STAGES)] if kills > 2 else chance.choice(STAGES)
-        share = {"loading": 0.1, "6 blocks": 0.05, "distilling": 0.05, "saving": 0.05}.get(first, 0.12)
+        first = planned[place % len(planned)]
+        share = shares.get(first, 0.12)
         while True:  # a run that ended before it was killed tells nothing
             if old:
                 put_old_result(out)
@@ -82,8 +98,8 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(demo_jobs, tmp
     print(
         f"{again} more kills of resumed runs; killed at: " + ", ".join(f"{k}: {n}" for k, n in sorted(stages.items()))
     )
-    if kills > 3:
-        assert stages.keys() >= set(STAGES[:-2]) | {"saving"}
+    if model == "demo":  # its stages are long enough to be killed in the one that was meant
+        assert stages.keys() >= {*planned[:-2], "saving"}
 
 
 @pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.faults)])
@@ -129,11 +145,13 @@ def test_packing_and_unpacking_killed_before_each_of_their_writes(tiny_job, fork
     print(f"\n{command} killed before {len(range(0, len(made), step))} of {len(made)} writes: all bit-identical")
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.faults)])
-def test_tuning_killed_before_each_of_its_writes_keeps_what_it_knew(forker, tmp_path, step):
-    """Its file is as it was, or new, and never half of either."""
+@pytest.mark.parametrize(("built", "step"), [(True, 3), pytest.param(False, 1, marks=pytest.mark.faults)])
+def test_tuning_killed_before_each_of_its_writes_keeps_what_it_knew(forker, tmp_path, built, step):
+    """Its file is as it was, or new, and never half of either. built: the CPU's kernels are compiled already."""
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     file, calls = tmp_path / "sparsegpt" / "measured.json", tmp_path / "calls"
+    if built and load_library() is not None:
+        shutil.copytree(cache_folder(), file.parent / "kernels")
     arguments = ["tune", "--shapes", "32x64", "--tokens", "1", "--rounds", "1"]
     fault = {"root": str(file.parent), "calls": str(calls)}
     outcome = forker.run(arguments, fault=fault | {"kind": "count", "at": -1}, environment=environment)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparsegpt import prune_model
-from sparsegpt.quantization import Grid, encode, recover, representable, search_scales
+from sparsegpt.grid import Grid
+from sparsegpt.quantization import encode, recover, representable, search_scales
 from sparsegpt.recovery.training import GridWeight
 from tests.support import random_windows, refused, tiny_model
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sparsegpt import prune_weight
+from sparsegpt.grid import parse_grid
 from sparsegpt.model.decoder import DecoderModel
 from sparsegpt.model.unfuse import unfused
-from sparsegpt.quantization import encode, parse_grid, search_scales
+from sparsegpt.quantization import encode, search_scales
 from sparsegpt.rotation.rotatable import Rotatable
 from sparsegpt.rotation.scaling import ALPHAS, find_scales, places
 from tests.architectures import VARIANTS

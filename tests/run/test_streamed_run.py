@@ -13,13 +13,13 @@ from sparsegpt.recovery import distill
 from sparsegpt.run.job import run
 from sparsegpt.run.options import RunOptions
 from sparsegpt.settings.prune_settings import resolve_settings
-from tests.architectures import VARIANTS, WRAPPERS, tiny, tiny_variant
+from tests.architectures import COVERING, VARIANTS, WRAPPERS, tiny, tiny_variant
 from tests.support import in_short, save_tokenizer, write_text
 
 SAMPLES, LENGTH = 6, 16
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *WRAPPERS])
+@pytest.mark.parametrize("variant", in_short([*VARIANTS, *WRAPPERS], [*COVERING, *WRAPPERS]))
 def test_a_streamed_run_saves_what_pruning_in_memory_gives(tmp_path, monkeypatch, variant):
     compare(tmp_path, monkeypatch, tiny(variant), "2:4", preset="paper", error_correction=0.5)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsegpt import NM, Unstructured
-from sparsegpt.quantization import Grid
+from sparsegpt.grid import Grid
 from sparsegpt.settings.prune_settings import resolve_settings
 from sparsegpt.settings.recipe import KEYS, choose, parse_recipe, parse_rules, read_recipe
 from sparsegpt.solvers import METHODS

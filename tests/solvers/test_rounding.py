@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsegpt import NM, Unstructured, prune_weight
-from sparsegpt.quantization import encode, parse_grid, search_scales
+from sparsegpt.grid import parse_grid
+from sparsegpt.quantization import encode, search_scales
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.masks import keeps_counts
 from sparsegpt.solvers.rounding import polish, round_weight

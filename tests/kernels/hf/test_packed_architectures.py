@@ -19,7 +19,7 @@ from sparsegpt.kernels.hf.quantizer import register
 from sparsegpt.kernels.layers.experts import PackedExperts
 from sparsegpt.kernels.layers.linear import explain, packed_layers, set_kernels
 from sparsegpt.model.loading import auto_class
-from tests.architectures import MIXTURES, VARIANTS, WRAPPERS, save_pruned
+from tests.architectures import COVERING, MIXTURES, VARIANTS, WRAPPERS, save_pruned
 from tests.support import in_short, logits_of, random_windows, refused
 
 TOKENS = random_windows(2, 16)
@@ -96,7 +96,7 @@ def change_weights(path, change):
 # There and back
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *WRAPPERS])
+@pytest.mark.parametrize("variant", in_short([*VARIANTS, *WRAPPERS], [*COVERING, *SAVED, *WRAPPERS]))
 def test_packed_it_computes_the_same_and_unpacked_it_has_the_same_bits(variant, tmp_path):
     model, matrices = save_pruned(tmp_path / "pruned", variant)
     report = pack_folder(tmp_path / "pruned", tmp_path / "packed")

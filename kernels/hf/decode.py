@@ -277,11 +277,11 @@ class _Made:
         )
 
     def room(self, token: _Token) -> Room | None:
-        """Where the next key and value go; None without calls, or with a cache or a position that they do not take."""
+        """Where the next key and value go; None without calls, or with a token or a cache that they do not take."""
         layer = self.cache_layer(token.cache)
-        if layer is None or self.calls is None or self.dtype != token.hidden_states.dtype:
+        if layer is None or self.calls is None or not self.calls.takes(token.hidden_states, token.turn):
             return None
-        return self.calls.room(layer) if self.calls.takes(token.turn) else None
+        return self.calls.room(layer)
 
     def cache_layer(self, cache: DynamicCache) -> Any:
         """Where the block's keys and values are, or None where they are not in a plain growing layer."""

@@ -43,12 +43,16 @@ class BlockCalls:
         self.calls, self.attend, inputs, outputs = _calls(block, plans, dtype)
         _, (*_, cos, sin, keys, values, _), *_ = self.attend
         self.moving = (inputs, outputs, cos, sin, keys, values)
-        self._dtype, (self._shared, _, self._size) = dtype, keys.shape
+        self._dtype, self._shape, (self._shared, _, self._size) = dtype, inputs.shape, keys.shape
 
-    def takes(self, turn: tuple[Tensor, Tensor]) -> bool:
-        """Cosines and sines [..., D] -> whether they are of one token and fit."""
+    def takes(self, hidden_states: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
+        """[..., K], cosines and sines [..., D] -> whether they are of one token, and of the shape and dtype wanted."""
         cos, sin = turn
-        return cos.shape == sin.shape == (1, 1, self._size) and cos.dtype == sin.dtype == self._dtype
+        return (
+            hidden_states.shape == self._shape
+            and cos.shape == sin.shape == (1, 1, self._size)
+            and cos.dtype == sin.dtype == hidden_states.dtype == self._dtype
+        )
 
     def room(self, layer: Any) -> Room | None:
         """Where the block's next key and value go, or None where its cache is of another shape or dtype."""

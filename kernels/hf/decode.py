@@ -49,9 +49,9 @@ def step_blocks(model: nn.Module) -> int:
     for parent in model.modules():
         blocks = [(block, is_known(block) and "forward" not in block.__dict__) for block in parent.children()]
         for known, neighbours in groupby(blocks, lambda pair: pair[1]):
-            row = Row()
+            chain = Chain()
             for block, _ in neighbours if known else ():
-                block.forward = partial(block_forward, block, row.add())
+                block.forward = partial(block_forward, block, chain.add())
                 count += 1
     return count
 
@@ -91,8 +91,8 @@ class Step:
     sure: whether its input was, the last time, what the block before it gave. Copies and pickles start anew.
     """
 
-    def __init__(self, row: Row, index: int) -> None:
-        self._row, self._index = row, index
+    def __init__(self, chain: Chain, index: int) -> None:
+        self._chain, self._index = chain, index
         self.sure, self.made = False, None  # type: tuple[bool, _Made | None]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Step:
 
     def run(self, block: nn.Module, hidden_states: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
         """[..., K] -> [..., K] of one token, the cache a token longer; None where the program does not serve."""
-        if not _is_one_token(hidden_states, arguments) or not self._row.lock.acquire(blocking=False):
+        if not _is_one_token(hidden_states, arguments) or not self._chain.lock.acquire(blocking=False):
             return None
         try:
             self.sure = False
@@ -109,12 +109,12 @@ class Step:
             if self.made.watched():
                 return None
             token = _Token(hidden_states, arguments["position_embeddings"], arguments["past_key_values"])
-            return self._row.run(self._index, self.made, token)
+            return self._chain.run(self._index, self.made, token)
         finally:
-            self._row.lock.release()
+            self._chain.lock.release()
 
 
-class Row:
+class Chain:
     """Steps of blocks that follow one another, and what was worked out ahead. Copies and pickles start anew.
 
     Of two threads that want it at a time one gets it, by the lock.

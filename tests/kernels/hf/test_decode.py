@@ -68,14 +68,14 @@ def packed_model(dtype: torch.dtype = torch.float32, form: Form | None = None, *
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A number for each block that went through its program."""
     seen: list[int] = []
-    run = decode.Row.run
+    run = decode.Chain.run
 
     def spy(self: Any, *arguments: Any) -> Tensor | None:
         output = run(self, *arguments)
         seen.extend([1] if output is not None else [])
         return output
 
-    monkeypatch.setattr(decode.Row, "run", spy)
+    monkeypatch.setattr(decode.Chain, "run", spy)
     yield seen
 
 

@@ -51,7 +51,8 @@ void rows_tiled(const typename Tiles::Problem& p, int64_t begin, int64_t end) {
 //
 //     inputs[t, k] = steps[t, k] * scales[t, i]    for the columns k of span i
 //
-// The error of an input is at most 2^-16 of the largest one in its span. Infinity and NaN make a span NaN.
+// The error of an input is about 2^-16 of the largest one in its span, at most. A span below 4e-34 is zero, one with
+// infinity or NaN is NaN.
 struct Steps {
   static constexpr int64_t kWords = 4;  // of a span, which ends where a scale group does: sums stay below 2^31
   std::vector<int16_t> steps;           // [tokens, columns], of 32: 0 to 7, 16 to 23, 8 to 15, 24 to 31

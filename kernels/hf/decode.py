@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparsegpt.kernels.cpu.library import NOTHING
 from sparsegpt.kernels.hf.growing import Room
 from sparsegpt.kernels.hf.references import is_attention, is_block
 from sparsegpt.kernels.hf.stretch import BlockCalls, NoCallError, Stretch, norm_names, norms_heads
@@ -49,10 +50,11 @@ def step_blocks(model: nn.Module) -> int:
     for parent in model.modules():
         blocks = [(block, is_known(block) and "forward" not in block.__dict__) for block in parent.children()]
         for known, neighbours in groupby(blocks, lambda pair: pair[1]):
-            chain = Chain()
-            for block, _ in neighbours if known else ():
-                block.forward = partial(block_forward, block, chain.add())
-                count += 1
+            if known:
+                chain = Chain()
+                for block, _ in neighbours:
+                    block.forward = partial(block_forward, block, chain.add())
+                count += len(chain.steps)
     return count
 
 
@@ -126,7 +128,7 @@ class Chain:
 
     def _forget(self) -> None:
         self.lock = threading.Lock()
-        self._given = (-1, torch.empty(0))  # by which block, and what
+        self._given = (-1, NOTHING)  # by which block, and what
         self._ahead: dict[int, _Ahead] = {}
         self._stretches: dict[int, Stretch] = {}
 

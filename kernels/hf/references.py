@@ -124,7 +124,7 @@ def is_block(module: nn.Module) -> bool:
     return same_code(inspect.unwrap(type(module).forward), block)
 
 
-def is_attention(module: nn.Module, normed: bool = False) -> bool:
+def is_attention(module: nn.Module, normed: bool) -> bool:
     """Whether a module's class computes what Llama's attention does, rotary positions included.
 
     normed: with a norm of each head's query and key, as Qwen 3.

@@ -6,6 +6,7 @@ Dimension key: H heads, G heads of keys and values, D size of a head, K hidden s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,10 +109,10 @@ def _calls(block: Any, plans: list[Plan], dtype: torch.dtype) -> tuple[list[tupl
     _check_shapes([plan.weight.shape for plan in plans], (heads, shared), size, width, inner)
     _check_norms((first, second), width, dtype)
     _check_norms(of_heads, size, dtype)
-    inputs, outputs, normed, delta, total = (torch.empty(1, 1, width, dtype=dtype) for _ in range(5))
-    query, key, value, attended = (torch.empty(n, size, dtype=dtype) for n in (heads, shared, shared, heads))
-    turn = (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
-    kept = (torch.empty(shared, 1, size, dtype=dtype), torch.empty(shared, 1, size, dtype=dtype))
+    empty = partial(torch.empty, dtype=dtype, device="cpu")  # whatever the default device is
+    inputs, outputs, normed, delta, total = (empty(1, 1, width) for _ in range(5))
+    query, key, value, attended = (empty(n, size) for n in (heads, shared, shared, heads))
+    turn, kept = (empty(size), empty(size)), (empty(shared, 1, size), empty(shared, 1, size))
     attend = decode.attend((query, key, value), turn, kept, attended, 0, block.self_attn.scaling)
     calls = [
         (True, cpu_norm.norm(inputs, first.weight, first.variance_epsilon, normed)),

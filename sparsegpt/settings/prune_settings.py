@@ -294,7 +294,7 @@ def resolve_settings(sparsity: "str | float | Sparsity", preset: str = "default"
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    pattern = parse_sparsity(sparsity)
+    pattern = parse_sparsity(sparsity)  # before the solvers load: a slip is answered at once
     given = {key: value for key, value in explicit.items() if value is not None}
     defaults = dict(PRESETS[preset])
     if not solvers.parse_method(given.get("method", defaults["method"])).updates_weights:

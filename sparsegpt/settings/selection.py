@@ -22,7 +22,7 @@ class Expression:
     """A regular expression with an end: it may come from a file of somebody else's."""
 
     def __init__(self, text: str, what: str, setting: str) -> None:
-        import regex
+        import regex  # --help and refusals need none
 
         self.text, self.what, self.settings = text, what, tuple(filter(None, (setting,)))
         self._left = SECONDS

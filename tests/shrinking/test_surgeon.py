@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.shrinking.rankings import RANKINGS, Columns, structured
+from sparsegpt.shrinking.settings import METHODS, UPDATES
 from sparsegpt.shrinking.surgeon import choose_groups, group_costs, refit_columns
 from sparsegpt.solvers.hessian import DampedHessian
 from sparsegpt.solvers.layer import prune_layer
@@ -125,3 +126,7 @@ def test_wanda_weighs_by_the_inputs():
     weight, hessian = torch.tensor([[1.0, 2.0, 3.0]]), torch.diag(torch.tensor([16.0, 1.0, 1.0]))  # 4, 2 and 3
     found = prune_layer(weight, DampedHessian(hessian), Columns.of(3, 1, 1), structured("wanda", torch.zeros(3)))
     assert found.mask[0].tolist() == [True, False, True]
+
+
+def test_the_settings_know_every_ranking():
+    assert set(METHODS) == RANKINGS.keys() and set(METHODS) > UPDATES

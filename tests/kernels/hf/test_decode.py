@@ -425,3 +425,21 @@ def test_two_threads(stretches: list[int]) -> None:
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda count: greedy(model, count), (30, 40)))
     assert all(map(torch.equal, found, expected))
+
+
+@torch.no_grad()
+def test_another_default_device(stretches: list[int]) -> None:
+    """What the programs compute on is on the CPU, wherever new tensors are by default."""
+    model = packed_model(num_hidden_layers=3)
+    expected = [model(ONE, past_key_values=prompted(model)).logits for _ in range(2)]
+    model, cache = copy.deepcopy(model), prompted(model)
+    embedded = model.model.embed_tokens(ONE)
+    turn = model.model.rotary_emb(embedded, torch.tensor([[10]]))
+    with torch.device("meta"):
+        model = copy.deepcopy(model)
+        hidden = embedded
+        for layer in model.model.layers:
+            hidden = layer(hidden, past_key_values=cache, position_embeddings=turn)
+    found = model.lm_head(model.model.norm(hidden))
+    torch.testing.assert_close(found, expected[0])
+    assert stretches == [1, 1, 1, 3, 1, 1, 1]
